@@ -1,0 +1,137 @@
+"""Which classes were fine-tuned on, and which were not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+ClassIds = Iterable[int] | Tensor
+
+
+@dataclass(frozen=True, init=False)
+class ClassSplit:
+    """The seen (fine-tuned) and the absent classes of a classifier, validated.
+
+    A class that is in neither list is an *other* class: it never competes and its samples are not counted.
+
+    Args:
+        num_classes: Number of classes ``C`` of the classifier, the width of its logits.
+        seen_classes: Ids of the classes in the fine-tuning data, each in ``[0, C)``.
+        absent_classes: Ids of the classes that the fine-tuning data lacks. ``None``: all that are not seen.
+
+    Raises:
+        TypeError: If ``num_classes`` or a class id is not an integer (``bool`` is refused as well).
+        ValueError: If a list is empty, repeats a class, leaves ``[0, C)``, or shares a class with the other list.
+
+    Example:
+        >>> split = ClassSplit(5, seen_classes=[3, 0])
+        >>> split.seen_classes, split.absent_classes
+        ((0, 3), (1, 2, 4))
+        >>> split.absent_mask
+        tensor([False,  True,  True, False,  True])
+    """
+
+    num_classes: int
+    seen_classes: tuple[int, ...]
+    absent_classes: tuple[int, ...]
+
+    def __init__(self, num_classes: int, seen_classes: ClassIds, absent_classes: ClassIds | None = None) -> None:
+        if not _is_integer(num_classes):
+            raise TypeError(f"Expected argument `num_classes` to be an integer, but got {num_classes!r}.")
+        if num_classes < 2:
+            raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}.")
+        seen = _class_ids("seen_classes", seen_classes, num_classes)
+        if absent_classes is None:
+            if len(seen) == num_classes:
+                raise ValueError(
+                    f"Expected argument `seen_classes` to leave out at least one of the {num_classes} classes, but it"
+                    " names them all. Without an absent class there is nothing to calibrate."
+                )
+            absent = tuple(sorted(set(range(int(num_classes))).difference(seen)))
+        else:
+            absent = _class_ids("absent_classes", absent_classes, num_classes)
+            if both := sorted(set(seen).intersection(absent)):
+                raise ValueError(
+                    f"Expected arguments `seen_classes` and `absent_classes` to share no class, but both hold"
+                    f" {_shorten(both)}. Remove them from one of the two."
+                )
+        object.__setattr__(self, "num_classes", int(num_classes))
+        object.__setattr__(self, "seen_classes", seen)
+        object.__setattr__(self, "absent_classes", absent)
+
+    @classmethod
+    def from_targets(cls, target: Tensor, num_classes: int) -> ClassSplit:
+        """Take the classes met in the fine-tuning labels as seen and all the others as absent.
+
+        Args:
+            target: Class ids of the fine-tuning data, integers of any shape.
+            num_classes: Number of classes ``C`` of the classifier.
+
+        Raises:
+            TypeError: If ``target`` is not an integer tensor.
+            ValueError: If ``target`` is empty, leaves ``[0, C)``, or holds every class.
+
+        Example:
+            >>> ClassSplit.from_targets(torch.tensor([2, 2, 0]), num_classes=4)
+            ClassSplit(num_classes=4, seen_classes=(0, 2), absent_classes=(1, 3))
+        """
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(
+                f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
+                " Soft and multi-label targets name no single class: pass `seen_classes` instead."
+            )
+        return cls(num_classes, target.unique())
+
+    @property
+    def seen_mask(self) -> Tensor:
+        """Boolean tensor of shape ``(C,)``: which classes are seen."""
+        return self._mask(self.seen_classes)
+
+    @property
+    def absent_mask(self) -> Tensor:
+        """Boolean tensor of shape ``(C,)``: which classes are absent."""
+        return self._mask(self.absent_classes)
+
+    def _mask(self, classes: tuple[int, ...]) -> Tensor:
+        mask = torch.zeros(self.num_classes, dtype=torch.bool)
+        mask[list(classes)] = True
+        return mask
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
+    if isinstance(classes, (str, bytes, dict)) or not isinstance(classes, (Iterable, Tensor)):
+        raise TypeError(f"Expected argument `{name}` to be a list of class ids, but got {classes!r}.")
+    if isinstance(classes, Tensor) and classes.ndim != 1:
+        raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(classes.shape)}.")
+    values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    if wrong := [value for value in values if not _is_integer(value)]:
+        raise TypeError(
+            f"Expected argument `{name}` to hold integers, but got {wrong[0]!r}."
+            " Give the ids of the classes, not a mask or their names."
+        )
+    if not values:
+        raise ValueError(f"Expected argument `{name}` to name at least one class, but it is empty.")
+    if outside := [value for value in values if not 0 <= value < num_classes]:
+        raise ValueError(
+            f"Expected argument `{name}` to hold class ids in [0, {num_classes}), but got {_shorten(outside)}."
+            " Ids are rows of the classification head."
+        )
+    ids = sorted({int(value) for value in values})
+    if len(ids) < len(values):
+        twice = sorted(value for value, count in Counter(map(int, values)).items() if count > 1)
+        raise ValueError(f"Expected argument `{name}` to hold each class once, but {_shorten(twice)} repeat.")
+    return tuple(ids)
+
+
+def _shorten(ids: list[int], limit: int = 10) -> str:
+    """List at most ``limit`` ids, so that an error about thousands of classes stays readable."""
+    return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
