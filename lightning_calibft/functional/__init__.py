@@ -1,0 +1,23 @@
+"""Pure functions on logits and labels: no state, no model."""
+
+from lightning_calibft.functional.accuracy import calibrate_logits, harmonic_mean_accuracy, split_accuracy
+from lightning_calibft.functional.curve import ausuc, best_gamma, seen_unseen_curve
+from lightning_calibft.functional.logit_gap import average_logit_gap
+from lightning_calibft.functional.nearest_mean import (
+    class_means,
+    nearest_class_mean_accuracy,
+    nearest_class_mean_logits,
+)
+
+__all__ = [
+    "ausuc",
+    "average_logit_gap",
+    "best_gamma",
+    "calibrate_logits",
+    "class_means",
+    "harmonic_mean_accuracy",
+    "nearest_class_mean_accuracy",
+    "nearest_class_mean_logits",
+    "seen_unseen_curve",
+    "split_accuracy",
+]

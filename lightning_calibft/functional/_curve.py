@@ -1,0 +1,115 @@
+"""From margins to the curve: the helpers that the functions and the metrics share."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.functional._inputs import (
+    _ABSENT,
+    _SEEN,
+    Average,
+    Groups,
+    check_choice,
+    real_dtype,
+    top_classes,
+    warn_if_empty,
+)
+from lightning_calibft.functional.accuracy import harmonic_mean
+
+Criterion = Literal["accuracy", "harmonic_mean"]
+
+
+class Curve(NamedTuple):
+    """Accuracies of both groups in each interval between the margins ``gamma``, and what the seen group weighs."""
+
+    seen: Tensor
+    absent: Tensor
+    gamma: Tensor
+    seen_share: Tensor
+
+    def overall(self) -> Tensor:
+        """Accuracy of all samples; a group without samples weighs nothing."""
+        return self.seen_share * self.seen.nan_to_num() + (1 - self.seen_share) * self.absent.nan_to_num()
+
+
+def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracies of a curve at one gamma. A margin equal to gamma is right for neither group."""
+    value = torch.as_tensor(at, dtype=gamma.dtype, device=gamma.device)
+    return seen[torch.searchsorted(gamma, value, right=True)], absent[torch.searchsorted(gamma, value)]
+
+
+def to_real(value: Tensor, device: torch.device) -> Tensor:
+    """Move a float64 result of the CPU to the device of the input."""
+    return value.to(device, real_dtype(device))
+
+
+def curve_update(logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Margins, exact, and codes, int32: 2 * class + whether right in the own group, or -1 if not counted."""
+    (top_seen, is_seen), (top_absent, is_absent) = (
+        top_classes(logits, classes) for classes in (groups.seen, groups.absent)
+    )
+    dtype = real_dtype(logits.device)
+    margin = (top_seen.to(dtype) - top_absent.to(dtype)).squeeze(1)
+    group = groups.of_samples(target, ignore_index)
+    in_seen = (group == _SEEN).unsqueeze(1)
+    right = (torch.where(in_seen, is_seen, is_absent) == target.unsqueeze(1)).squeeze(1)
+    # A maximum of -inf names no class, and a NaN logit makes the margin NaN: wrong at every gamma.
+    right &= (torch.where(in_seen, top_seen, top_absent).squeeze(1) > -torch.inf) & ~margin.isnan()
+    code = torch.where(group >= 0, 2 * target.int() + right, -1)
+    return margin, code.int()
+
+
+def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:
+    """Build the curve, in float64 on the CPU: CUDA has no deterministic cumulative sum, and mps no float64."""
+    margin, code, of_class = margin.cpu(), code.cpu(), of_class.cpu()
+    margin, code = margin[code >= 0], code[code >= 0]
+    counts = (code >> 1).long().bincount(minlength=len(of_class))
+    mass = (counts if average == "micro" else counts > 0).double()  # of a class in its group's accuracy
+    weight = mass / counts.clamp(min=1)  # of a sample
+    seen_mass, absent_mass = mass[of_class == _SEEN].sum(), mass[of_class == _ABSENT].sum()
+    warn_if_empty(seen=not seen_mass, absent=not absent_mass)
+
+    right = (code & 1).bool()
+    label = (code >> 1)[right].long()
+    gamma, step = margin[right].unique(return_inverse=True)
+    in_seen = of_class[label] == _SEEN
+    zeros = torch.zeros(len(gamma), dtype=torch.float64)
+    lost = zeros.index_add(0, step[in_seen], weight[label[in_seen]])
+    gained = zeros.index_add(0, step[~in_seen], weight[label[~in_seen]])
+    end = torch.zeros(1, dtype=torch.float64)
+    seen = torch.cat([lost.flip(0).cumsum(0).flip(0), end]) / seen_mass
+    absent = torch.cat([end, gained.cumsum(0)]) / absent_mass
+    return Curve(seen, absent, gamma.double(), seen_mass / (seen_mass + absent_mass))
+
+
+def curve_area(seen: Tensor, absent: Tensor) -> Tensor:
+    """Trapezoidal area. The first term is 0, or NaN for an empty group, which one point alone would not show."""
+    return seen[-1] * absent[0] + torch.trapezoid(seen, absent)
+
+
+def curve_best_gamma(curve: Curve, criterion: Criterion) -> Tensor:
+    """Middle of the first best interval of a curve."""
+    check_choice("criterion", criterion, ("accuracy", "harmonic_mean"))
+    score = curve.overall() if criterion == "accuracy" else harmonic_mean(curve.seen, curve.absent)
+    if (curve.seen + curve.absent).isnan().any():
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    infinity = torch.tensor([torch.inf], dtype=torch.float64)
+    lower, upper = torch.cat([-infinity, curve.gamma]), torch.cat([curve.gamma, infinity])
+    score = score.masked_fill(lower == upper, -torch.inf)  # infinite margins leave intervals without any gamma
+    first = (score >= score.max() - 1e-12).nonzero()[0, 0]  # sums of macro weights differ in the last bits
+    low, high = lower[first], upper[first]
+    if low.isfinite() and high.isfinite():
+        return (low + high) / 2
+    if low < 0 < high:
+        return torch.zeros_like(low)
+    return high - 1 if high.isfinite() else low + 1
+
+
+def curve_accuracies(curve: Curve, gamma: float | Tensor) -> dict[str, Tensor]:
+    """Accuracies of the samples of each group, of all, and the harmonic mean, at one gamma."""
+    seen, absent = point_at(curve.seen, curve.absent, curve.gamma, gamma)
+    overall = Curve(seen, absent, curve.gamma, curve.seen_share).overall()
+    return {"seen": seen, "absent": absent, "all": overall, "harmonic": harmonic_mean(seen, absent)}

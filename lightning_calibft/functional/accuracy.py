@@ -1,0 +1,205 @@
+"""Accuracies of some samples among some classes, and the calibration of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.functional._inputs import (
+    Average,
+    Group,
+    Groups,
+    check_choice,
+    prepare,
+    real_dtype,
+    top_classes,
+    warn_if_empty,
+)
+from lightning_calibft.split import ClassIds, ClassSplit
+
+
+def calibrate_logits(
+    logits: Tensor, gamma: float | Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
+) -> Tensor:
+    r"""Add gamma to the logits of the absent classes: :math:`z_c + \gamma \cdot [c \in U]`.
+
+    Args:
+        logits: Logits of shape ``(..., C)``.
+        gamma: The number to add, usually positive.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+
+    Returns:
+        A new tensor of the shape and dtype of ``logits``, added in at least float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.functional import calibrate_logits
+        >>> calibrate_logits(torch.tensor([[2.0, 1.0, 0.5]]), 3.0, seen_classes=[0, 1])
+        tensor([[2.0000, 1.0000, 3.5000]])
+    """
+    absent = ClassSplit(logits.shape[-1], seen_classes, absent_classes).absent_mask.to(logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.where(absent, (logits.to(dtype) + gamma).to(logits.dtype), logits)
+
+
+def split_accuracy(
+    logits: Tensor,
+    target: Tensor,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    samples: Group = "all",
+    candidates: Group = "all",
+    top_k: int = 1,
+    average: Average = "micro",
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor:
+    r"""Accuracy :math:`Acc_{samples/candidates}` of the argmax among the candidate classes.
+
+    The paper's :math:`Acc_{S/Y}` is ``samples="seen", candidates="all"``. Classes that are neither seen nor absent
+    never compete, and their samples are not counted. Equal logits are decided as :func:`torch.max` does. A row with
+    a NaN among the candidates is wrong.
+
+    Args:
+        logits: Logits of shape ``(N, C)``.
+        target: Class ids of shape ``(N,)``.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
+        candidates: Among which classes the argmax runs.
+        top_k: The true class must be among this many largest logits.
+        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+
+    Returns:
+        A float64 scalar in [0, 1], NaN with a warning if no sample counts.
+
+    Raises:
+        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.functional import split_accuracy
+        >>> logits = torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
+        >>> target = torch.tensor([0, 2])
+        >>> split_accuracy(logits, target, [0, 1], samples="absent")
+        tensor(0., dtype=torch.float64)
+        >>> split_accuracy(logits, target, [0, 1], samples="absent", candidates="absent")
+        tensor(1., dtype=torch.float64)
+    """
+    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    check_accuracy_arguments(groups, samples, candidates, top_k, average)
+    classes = groups.classes(candidates)
+    correct, total = accuracy_update(logits, target, groups, classes, top_k, average, ignore_index)
+    return accuracy_compute(correct, total, groups, samples, average)
+
+
+def harmonic_mean_accuracy(
+    logits: Tensor,
+    target: Tensor,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    average: Average = "micro",
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor:
+    r"""Harmonic mean of :math:`Acc_{S/Y}` and :math:`Acc_{U/Y}`, both among all classes and at gamma 0.
+
+    Args:
+        logits: Logits of shape ``(N, C)``.
+        target: Class ids of shape ``(N,)``.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+
+    Returns:
+        A float64 scalar in [0, 1], 0 if both accuracies are 0, NaN with a warning if a group has no samples.
+
+    Raises:
+        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.functional import harmonic_mean_accuracy
+        >>> logits = torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0]])
+        >>> harmonic_mean_accuracy(logits, torch.tensor([0, 2, 2]), seen_classes=[0, 1])
+        tensor(0.6667, dtype=torch.float64)
+    """
+    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    check_choice("average", average, ("micro", "macro"))
+    correct, total = accuracy_update(logits, target, groups, groups.classes("all"), 1, average, ignore_index)
+    return harmonic_compute(correct, total, groups, average)
+
+
+def check_accuracy_arguments(groups: Groups, samples: str, candidates: Group, top_k: int, average: str) -> None:
+    """Raise if an argument that chooses the accuracy is out of its range."""
+    check_choice("samples", samples, ("all", "seen", "absent"))
+    check_choice("candidates", candidates, ("all", "seen", "absent"))
+    check_choice("average", average, ("micro", "macro"))
+    limit = len(groups.classes(candidates))
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= limit:
+        raise ValueError(
+            f"Expected argument `top_k` to be an integer in [1, {limit}], the number of candidate classes, but got"
+            f" {top_k!r}."
+        )
+
+
+def accuracy_update(
+    logits: Tensor,
+    target: Tensor,
+    groups: Groups,
+    classes: Tensor,
+    top_k: int,
+    average: Average,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
+    values, predicted = top_classes(logits, classes, top_k)
+    # A logit of -inf names no class, and max and topk put a NaN first.
+    found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
+    right = found.any(1) & ~values[:, 0].isnan()
+    group = groups.of_samples(target, ignore_index)
+    counted = group >= 0
+    place, size = (group, 2) if average == "micro" else (target.long(), len(groups.of_class))
+    place = place.clamp(0, size - 1)
+    zeros = torch.zeros(size, dtype=torch.long, device=logits.device)
+    return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())
+
+
+def _mean(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:
+    dtype = real_dtype(total.device)
+    if average == "micro":
+        chosen = {"all": slice(0, 2), "seen": slice(0, 1), "absent": slice(1, 2)}[samples]
+        return correct[chosen].sum().to(dtype) / total[chosen].sum()
+    classes = groups.classes(samples)
+    classes = classes[total[classes] > 0]
+    return (correct[classes].to(dtype) / total[classes]).mean()
+
+
+def accuracy_compute(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:
+    """Accuracy of a group of samples from the counts of ``accuracy_update``."""
+    value = _mean(correct, total, groups, samples, average)
+    empty = bool(value.isnan())
+    warn_if_empty(seen=empty and samples != "absent", absent=empty and samples != "seen")
+    return value
+
+
+def harmonic_compute(correct: Tensor, total: Tensor, groups: Groups, average: Average) -> Tensor:
+    """Harmonic mean of the two groups' accuracies from the counts of ``accuracy_update``."""
+    seen = _mean(correct, total, groups, "seen", average)
+    absent = _mean(correct, total, groups, "absent", average)
+    warn_if_empty(seen=bool(seen.isnan()), absent=bool(absent.isnan()))
+    return harmonic_mean(seen, absent)
+
+
+def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
+    """Harmonic mean of numbers of [0, 1], 0 where both are 0, NaN where one is."""
+    return torch.where(a + b > 0, 2 * a * b / (a + b), a + b)

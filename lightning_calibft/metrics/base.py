@@ -1,0 +1,83 @@
+"""What the metrics share: a validated split, states with names of their own, dtypes that stay."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_calibft.functional._inputs import Groups, check_inputs, real_dtype, warn_if_probabilities
+from lightning_calibft.split import ClassIds, ClassSplit
+
+
+class AbsentClassMetric(Metric):
+    """Base of the metrics on logits of seen and absent classes.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    full_state_update: bool = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None,
+        ignore_index: int | None,
+        validate_args: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.split = ClassSplit(num_classes, seen_classes, absent_classes)
+        self.ignore_index = ignore_index
+        self.validate_args = validate_args
+        self._looked_for_probabilities = False
+        # Not buffers: those are sent around by DistributedDataParallel and averaged by weight averaging.
+        self._constants: dict[str, Tensor] = Groups.from_split(self.split, self.device)._asdict()
+
+    @property
+    def _groups(self) -> Groups:
+        return Groups(*(self._constants[name] for name in Groups._fields))
+
+    def _name_states(self, *configuration: object) -> None:
+        # MetricCollection merges metrics whose states have the same names and, after the first batch, the same values.
+        # So the names say all that decides the update.
+        text = repr((self.split, self.ignore_index, *configuration))
+        self._suffix = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _add(self, name: str, default: Tensor | list[Tensor], dist_reduce_fx: str) -> None:
+        self.add_state(f"{name}_{self._suffix}", default, dist_reduce_fx=dist_reduce_fx)
+
+    def _get(self, name: str) -> Any:
+        return getattr(self, f"{name}_{self._suffix}")
+
+    def _increase(self, name: str, value: Tensor) -> None:
+        setattr(self, f"{name}_{self._suffix}", self._get(name) + value)
+
+    def _check(self, logits: Tensor, target: Tensor, *, probabilities: bool) -> None:
+        if not self.validate_args:
+            return
+        check_inputs(logits, target, self.split.num_classes, self.ignore_index)
+        if probabilities and len(logits) and not self._looked_for_probabilities:
+            self._looked_for_probabilities = True
+            warn_if_probabilities(logits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # torchmetrics guards its states against `model.half()`, but not against `model.to(torch.bfloat16)`, which
+        # Lightning calls for precision="bf16-true". Sums and class codes must keep their dtypes: only devices change.
+        def move(value: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=value.device)).device
+            return value.to(device, real_dtype(device) if value.dtype == torch.float64 else value.dtype)
+
+        self._constants = {name: move(value) for name, value in self._constants.items()}
+        return super()._apply(move, exclude_state)

@@ -1,0 +1,65 @@
+"""All that is usually reported about seen and absent classes, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchmetrics import MetricCollection
+
+from lightning_calibft.functional._inputs import Average
+from lightning_calibft.metrics.accuracy import HarmonicMeanAccuracy, SplitAccuracy
+from lightning_calibft.metrics.curve import AUSUC
+from lightning_calibft.split import ClassIds, ClassSplit
+
+
+def absent_class_metrics(
+    num_classes: int,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    prefix: str | None = None,
+    postfix: str | None = None,
+    average: Average = "micro",
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+    **kwargs: Any,
+) -> MetricCollection:
+    """Collect the metrics of a fine-tuned classifier; the accuracies share one state and one pass over the logits.
+
+    - ``ausuc``: area under the seen-unseen curve, which no gamma changes.
+    - ``acc``, ``acc_seen``, ``acc_absent``: accuracy of all, of the seen and of the absent samples among all classes.
+    - ``acc_harmonic``: harmonic mean of the last two.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        prefix: Put before each name.
+        postfix: Put after each name.
+        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        kwargs: Arguments of :class:`torchmetrics.Metric`, for each metric.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.metrics import absent_class_metrics
+        >>> metrics = absent_class_metrics(3, seen_classes=[0, 1], prefix="val_")
+        >>> metrics.update(torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0]]), torch.tensor([0, 2]))
+        >>> {name: value.item() for name, value in metrics.compute().items()}
+        {'val_acc': 0.5, 'val_acc_absent': 0.0, 'val_acc_harmonic': 0.0, 'val_acc_seen': 1.0, 'val_ausuc': 1.0}
+    """
+    split = ClassSplit(num_classes, seen_classes, absent_classes)
+    seen, absent = split.seen_classes, split.absent_classes
+    common = {"average": average, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
+    return MetricCollection(
+        {
+            "ausuc": AUSUC(num_classes, seen, absent, **common),
+            "acc": SplitAccuracy(num_classes, seen, absent, **common),
+            "acc_seen": SplitAccuracy(num_classes, seen, absent, samples="seen", **common),
+            "acc_absent": SplitAccuracy(num_classes, seen, absent, samples="absent", **common),
+            "acc_harmonic": HarmonicMeanAccuracy(num_classes, seen, absent, **common),
+        },
+        prefix=prefix,
+        postfix=postfix,
+    )

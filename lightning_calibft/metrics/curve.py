@@ -1,0 +1,230 @@
+"""The seen-unseen curve and the area under it, over many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_calibft.functional._curve import (
+    Criterion,
+    Curve,
+    curve_accuracies,
+    curve_area,
+    curve_best_gamma,
+    curve_compute,
+    curve_update,
+    to_real,
+)
+from lightning_calibft.functional._inputs import Average, check_choice
+from lightning_calibft.metrics.base import AbsentClassMetric
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
+from lightning_calibft.split import ClassIds
+
+
+class SeenUnseenCurve(AbsentClassMetric):
+    r"""Accuracies of seen and absent classes, both among all classes, for every gamma.
+
+    The points :math:`(Acc_{S/Y}, Acc_{U/Y})` as gamma, added to the absent logits, goes from minus to plus infinity.
+    See :func:`lightning_calibft.functional.seen_unseen_curve`. The state is 8 bytes a sample, whatever the number of
+    classes, for which margins are rounded to float32: where that makes two of them equal, the function and the metric
+    differ by about 1 / N^2. After ``compute`` on all processes, :meth:`accuracies` and :meth:`best_gamma` need no further
+    communication.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``target``: An integer tensor of shape ``(N,)`` with class ids.
+
+    As output of ``forward`` and ``compute`` the metric returns ``seen_accuracy (K + 1,)``, ``absent_accuracy (K + 1,)``
+    and ``gamma (K,)``, the margins at which they change, in increasing order. (As with every torchmetrics metric, a
+    tensor with one element comes back as a scalar.)
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.metrics import SeenUnseenCurve
+        >>> metric = SeenUnseenCurve(3, seen_classes=[0, 1])
+        >>> metric.update(torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 4.0, 1.0]]), torch.tensor([0, 2, 1]))
+        >>> seen_accuracy, absent_accuracy, gamma = metric.compute()
+        >>> seen_accuracy.tolist(), absent_accuracy.tolist(), gamma.tolist()
+        ([1.0, 1.0, 0.5, 0.0], [0.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+        >>> metric.accuracies(gamma=0.0)["absent"]
+        tensor(0., dtype=torch.float64)
+        >>> metric.best_gamma()
+        tensor(1.5000, dtype=torch.float64)
+    """
+
+    is_differentiable: bool = False
+    higher_is_better: bool | None = None
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
+
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        *,
+        average: Average = "micro",
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, **kwargs)
+        check_choice("average", average, ("micro", "macro"))
+        self.average: Average = average
+        self._curve: Curve | None = None
+        self._name_states("curve")  # the average plays no part in the update
+        self._add("margin", [], "cat")
+        self._add("code", [], "cat")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
+        self._check(logits, target, probabilities=True)
+        margin, code = curve_update(logits, target, self._groups, self.ignore_index)
+        self._get("margin").append(margin.float())
+        self._get("code").append(code)
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return seen accuracy, absent accuracy and gamma of all samples so far."""
+        self._append_nothing()
+        margin, code = dim_zero_cat(self._get("margin")), dim_zero_cat(self._get("code"))
+        self._curve = curve_compute(margin, code, self._groups.of_class, self.average)
+        seen, absent, gamma = (to_real(value, self.device) for value in self._curve[:3])
+        return seen, absent, gamma
+
+    def accuracies(self, gamma: float) -> dict[str, Tensor]:
+        """Accuracies at one gamma: ``seen``, ``absent``, ``all`` (all among all classes), and their ``harmonic`` mean.
+
+        A seen and an absent class with the same logit make the sample wrong, whichever of the two is true.
+        """
+        values = curve_accuracies(self._computed_curve(), gamma)
+        return {name: to_real(value, self.device) for name, value in values.items()}
+
+    def best_gamma(self, criterion: Criterion = "accuracy") -> Tensor:
+        """Gamma of the best criterion, as :func:`lightning_calibft.functional.best_gamma` defines it."""
+        return to_real(curve_best_gamma(self._computed_curve(), criterion), self.device)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes."""
+        self._append_nothing()
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._curve = None
+
+    def plot(
+        self,
+        curve: tuple[Tensor, Tensor, Tensor] | None = None,
+        score: Tensor | bool | None = None,
+        ax: _AX_TYPE | None = None,
+        gamma: float | None = None,
+    ) -> _PLOT_OUT_TYPE:
+        """Draw the curve; without an argument ``curve`` also gamma 0 and the best gamma.
+
+        Args:
+            curve: Output of ``compute`` or ``forward``. ``None``: that of ``compute``.
+            score: Area under the curve for the legend. ``True`` and no curve: computed.
+            ax: A matplotlib axis to draw on. ``None``: a new figure.
+            gamma: The operating point in use, marked as well.
+
+        Returns:
+            Figure and axis.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        gammas = {"uncalibrated": 0.0}
+        if curve is None:
+            computed = self._computed_curve()
+            curve = computed[:3]
+            score = curve_area(computed.seen, computed.absent) if score is True else score
+            best = self.best_gamma().item()
+            if best == best:  # NaN if a group has no samples
+                gammas["best"] = best
+        if gamma is not None:
+            gammas["calibrated"] = gamma
+        score = score if isinstance(score, Tensor) else None
+        return plot_seen_unseen_curve(curve, gammas=gammas, score=score, ax=ax, name=type(self).__name__)
+
+    def _computed_curve(self) -> Curve:
+        self.compute()
+        assert self._curve is not None
+        return self._curve
+
+    def _append_nothing(self) -> None:
+        # torchmetrics gathers an empty list as floats, which another process would read as class codes.
+        for name, dtype in (("margin", torch.float32), ("code", torch.int32)):
+            if isinstance(self._get(name), list) and not self._get(name):
+                self._get(name).append(torch.empty(0, dtype=dtype, device=self.device))
+
+
+class AUSUC(SeenUnseenCurve):
+    r"""Area under the seen-unseen curve, by the trapezoidal rule in the order of gamma.
+
+    It judges the features apart from gamma: no calibration by one number changes it. See
+    :func:`lightning_calibft.functional.ausuc`. Shares the state of a :class:`SeenUnseenCurve` of the same split in a
+    :class:`torchmetrics.MetricCollection`, and has its :meth:`accuracies` and :meth:`best_gamma`.
+
+    As input to ``forward`` and ``update`` the metric accepts:
+
+    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``target``: An integer tensor of shape ``(N,)`` with class ids.
+
+    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if a
+    group has no samples.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.metrics import AUSUC
+        >>> metric = AUSUC(3, seen_classes=[0, 1])
+        >>> metric(torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 4.0, 1.0]]), torch.tensor([0, 2, 1]))
+        tensor(1., dtype=torch.float64)
+    """
+
+    higher_is_better: bool | None = True
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Return the area under the curve of all samples so far."""
+        seen, absent, _ = super().compute()
+        return curve_area(seen, absent)
+
+    def plot(  # type: ignore[override]
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot one value or several, as from training steps; :meth:`SeenUnseenCurve.plot` draws the curve.
+
+        Args:
+            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
+            ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+        Returns:
+            Figure and axis.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        return self._plot(val, ax)
