@@ -1,0 +1,146 @@
+"""The calibration of a classification head: a small child module that adds gamma to the absent classes."""
+
+# No postponed annotations here: `torch.jit.script` compiles the hook and the forward.
+from collections.abc import Callable
+from typing import Any, Tuple, cast  # noqa: UP035
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_calibft.split import ClassSplit
+
+CHILD_NAME = "absent_class_calibration"
+
+
+class AbsentClassOffset(nn.Module):
+    """Add ``gamma`` to the logits of the absent classes, in eval mode only.
+
+    The loss of a training step sees raw logits, so fitting a calibrated model again never adds gamma twice.
+
+    Args:
+        num_classes: Number of classes ``C``.
+        channels_first: The class axis of the logits is the third from the end, as after a ``Conv2d``, else the last.
+        device: Where the buffers live.
+    """
+
+    offset: Tensor
+    mask: Tensor
+
+    def __init__(self, num_classes: int, channels_first: bool, device: torch.device) -> None:
+        super().__init__()
+        self.channels_first = channels_first
+        # How much of this head's output is in the model's logits: less than 1 where heads are averaged.
+        self.coefficient = 1.0
+        # What `record_logits` calls. The flag is apart because a compiled model guards on all that `forward` reads.
+        self.recording = False
+        self.recorder: Callable[[AbsentClassOffset, Tensor], None] | None = None
+        # What `detach` removes: the hooks on the head.
+        self.handles: tuple[RemovableHandle, ...] = ()
+        # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.
+        with torch.inference_mode(False):
+            self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=device))
+            self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the calibrated logits, in their own dtype and shape."""
+        if not torch.jit.is_scripting() and self.recording:
+            _record(self, logits)
+        if self.training:
+            return logits
+        return (logits + self.shift()).to(logits.dtype)
+
+    def shift(self) -> Tensor:
+        """Return what is added to the logits, in float32 and so that it broadcasts against them.
+
+        Adding it promotes half precision logits to float32.
+        """
+        shift = self.offset * self.mask
+        return shift[:, None, None] if self.channels_first else shift
+
+    def gamma(self) -> float | None:
+        """Return the offset, or ``None`` if the head is not calibrated."""
+        return self.offset.item() if self.mask.any() else None
+
+    def set(self, gamma: float, split: ClassSplit) -> None:
+        """Calibrate, in place: compiled code and copies of the state dict see it."""
+        with torch.no_grad():
+            self.offset.fill_(gamma)
+            self.mask.copy_(split.absent_mask)
+
+    def extra_repr(self) -> str:
+        """Show the width."""
+        return f"num_classes={len(self.mask)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not being recorded.
+        return {**self.__dict__, "recording": False, "recorder": None}
+
+    # Private in torch, and the one method through which `.half()`, `.to()`, `.cuda()` and `to_empty()` all go:
+    # only here can a buffer follow the device without following the dtype.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AbsentClassOffset":
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+@torch.compiler.disable
+def _record(child: AbsentClassOffset, logits: Tensor) -> None:
+    if child.recorder is not None:
+        child.recorder(child, logits)
+
+
+def _calibrate(self: nn.Module, input: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006
+    return self.absent_class_calibration(output)  # type: ignore[operator]
+
+
+def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict without the calibration load strictly.
+
+    It comes from a head that is not calibrated, unless it holds nothing of the head: then the calibration stays.
+    """
+    child_prefix = f"{prefix}{CHILD_NAME}."
+    if any(key.startswith(child_prefix) for key in state_dict):
+        return
+    own = next((value for key, value in state_dict.items() if key.startswith(prefix)), None)
+    for name, buffer in head.get_submodule(CHILD_NAME).named_buffers():
+        device = own.device if isinstance(own, Tensor) else buffer.device
+        state_dict[child_prefix + name] = buffer if own is None else torch.zeros_like(buffer, device=device)
+
+
+def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> AbsentClassOffset:
+    """Give ``head`` its child and the hooks that call it."""
+    child = AbsentClassOffset(num_classes, isinstance(head, nn.Conv2d), device).train(head.training)
+    head.add_module(CHILD_NAME, child)
+    child.handles = (
+        head.register_forward_hook(_calibrate),
+        head.register_load_state_dict_pre_hook(_fill_missing_keys),
+    )
+    return child
+
+
+def remove_offset(head: nn.Module) -> None:
+    """Take the child and its hooks away."""
+    for handle in offset_of(head).handles:
+        handle.remove()
+    delattr(head, CHILD_NAME)
+
+
+def is_attached(head: nn.Module) -> bool:
+    """Tell whether ``head`` itself carries a calibration."""
+    # Not `hasattr`: wrappers forward it to the module that they wrap.
+    return isinstance(dict(head.named_children()).get(CHILD_NAME), AbsentClassOffset)
+
+
+def offset_of(head: nn.Module) -> AbsentClassOffset:
+    """Return the calibration of an attached head."""
+    return cast(AbsentClassOffset, head.get_submodule(CHILD_NAME))
+
+
+def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the heads of ``model`` that carry a calibration, by their dotted names."""
+    return {name: module for name, module in model.named_modules() if is_attached(module)}

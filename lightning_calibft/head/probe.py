@@ -1,0 +1,224 @@
+"""Check with data that the head that was found gives the logits: names only guess."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_calibft.head.find import candidates, num_classes
+from lightning_calibft.head.modes import eval_mode
+from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
+from lightning_calibft.head.record import class_axis_last
+
+Forward = Callable[[], Any]
+
+
+def probe(forward: Forward, model: nn.Module) -> None:
+    r"""Check that adding an offset to the output of the attached head moves the model's logits by that offset.
+
+    One forward as it is and one with a random offset :math:`r` at each head :math:`k` give :math:`\Delta_k`. The head
+    passes if :math:`\Delta_k = a_k r` and :math:`\sum_k a_k = 1`, and if :math:`\sum_k a_k z_k` of the heads' outputs
+    are the logits. What all classes of a row have in common is left out, so a softmax or a log-softmax after the head
+    is legitimate.
+
+    The model runs in eval mode, without gradients, and without its compiled code. Its modes, its buffers and the random
+    state are afterwards what they were.
+
+    Args:
+        forward: Runs ``model`` on some inputs and returns its output: the logits ``(N, C)`` or their (log-)softmax,
+            a tuple or list that begins with them, or an object or mapping that has them as ``logits``.
+        model: A model that :func:`attach` has seen.
+
+    Raises:
+        ValueError: If the head does not give the logits. The message names the head that does, if there is one.
+
+    Example:
+        >>> from lightning_calibft.head import attach
+        >>> model = attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.LogSoftmax(dim=-1)))
+        >>> probe(lambda: model(torch.randn(3, 16)), model)
+    """
+    heads = attached_heads(model)
+    if not heads:
+        raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
+    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        base = _logits(forward, model)
+        if base.isnan().any():
+            raise ValueError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
+        effects = [_effect(forward, model, base, head) for head in heads.values()]
+        problem = _problem(effects, base)
+        if problem is None:
+            _store_coefficients(heads, effects)
+            return
+        others = {
+            name: _effect(forward, model, base, module)
+            for name, module in candidates(model).items()
+            if not is_attached(module) and num_classes(module) == base.shape[-1]
+        }
+    names = " and ".join(map(repr, heads))
+    raise ValueError(
+        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem} {_remedy(others, base)}"
+    )
+
+
+class _Effect(NamedTuple):
+    """What an offset at the output of one head does to the logits."""
+
+    outputs: list[Tensor]  # of each call in the forward, before the offset
+    coefficient: float = 0.0
+    residual: float = math.inf  # relative to the offset, as the two tolerances
+    coefficient_tolerance: float = 0.0
+    residual_tolerance: float = 0.0
+
+
+def _logits(forward: Forward, model: nn.Module) -> Tensor:
+    """Return the logits of one forward. Each call sees the same random numbers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng([device.index for device in devices if device.type == kind], device_type=kind):
+        output = forward()
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits")
+    if isinstance(logits, (tuple, list)):
+        logits = next((item for item in logits if isinstance(item, Tensor)), None)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
+        raise ValueError(f"Expected the output of {type(model).__name__} to hold logits, but got {type(output)}.")
+    return logits.detach().cpu()  # Some devices have no float64.
+
+
+def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -> _Effect:
+    outputs: list[Tensor] = []
+    channels_first = isinstance(head, nn.Conv2d)
+    offset = _random_offset(num_classes(head))
+    # Larger than the logits, so that an activation after the head shows, but not where a softmax would underflow.
+    grow = not _are_probabilities(base)
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if grow and not outputs:
+            offset.mul_(output.abs().max().cpu().clamp(min=1))
+        outputs.append(class_axis_last(output.cpu(), channels_first))
+        shift = offset.to(output.device)
+        return (output + (shift[:, None, None] if channels_first else shift)).to(output.dtype)
+
+    handle = head.register_forward_hook(add)
+    try:
+        shifted = _logits(forward, model)
+    finally:
+        handle.remove()
+    if not outputs or shifted.shape != base.shape or base.shape[-1] != len(offset):
+        return _Effect(outputs)
+    before, after = _log_space(base), _log_space(shifted)
+    valid = before.isfinite() & after.isfinite()
+    delta = _centred(after - before, valid)
+    expected = _centred(offset.to(delta).expand_as(delta), valid)
+    coefficient = (delta * expected).sum() / (expected**2).sum()
+    largest = expected.abs().max()
+    rounding = _epsilon(outputs[0], base) * (_largest(before, valid) + _largest(after, valid)) / largest
+    return _Effect(
+        outputs,
+        coefficient.item(),
+        ((delta - coefficient * expected).abs().max() / largest).item(),
+        max(1e-3, 4 * _epsilon(outputs[0], base)),
+        max(1e-3, 8 * rounding.item()),
+    )
+
+
+def _problem(effects: list[_Effect], base: Tensor) -> str | None:
+    """Say in words why the heads do not give the logits, or ``None`` if they do."""
+    calls = [len(effect.outputs) for effect in effects]
+    if min(calls) == 0:
+        return "the forward never calls it. Its weights may be used without it, as by `F.linear`."
+    if max(calls) > 1:
+        return f"one forward calls it {max(calls)} times, so its output is not the logits of one batch."
+    if any(effect.residual == math.inf for effect in effects):
+        return f"the output of the model has another number of classes: its shape is {tuple(base.shape)}."
+    total = sum(effect.coefficient for effect in effects)
+    # Not `>`, which is false for NaN.
+    if abs(total - 1) <= max(effect.coefficient_tolerance for effect in effects) and all(
+        effect.residual <= effect.residual_tolerance for effect in effects
+    ):
+        return _difference(effects, base)
+    if all(effect.coefficient == effect.residual == 0 for effect in effects):
+        return "its output does not reach them (0 times). It may be an auxiliary head, or unused."
+    residual = max(effect.residual for effect in effects)
+    coefficients = " + ".join(f"{effect.coefficient:.4g}" for effect in effects)
+    return (
+        f"an offset added to its output moves them by {coefficients} times that offset instead of once, with a residual"
+        f" of {residual:.2g}. Something after it scales, clips or replaces its output."
+    )
+
+
+def _difference(effects: list[_Effect], base: Tensor) -> str | None:
+    """Say in words how the raw logits of the heads differ from those of the model, or ``None`` if they do not."""
+    shape = effects[0].outputs[0].shape
+    if shape != base.shape:
+        return f"its output has the shape {tuple(shape)} and the output of the model {tuple(base.shape)}."
+    expected = sum((effect.coefficient * effect.outputs[0].double() for effect in effects), torch.zeros(()))
+    actual = _log_space(base)
+    valid = expected.isfinite() & actual.isfinite()
+    difference = _centred(actual - expected, valid).abs().max()
+    tolerance = max(1e-3, 8 * _epsilon(base, *(effect.outputs[0] for effect in effects)))
+    if difference <= tolerance * (_largest(expected, valid) + _largest(actual, valid)):
+        return None
+    return (
+        f"the logits of the model differ from its output by up to {difference.item():.2g}. Something is added after it,"
+        " so gamma cannot be measured at it."
+    )
+
+
+def _store_coefficients(heads: dict[str, nn.Module], effects: list[_Effect]) -> None:
+    """Let :func:`record_logits` weigh the heads as the model does."""
+    equal = 1 / len(heads)
+    for head, effect in zip(heads.values(), effects, strict=True):
+        within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
+        offset_of(head).coefficient = equal if within_rounding else effect.coefficient
+
+
+def _remedy(others: dict[str, _Effect], base: Tensor, limit: int = 10) -> str:
+    """Name the candidate that gives the logits, else show what each does to them."""
+    if better := [name for name, effect in others.items() if _problem([effect], base) is None]:
+        return f'The head is {better[-1]!r}: pass `head="{better[-1]}"`.'
+    shown = list(others.items())[-limit:]
+    listed = ", ".join(f"{name!r} ({effect.coefficient:.4g} times)" for name, effect in shown) or "none"
+    return (
+        f'Other candidates of that width: {listed}. Name the right one, for example `head="model.fc"`. If no layer'
+        f" gives the logits, set `out_features = {base.shape[-1]}` on the module that does, and name that."
+    )
+
+
+def _random_offset(width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
+    return signs * (1 + torch.rand(width, generator=generator, dtype=torch.float32))
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    values = logits.double()
+    return bool((values >= 0).all() and (values.sum(dim=-1) - 1).abs().max() < 1e-2)
+
+
+def _log_space(logits: Tensor) -> Tensor:
+    """Return logits as they are and the logarithm of probabilities, minus infinity where they underflow."""
+    if not _are_probabilities(logits):
+        return logits.double()
+    return torch.where(logits < torch.finfo(logits.dtype).tiny, 0, logits.double()).log()
+
+
+def _centred(values: Tensor, valid: Tensor) -> Tensor:
+    """Subtract the mean of each row over its valid entries; the others become zero."""
+    values = torch.where(valid, values, 0)
+    mean = values.sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.where(valid, values - mean, 0)
+
+
+def _largest(values: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, values, 0).abs().max()
+
+
+def _epsilon(*tensors: Tensor) -> float:
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)

@@ -1,0 +1,145 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_calibft import ClassSplit
+from lightning_calibft.head import attach, attached_heads, detach, find_head, fold, get_gamma, set_gamma
+
+from .models import ABSENT, GAMMA, NUM_CLASSES, SEEN, SHIFT, Convolutional, Distilled, Plain, Wrapper, inputs
+
+MODELS = [Plain, Convolutional, Distilled]
+
+
+def test_attaching_twice_is_attaching_once():
+    model = Plain()
+    assert attach(model) is model
+    set_gamma(model, GAMMA, SEEN)
+    assert attach(attach(model), head="fc") is model
+    assert get_gamma(model) == GAMMA
+    assert len(model.fc._forward_hooks) == 1
+
+
+def test_a_set_of_heads_is_attached_as_a_whole():
+    assert list(attached_heads(attach(Distilled()))) == ["head", "head_dist"]
+
+
+def test_detach_leaves_no_trace():
+    model = Plain().eval()
+    reference = copy.deepcopy(model)
+    assert detach(set_gamma(model, GAMMA, SEEN)) is model
+    assert attached_heads(model) == {}
+    assert str(model) == str(reference)
+    assert (len(model.fc._forward_hooks), len(model.fc._load_state_dict_pre_hooks)) == (0, 0)
+    torch.testing.assert_close(model(inputs()), reference(inputs()), rtol=0, atol=0)
+    detach(model)
+
+
+def test_gamma_is_none_until_it_is_set():
+    model = Plain()
+    assert get_gamma(model) is None
+    assert get_gamma(attach(model)) is None
+    assert get_gamma(set_gamma(model, 0.0, SEEN)) == 0.0
+    assert get_gamma(set_gamma(model, np.float64(-1.5), SEEN)) == -1.5
+    assert get_gamma(model.fc) == -1.5
+
+
+def test_set_gamma_replaces_the_classes_too():
+    model, x = Plain().eval(), inputs()
+    raw = model(x)
+    set_gamma(model, 1.0, [0], [1])
+    split = ClassSplit(NUM_CLASSES, SEEN, ABSENT)
+    set_gamma(model, GAMMA, split.seen_classes, split.absent_classes)
+    torch.testing.assert_close(model(x), raw + SHIFT)
+
+
+def test_different_gammas_are_an_error_that_names_the_heads():
+    model = attach(Distilled())
+    set_gamma(model.head, 1.0, SEEN)
+    set_gamma(model.head_dist, 2.0, SEEN)
+    with pytest.raises(ValueError, match=r"one gamma, but got \{'head': 1.0, 'head_dist': 2.0\}"):
+        get_gamma(model)
+
+
+@pytest.mark.parametrize("gamma", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_an_infinite_gamma_is_refused(gamma):
+    model = Plain()
+    with pytest.raises(ValueError, match="`gamma` to be finite in float32"):
+        set_gamma(model, gamma, SEEN)
+    assert attached_heads(model) == {}
+
+
+@pytest.mark.parametrize("gamma", [True, "1", None, [1.0]])
+def test_a_gamma_that_is_no_number_is_refused(gamma):
+    with pytest.raises(TypeError, match="`gamma` to be a number"):
+        set_gamma(Plain(), gamma, SEEN)
+
+
+def test_classes_outside_the_head_are_refused_before_anything_is_attached():
+    model = Plain()
+    with pytest.raises(ValueError, match=r"`seen_classes` to hold class ids in \[0, 5\), but got 5"):
+        set_gamma(model, GAMMA, [0, 5])
+    assert attached_heads(model) == {}
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_a_folded_model_is_plain_and_gives_the_calibrated_logits(model_class):
+    model, x = model_class().eval(), inputs()
+    reference = copy.deepcopy(model)
+    calibrated = set_gamma(model, GAMMA, SEEN)(x)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert fold(model) is model
+    torch.testing.assert_close(model(x), calibrated, rtol=0, atol=1e-6)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(reference(x), calibrated, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_folding_adds_in_float32_and_keeps_the_dtype(dtype):
+    model = Plain().to(dtype)
+    nn.init.ones_(model.fc.bias)
+    # Half precision rounds it to half a unit in the last place of 1, a tie that would be lost.
+    gamma = 2**-8 + 2**-18
+    fold(set_gamma(model, gamma, SEEN))
+    expected = torch.tensor(1 + gamma, dtype=torch.float64).to(dtype)
+    assert model.fc.bias.dtype == dtype
+    torch.testing.assert_close(model.fc.bias[ABSENT].detach(), expected.expand(3), rtol=0, atol=0)
+    assert (model.fc.bias[SEEN] == 1).all()
+
+
+@pytest.mark.parametrize("model_class", [Plain, Convolutional])
+def test_a_head_without_bias_gets_one_on_request_only(model_class):
+    model, x = model_class(bias=False).eval(), inputs()
+    calibrated = set_gamma(model, GAMMA, SEEN)(x)
+    with pytest.raises(ValueError, match=r"but got a (Linear|Conv2d) without one. Pass `add_bias=True`"):
+        fold(model)
+    assert get_gamma(model) == GAMMA
+    fold(model, add_bias=True)
+    torch.testing.assert_close(model(x), calibrated, rtol=0, atol=1e-6)
+    model_class(bias=True).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, attach])
+def test_a_model_that_is_not_calibrated_does_not_fold(prepare):
+    with pytest.raises(ValueError, match=r"to be calibrated. Call `calibrate` or `set_gamma` first"):
+        fold(prepare(Plain()))
+
+
+def test_the_whole_model_can_be_the_head():
+    model, x = Wrapper(Plain()).eval(), inputs()
+    model.out_features = NUM_CLASSES
+    raw = model(x)
+    set_gamma(model, GAMMA, SEEN, head=model)
+    torch.testing.assert_close(model(x), raw + SHIFT)
+    with pytest.raises(ValueError, match=r"but got a Wrapper. Keep the calibration attached"):
+        fold(model, add_bias=True)
+
+
+def test_gamma_goes_to_the_named_head_only():
+    model = nn.ModuleDict({"student": Plain(), "teacher": Plain()})
+    set_gamma(model, GAMMA, SEEN, head="student.fc")
+    assert list(attached_heads(model)) == ["student.fc"]
+    assert find_head(model) is model["student"].fc
