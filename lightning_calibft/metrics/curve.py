@@ -30,9 +30,8 @@ class SeenUnseenCurve(AbsentClassMetric):
 
     The points :math:`(Acc_{S/Y}, Acc_{U/Y})` as gamma, added to the absent logits, goes from minus to plus infinity.
     See :func:`lightning_calibft.functional.seen_unseen_curve`. The state is 8 bytes a sample, whatever the number of
-    classes, for which margins are rounded to float32: where that makes two of them equal, the function and the metric
-    differ by about 1 / N^2. After ``compute`` on all processes, :meth:`accuracies` and :meth:`best_gamma` need no further
-    communication.
+    classes. Margins are kept in float32: where that makes two equal, function and metric differ by about 1 / N^2.
+    After ``compute`` on all processes, :meth:`accuracies` and :meth:`best_gamma` need no further communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
