@@ -1,0 +1,125 @@
+"""Splitting a batch into the model's inputs and the target."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+UNPACK_REMEDY = (
+    "Pass `unpack_batch`, a function (or its import path) that takes a batch and returns `(inputs, target)`."
+)
+CLEAN_LABELS_REMEDY = (
+    "If the training loader mixes labels (mixup, cutmix), give the LightningModule or its datamodule a method"
+    " `calibration_dataloader()` that returns the fine-tuning data with one class id a sample."
+)
+
+UnpackBatch = Callable[[Any], tuple[Any, Tensor]]
+
+
+def resolve_unpack_batch(unpack_batch: UnpackBatch | str | None) -> UnpackBatch | None:
+    """Return the user's function, which may be given by its import path.
+
+    Raises:
+        TypeError: If ``unpack_batch`` is neither a function, nor a string, nor ``None``.
+        ValueError: If the import path leads nowhere.
+    """
+    if isinstance(unpack_batch, str):
+        module, _, name = unpack_batch.rpartition(".")
+        try:
+            unpack_batch = getattr(importlib.import_module(module), name)
+        except (AttributeError, ImportError, ValueError) as error:
+            raise ValueError(
+                f"Expected argument `unpack_batch` to be the import path of a function, such as"
+                f" 'my_package.data.unpack', but got {unpack_batch!r}: {error}."
+            ) from error
+    if unpack_batch is not None and not callable(unpack_batch):
+        raise TypeError(f"Expected argument `unpack_batch` to be a function, but got {unpack_batch!r}.")
+    return unpack_batch
+
+
+def get_target(batch: Any, unpack_batch: UnpackBatch | None) -> Tensor:
+    """Return the labels of a batch, of shape ``(N,)``; see :func:`check_target` for what is raised."""
+    return check_target(_split_target(batch) if unpack_batch is None else unpack_batch(batch)[1])
+
+
+def get_inputs(batch: Any, unpack_batch: UnpackBatch | None, forward: Callable[..., Any]) -> Any:
+    """Return the inputs of a batch, as :func:`call_forward` takes them."""
+    return _split_inputs(batch, forward) if unpack_batch is None else unpack_batch(batch)[0]
+
+
+def _split_target(batch: Any) -> Tensor:
+    """Return the target of a batch: the second of a pair, or what a mapping holds under one of ``TARGET_KEYS``."""
+    if isinstance(batch, Mapping):
+        for key in TARGET_KEYS:
+            if key in batch:
+                return batch[key]
+        raise ValueError(
+            f"Expected a batch with its target under one of the keys {', '.join(TARGET_KEYS)}, but got the keys"
+            f" {', '.join(map(str, batch))}. {UNPACK_REMEDY}"
+        )
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[1]
+    raise ValueError(
+        f"Expected a batch to be a pair (inputs, target) or a mapping, but got {_kind(batch)}. {UNPACK_REMEDY}"
+    )
+
+
+def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
+    """Return the first of a pair, the one other tensor of a mapping, or what ``forward`` names of it."""
+    if not isinstance(batch, Mapping):
+        return batch[0]
+    rest = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    tensors = [value for value in rest.values() if isinstance(value, Tensor)]
+    if len(tensors) == 1:
+        return tensors[0]
+    # A module's own signature is that of `__call__`, which takes anything.
+    names = inspect.signature(getattr(forward, "forward", forward)).parameters
+    named = {key: rest[key] for key in names if key in rest}
+    if not named:
+        raise ValueError(
+            f"Expected a batch with one input, or with inputs under the names of the arguments of `forward`, but got"
+            f" the keys {', '.join(map(str, batch))}. {UNPACK_REMEDY}"
+        )
+    return named
+
+
+def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:
+    """Call ``forward`` with a mapping as keyword, with a tuple or list as positional, with all else as one argument."""
+    if isinstance(inputs, Mapping):
+        return forward(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return forward(*inputs)
+    return forward(inputs)
+
+
+def check_target(target: Any) -> Tensor:
+    """Return ``target`` if it is a vector of class ids; its values stay unread, so that no device has to wait.
+
+    Raises:
+        TypeError: If ``target`` is not a tensor of integers.
+        ValueError: If ``target`` is not one-dimensional.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"Expected the target of a batch to be a tensor, but got {_kind(target)}. {UNPACK_REMEDY}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"Expected the target of a batch to hold class ids, but got dtype {target.dtype} with shape"
+            f" {tuple(target.shape)}: soft and multi-label targets name no single class. {CLEAN_LABELS_REMEDY}"
+        )
+    if target.ndim != 1:
+        raise ValueError(
+            f"Expected the target of a batch to have shape (N,), one class id a sample, but got"
+            f" {tuple(target.shape)}. {UNPACK_REMEDY}"
+        )
+    return target
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"a {name} of {len(value)} items" if isinstance(value, (tuple, list)) else f"a {name}"

@@ -1,0 +1,147 @@
+"""Reading the fine-tuning data once, in order and whole, without touching the loader that the training uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, distributed
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, ``(0, 1)`` without a process group."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
+    """Return the sum, or the maximum, over the processes; with one process ``tensor`` itself."""
+    if rank_and_world_size()[1] > 1:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM)
+    return tensor
+
+
+def check_max_samples(max_samples: int | None) -> None:
+    """Refuse to read nothing.
+
+    Raises:
+        ValueError: If ``max_samples`` is less than 1.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"Expected argument `max_samples` to be at least 1, but got {max_samples}.")
+
+
+def calibration_loaders(
+    loaders: Any, max_samples: int | None = None, max_batches: int | None = None
+) -> list[Iterable[Any]]:
+    """Return, for each loader in ``loaders``, one that reads this process' share of its samples once and in order.
+
+    A plain ``DataLoader`` over a map-style dataset is built anew over the same samples, collate function and workers:
+    iterating the user's own again can shorten the epoch that it is in the middle of, and drops or pads samples. Every
+    other loader is used as it is.
+
+    Args:
+        loaders: A loader, a collection of loaders, or any iterable of batches.
+        max_samples: Read a random subset of this size (drawn with a fixed seed), of each map-style dataset its share.
+        max_batches: Read as many samples as are in this many of the loader's batches: the first, or of a loader that
+            shuffles a random subset.
+    """
+    leaves = CombinedLoader(loaders, "sequential").flattened
+    flat = [loaders] if any(isinstance(leaf, Tensor) for leaf in leaves) else leaves
+    share = max_samples and math.ceil(max_samples / max(1, len(flat)))
+    return [_in_order(loader, share, max_batches) if _is_plain(loader) else loader for loader in flat]
+
+
+def _is_plain(loader: Any) -> bool:
+    # A subclass may give batches that its dataset and collate function alone do not explain.
+    return type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset) and _sized(loader)
+
+
+def _sized(loader: DataLoader) -> bool:
+    return hasattr(_batches_of_indices(loader), "__len__")
+
+
+def _in_order(loader: DataLoader, max_samples: int | None, max_batches: int | None) -> DataLoader:
+    rank, world_size = rank_and_world_size()
+    indices, batch_size = _sample_indices(loader), _batch_size(loader)
+    if max_batches is not None:
+        size, sampler = max_batches * (batch_size or 1) * world_size, _batches_of_indices(loader)
+        shuffles = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True)
+        indices = _random_subset(indices, size) if shuffles else indices[:size]
+    if max_samples is not None:
+        indices = _random_subset(indices, max_samples)
+    return DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=indices[rank::world_size],
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+        generator=torch.Generator(),  # a loader without one draws its seed from the global random stream
+    )
+
+
+def _random_subset(indices: Sequence[Any], size: int) -> Sequence[Any]:
+    """Return ``size`` of the indices, drawn with a fixed seed, or all if there are no more."""
+    if size >= len(indices):
+        return indices
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return [indices[i] for i in order[:size].sort().values.tolist()]
+
+
+def _batches_of_indices(loader: DataLoader) -> Any:
+    """Return what tells the loader's indices: a sampler, or the user's own batch sampler."""
+    if _own_batches(loader):
+        return loader.batch_sampler
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # Private, and the one way back to the user's sampler: what Lightning's wrapper draws depends on the process.
+    return cast(Any, sampler.dataset)._sampler if isinstance(sampler, DistributedSamplerWrapper) else sampler
+
+
+def _own_batches(loader: DataLoader) -> bool:
+    return loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+
+
+def _batch_size(loader: DataLoader) -> int | None:
+    if _own_batches(loader):
+        return max(map(len, cast(Iterable[Any], loader.batch_sampler)), default=1)
+    return getattr(loader.batch_sampler, "batch_size", None)
+
+
+def _sample_indices(loader: DataLoader) -> Sequence[Any]:
+    """Return the samples that the loader draws from, which can be fewer than its dataset holds."""
+    sampler = _batches_of_indices(loader)
+    data = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
+    if type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler) and data is loader.dataset:
+        return range(len(cast(Sized, data)))
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero().flatten().tolist()
+    if isinstance(sampler, SubsetRandomSampler):  # iterating it would use up random numbers of its generator
+        return sorted(set(sampler.indices))
+    drawn = {index for batch in sampler for index in batch} if _own_batches(loader) else set(sampler)
+    world_size = rank_and_world_size()[1]
+    if world_size > 1:
+        # A distributed sampler gives each process a share, padded: together they are what the run trains on.
+        shares: list[set[Any]] = [set()] * world_size
+        distributed.all_gather_object(shares, drawn)
+        drawn = set().union(*shares)
+    return sorted(drawn)

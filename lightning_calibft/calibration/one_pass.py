@@ -1,0 +1,165 @@
+"""The one eval-mode pass over the fine-tuning data, with or without Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_calibft.calibration.batch import (
+    UnpackBatch,
+    call_forward,
+    get_inputs,
+    get_target,
+    resolve_unpack_batch,
+)
+from lightning_calibft.calibration.faults import IGNORE_INDEX, Faults, empty_error, target_error
+from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
+from lightning_calibft.head import attached_heads, eval_mode, num_classes, probe, record_logits
+from lightning_calibft.split import ClassSplit
+
+PROBE_ROWS = 8
+
+
+@dataclass
+class Pass:
+    """One reading of the fine-tuning data; see :func:`calibrate` for the fields that the two share."""
+
+    model: nn.Module
+    loaders: list[Iterable[Any]]
+    estimator: str | Estimator = "alg"
+    unpack_batch: UnpackBatch | str | None = None
+    max_samples: int | None = None
+    max_batches: int | None = None  # of each loader
+    progress: bool = True
+    transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
+    device: torch.device = field(init=False)
+    num_classes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        head = next(iter(attached_heads(self.model).values()))
+        self.device = next(head.buffers()).device  # the calibration's own, if it has no others
+        self.num_classes = num_classes(head)
+        check_estimator_width(self.estimator, self.num_classes)
+        self.unpack = resolve_unpack_batch(self.unpack_batch)
+
+    def read_classes(self) -> list[int]:
+        """Return the classes in the data. The standard error needs them before the first sample."""
+        met = torch.zeros(self.num_classes, dtype=torch.long)
+        with eval_mode(self.model):  # transfer hooks may mix labels while training
+            for batch in self._batches("Reading labels"):
+                target = get_target(batch, self.unpack).cpu()
+                target = target[target != IGNORE_INDEX]
+                if len(outside := target[(target < 0) | (target >= self.num_classes)]):
+                    raise target_error(self.num_classes, f"got {outside[0].item()}")
+                met[target] = 1
+        met = all_reduce(met.to(self.device))
+        if not met.any():
+            raise empty_error()
+        return met.nonzero().flatten().tolist()
+
+    def run(self, split: ClassSplit) -> CalibrationResult:
+        """Run the model over the data and return the result; nothing about the model changes."""
+        estimator = make_estimator(self.estimator, split).to(self.device)
+        self._feed(estimator, split)
+        return CalibrationResult(
+            gamma=float(estimator.compute()),
+            standard_error=float(estimator.standard_error),
+            num_samples=int(estimator.num_samples),
+            split=split,
+            estimator=self.estimator if isinstance(self.estimator, str) else type(self.estimator).__name__,
+        )
+
+    def _batches(self, what: str) -> Iterator[Any]:
+        """Yield this process' batches on the device, of each loader up to its share of ``max_samples``."""
+        rank, world_size = rank_and_world_size()
+        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / world_size
+        for loader in self.loaders:
+            total, read = _length(loader, self.max_batches), 0
+            bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
+            with bar:
+                for batch in islice(loader, self.max_batches):
+                    if read >= share:
+                        break
+                    batch = move_data_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
+                    read += len(get_target(batch, self.unpack))
+                    yield batch
+                    bar.update()
+
+    def _feed(self, estimator: Estimator, split: ClassSplit) -> None:
+        """Run the model over the data."""
+        forward, faults = forward_of(self.model), Faults(split, self.device)
+        with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+            for index, batch in enumerate(self._batches("Calibrating")):
+                if index == 0:
+                    with self.context():
+                        check_head(self.model, batch, self.unpack)
+                target = get_target(batch, self.unpack)
+                logits = self._logits(forward, batch, target)
+                faults.count(index, logits, target)
+                estimator.update(logits, target)
+        faults.raise_or_warn()
+
+    def _logits(self, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
+        with record_logits(self.model) as records, self.context():
+            call_forward(forward, get_inputs(batch, self.unpack, forward))
+        if [record.shape for record in records] != [(len(target), self.num_classes)]:
+            raise ValueError(
+                f"Expected one forward of the head with logits of shape {(len(target), self.num_classes)} for a batch"
+                f" of {len(target)} labels, but got {[tuple(record.shape) for record in records]}. Pass the"
+                " `unpack_batch` that fits this model, or another `head`."
+            )
+        return records[0]
+
+
+def forward_of(model: nn.Module) -> Callable[..., Any]:
+    """Return what maps inputs to logits: the model, or in a LightningModule without ``forward`` the part with the head.
+
+    Raises:
+        ValueError: If a LightningModule has no ``forward`` and its head no ``forward`` around it.
+    """
+    if not isinstance(model, LightningModule) or is_overridden("forward", model):
+        return model
+    name, head = next(iter(attached_heads(model).items()))
+    part = model.get_submodule(name.split(".")[0])
+    if part is head:
+        raise ValueError(
+            f"Expected {type(model).__name__} to define `forward`, which maps inputs to logits: its head"
+            f" {name!r} does not see the inputs. Add `forward` and call `self(inputs)` in `training_step`."
+        )
+    return part
+
+
+def check_head(model: nn.Module, batch: Any, unpack_batch: UnpackBatch | None) -> None:
+    """Probe the attached head of ``model``, which is in eval mode, with a few rows of a batch on its device.
+
+    Raises:
+        ValueError: If the head is not what decides the logits.
+    """
+    forward = forward_of(model)
+    inputs = get_inputs(batch, unpack_batch, forward)
+    run = partial(call_forward, forward, inputs[:PROBE_ROWS] if isinstance(inputs, Tensor) else inputs)
+    with torch.no_grad(), record_logits(model) as records:
+        run()
+    # Of a model that has diverged the probe can say nothing; the pass names the batch.
+    if all(logits.isfinite().all() for logits in records):
+        probe(run, model)
+
+
+def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
+    return min((n for n in (sized_len(loader), max_batches) if n is not None), default=None)

@@ -1,0 +1,45 @@
+"""What a calibration found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_calibft.split import ClassSplit
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Gamma and what it rests on.
+
+    Attributes:
+        gamma: What is added to the logits of the absent classes, in logits.
+        standard_error: Standard error of ``gamma`` over the samples, in logits.
+        num_samples: Number of fine-tuning samples that ``gamma`` was computed from.
+        split: The seen and the absent classes.
+        estimator: Name of the estimator that found ``gamma``.
+
+    Example:
+        >>> from lightning_calibft import ClassSplit
+        >>> result = CalibrationResult(1.5, 0.1, 64, ClassSplit(3, [0, 1]), "alg")
+        >>> result.as_dict()["absent_classes"]
+        [2]
+    """
+
+    gamma: float
+    standard_error: float
+    num_samples: int
+    split: ClassSplit
+    estimator: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain Python numbers, strings and lists: safe in a checkpoint, in JSON and in YAML."""
+        return {
+            "gamma": self.gamma,
+            "standard_error": self.standard_error,
+            "num_samples": self.num_samples,
+            "estimator": self.estimator,
+            "num_classes": self.split.num_classes,
+            "seen_classes": list(self.split.seen_classes),
+            "absent_classes": list(self.split.absent_classes),
+        }

@@ -1,0 +1,102 @@
+"""Calibrating a model, with or without Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_calibft.calibration.batch import UnpackBatch
+from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
+from lightning_calibft.calibration.one_pass import Pass
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.estimators import Estimator, check_estimator
+from lightning_calibft.head import attach, attached_heads, detach, set_gamma
+from lightning_calibft.split import ClassSplit
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Any,
+    seen_classes: Iterable[int] | Tensor | None = None,
+    *,
+    absent_classes: Iterable[int] | Tensor | None = None,
+    head: str | nn.Module | None = None,
+    estimator: str | Estimator = "alg",
+    unpack_batch: UnpackBatch | str | None = None,
+    max_samples: int | None = None,
+    progress: bool = True,
+) -> CalibrationResult:
+    r"""Find gamma on the fine-tuning data and put it into the head of the model.
+
+    With the default estimator, gamma is the average logit gap (Mai et al., "Fine-Tuning is Fine, if Calibrated",
+    NeurIPS 2024): the mean over the samples :math:`(x, y)` of
+
+    .. math:: \operatorname{mean}_{c \in S,\, c \neq y} z_c(x) - \operatorname{mean}_{c \in U} z_c(x)
+
+    The model runs in eval mode and without gradients; its modes, its BatchNorm statistics and the random state are
+    afterwards as they were. In a process group each process reads its share of the samples, and all get the same
+    result.
+
+    Args:
+        model: A classifier. It stays on its device and batches are moved there.
+        loader: The fine-tuning data: a ``DataLoader``, a collection of them, or any iterable of batches. A batch is a
+            pair ``(inputs, target)`` or a mapping with its target under ``label``, ``labels``, ``target``, ``targets``
+            or ``y``. A plain ``DataLoader`` is read in order and whole, without shuffling or dropping the last batch.
+        seen_classes: Ids of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
+        absent_classes: Ids of the absent classes. ``None``: all that are not seen.
+        head: The module that gives the logits, or its dotted name, where it is not found by itself.
+        estimator: A name in ``lightning_calibft.estimators.ESTIMATORS``, or such a metric made for its own classes.
+        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
+            inputs becomes the positional, a mapping the keyword arguments of ``model``.
+        max_samples: Read at most about this many samples, drawn at random with a fixed seed.
+        progress: Whether to show a progress bar (on the first process).
+
+    Returns:
+        Gamma, its standard error, the number of samples and the class split.
+
+    Raises:
+        ValueError: If the head is not found or is not what decides the logits, if the loader is empty, if a target is
+            out of range, or if a logit is not finite; or if the arguments do not fit together. The model is then as it
+            was.
+        TypeError: If a target does not hold class ids.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft import calibrate, get_gamma
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 4))
+        >>> batches = [(torch.randn(16, 2, 4), torch.randint(2, (16,))) for _ in range(3)]
+        >>> result = calibrate(model, batches, progress=False)
+        >>> result.split.absent_classes, result.num_samples
+        ((2, 3), 48)
+        >>> abs(get_gamma(model) - result.gamma) < 1e-6  # the head keeps it in float32
+        True
+    """
+    check_estimator(estimator, seen_classes, absent_classes)
+    check_max_samples(max_samples)
+    if seen_classes is None and isinstance(estimator, str) and isinstance(loader, Iterator):
+        raise ValueError(
+            f"Expected argument `seen_classes` to name the classes beside a `loader` that can be read only once, but"
+            f" got None and a {type(loader).__name__}. Name them, or pass a list or a DataLoader."
+        )
+    fresh = not attached_heads(model)
+    attach(model, head)
+    try:
+        with isolate_rng():
+            loaders = calibration_loaders(loader, max_samples)
+            reading = Pass(model, loaders, estimator, unpack_batch, max_samples, progress=progress)
+            if not isinstance(estimator, str):
+                split = estimator.split
+            else:
+                seen = reading.read_classes() if seen_classes is None else seen_classes
+                split = ClassSplit(reading.num_classes, seen, absent_classes)
+            result = reading.run(split)
+    except BaseException:
+        if fresh:
+            detach(model)
+        raise
+    set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
+    return result
