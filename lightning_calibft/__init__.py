@@ -1,6 +1,7 @@
 """Bring back the classes that fine-tuning made a classifier forget."""
 
 from lightning_calibft.calibration import CalibrationResult, calibrate
+from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, load_calibrated
 from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
@@ -12,6 +13,9 @@ __all__ = [
     "detach",
     "find_head",
     "fold",
+    "fold_checkpoint",
     "get_gamma",
+    "inspect_checkpoint",
+    "load_calibrated",
     "set_gamma",
 ]
