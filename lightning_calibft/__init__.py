@@ -1,11 +1,13 @@
 """Bring back the classes that fine-tuning made a classifier forget."""
 
 from lightning_calibft.calibration import CalibrationResult, calibrate
+from lightning_calibft.callback import AbsentClassCalibration
 from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, load_calibrated
 from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
 __all__ = [
+    "AbsentClassCalibration",
     "CalibrationResult",
     "ClassSplit",
     "attach",

@@ -1,0 +1,90 @@
+"""Putting the calibration's buffers into the head before any weights are restored into it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
+from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
+from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, num_classes
+from lightning_calibft.split import ClassSplit
+
+
+class HeadAttachment(Callback):
+    """The part of the callback that finds the head and attaches the calibration to it.
+
+    Its arguments are those of :class:`~lightning_calibft.AbsentClassCalibration`.
+    """
+
+    def __init__(
+        self,
+        seen_classes: list[int] | None,
+        absent_classes: list[int] | None,
+        head: str | None,
+        estimator: str | Estimator,
+    ) -> None:
+        self.seen_classes = seen_classes
+        self.absent_classes = absent_classes
+        self.head = head
+        self.estimator = estimator
+        self._split: ClassSplit | None = None  # where the arguments tell it
+        self._late: RemovableHandle | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(trainer, pl_module)
+        if stage == TrainerFn.FITTING:
+            check_averaging_order(trainer, pl_module, self)
+        try:
+            self._attach(pl_module)
+        except HeadNotFoundError:
+            # The module may build it in `setup` or `configure_model`: then attach when weights are restored into it.
+            self._late = pl_module.register_load_state_dict_pre_hook(lambda *_: self._attach(pl_module))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach_late(trainer, pl_module)
+        check_averaged_copies(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach_late(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach_late(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach_late(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._forget_late()
+
+    def _attach_late(self, trainer: Trainer, model: LightningModule) -> None:
+        if self._late is not None:
+            self._forget_late()
+            self._attach(model)
+
+    def _forget_late(self) -> None:
+        if self._late is not None:
+            self._late.remove()
+            self._late = None
+
+    def _attach(self, model: LightningModule) -> None:
+        width = num_classes(find_head(model, self.head))
+        check_estimator_width(self.estimator, width)
+        if not isinstance(self.estimator, str):
+            self._split = self.estimator.split
+        elif self.seen_classes is not None:
+            self._split = ClassSplit(width, self.seen_classes, self.absent_classes)
+            make_estimator(self.estimator, self._split)  # it may ask more of the classes than a split does
+        attach(model, self.head)
+
+    def _width(self, model: LightningModule) -> int:
+        return num_classes(next(iter(attached_heads(model).values())))

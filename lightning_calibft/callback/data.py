@@ -1,0 +1,85 @@
+"""The data of a Trainer, as the calibration pass reads it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+
+from lightning_calibft.calibration import Pass, UnpackBatch, calibration_loaders, empty_error
+from lightning_calibft.estimators import Estimator
+
+
+def calibration_dataloader(trainer: Trainer) -> Any:
+    """Return the user's ``calibration_dataloader()``, of the datamodule or the module, or ``None``."""
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if (method := getattr(owner, "calibration_dataloader", None)) is not None:
+            return method()
+    return None
+
+
+def move_batch(trainer: Trainer, batch: Any) -> Any:
+    """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING  # hooks that augment or mix do so if `trainer.training`
+    try:
+        batch = trainer.precision_plugin.convert_input(batch)
+        # Private in Lightning, which has no other way to run this hook of the datamodule or else the module.
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        trainer.state.stage = stage
+
+
+def first_calibration_batch(trainer: Trainer) -> Any:
+    """Return the first batch of the user's ``calibration_dataloader()`` on the device, or ``None``.
+
+    Raises:
+        ValueError: If it is empty.
+    """
+    loader = calibration_dataloader(trainer)
+    if loader is None:
+        return None
+    for batch in chain.from_iterable(calibration_loaders(loader)):
+        return move_batch(trainer, batch)
+    raise empty_error()  # not a `StopIteration`, with which training would end as if it were done
+
+
+def calibration_pass(
+    trainer: Trainer,
+    model: LightningModule,
+    estimator: str | Estimator,
+    unpack_batch: UnpackBatch | None,
+    max_samples: int | None,
+) -> Pass | None:
+    """Prepare the pass over the calibration data or else the training data; ``None`` if the Trainer has neither."""
+    clean = calibration_dataloader(trainer)
+    loaders = trainer.train_dataloader if clean is None else clean
+    if loaders is None:
+        return None
+    max_batches = _max_batches(trainer, of_training=clean is None)
+    progress_bar = trainer.progress_bar_callback
+    return Pass(
+        model,
+        calibration_loaders(loaders, max_samples, max_batches),
+        estimator,
+        unpack_batch,
+        max_samples=max_samples,
+        max_batches=max_batches,
+        progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
+        transfer=partial(move_batch, trainer),
+        context=trainer.precision_plugin.forward_context,
+    )
+
+
+def _max_batches(trainer: Trainer, of_training: bool) -> int | None:
+    """Return how many batches of each loader to read, or ``None`` for all of them."""
+    if math.isinf(trainer.num_training_batches):
+        # A stream may have no end: as many as training has read.
+        return (trainer.fit_loop.total_batch_idx + 1 or None) if of_training else None
+    limit = trainer.limit_train_batches
+    return int(trainer.num_training_batches) if isinstance(limit, int) or limit < 1 else None

@@ -1,0 +1,137 @@
+"""The checkpoint files that ``ModelCheckpoint`` keeps, each calibrated with the gamma of its own weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_calibft.calibration import CalibrationResult
+from lightning_calibft.checkpoint import calibration_entries, put_calibration
+from lightning_calibft.files import read_checkpoint, write_atomically
+from lightning_calibft.head import set_gamma
+
+
+class KeptCheckpoints:
+    """Which files the checkpoint callbacks of a run keep.
+
+    Args:
+        trainer: The trainer at the start of fitting, with its callbacks restored: the files they know by now are of
+            an earlier run and stay as they are, unless this run writes them anew.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._paths: set[str] = set()
+        self.note(trainer)
+        self._earlier = {path: _signature(path) for path in self._paths}
+
+    def note(self, trainer: Trainer) -> None:
+        """Remember the files known now: ``save_top_k=-1`` without a monitor keeps all, but tells the latest only."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                self._paths.update((callback.best_model_path, callback.last_model_path, *callback.best_k_models))
+
+    def files(self) -> list[str]:
+        """Return the files of this run that still exist, without links and in the order they were written."""
+        found = {
+            os.path.realpath(path)
+            for path in self._paths
+            if os.path.isfile(path) and _signature(path) != self._earlier.get(path)
+        }
+        if remote := [path for path in self._paths if "://" in path]:
+            rank_zero_warn(
+                f"AbsentClassCalibration writes local files only: {', '.join(remote)} stay without gamma. Save the"
+                " model again with `trainer.save_checkpoint`: it is calibrated now."
+            )
+        return sorted(found, key=os.path.getmtime)
+
+
+def calibrate_files(
+    files: Iterable[str],
+    trainer: Trainer,
+    model: LightningModule,
+    live: CalibrationResult,
+    run: Callable[[], CalibrationResult],
+) -> dict[str, CalibrationResult]:
+    """Load each file into ``model``, run the pass and write gamma into the file; then put the live weights back.
+
+    Args:
+        files: Full checkpoints, the same on every process.
+        trainer: The trainer, for its processes.
+        model: The module that wrote the files, calibrated.
+        live: Its result, which serves files with the same weights too.
+        run: Makes one pass with the weights that ``model`` has at the time.
+
+    Returns:
+        The result of each file.
+
+    Raises:
+        RuntimeError: If a file could not be read, calibrated or written. It is as it was, and the others are done.
+    """
+    weights = {
+        key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        for key, value in model.state_dict().items()
+    }
+    results: dict[str, CalibrationResult] = {}
+    failed: dict[str, str] = {}
+    try:
+        for file in files:
+            if not trainer.strategy.reduce_boolean_decision(os.path.isfile(file)):  # else the others wait for ever
+                failed[file] = "not every process finds it"
+                continue
+            try:
+                checkpoint = read_checkpoint(file, weights_only=False)  # this run wrote it
+                if _same_weights(checkpoint["state_dict"], weights):
+                    results[file] = live
+                else:
+                    model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+                    results[file] = run()
+            except (OSError, RuntimeError, ValueError) as error:
+                failed[file] = str(error)
+                continue
+            set_gamma(model, results[file].gamma, live.split.seen_classes, live.split.absent_classes)
+            put_calibration(checkpoint, calibration_entries(model.state_dict()), results[file])
+            error_text = _write(checkpoint, file) if trainer.is_global_zero else None
+            if error_text := trainer.strategy.broadcast(error_text):
+                failed[file] = error_text
+    finally:
+        model.load_state_dict(weights, strict=model.strict_loading)
+    if failed:
+        raise RuntimeError(
+            "Could not calibrate the checkpoints "
+            + "; ".join(f"{file!r}: {reason}" for file, reason in failed.items())
+            + ". These files are as they were, and the model in memory is calibrated: `trainer.save_checkpoint` saves"
+            " it with its gamma."
+        )
+    return results
+
+
+def _write(checkpoint: dict, file: str) -> str | None:
+    try:
+        write_atomically(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        return str(error)
+    return None
+
+
+def _same_weights(state: dict[str, Tensor], live: dict[str, Tensor]) -> bool:
+    calibration = calibration_entries(live).keys()
+    return all(
+        torch.equal(state[key], value) if isinstance(value, Tensor) and key in state else key not in state
+        for key, value in live.items()
+        if key not in calibration
+    )
+
+
+def _signature(path: str) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written anew."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,0 +1,82 @@
+"""The classes met in training batches, counted without making a step wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from lightning_calibft.calibration import IGNORE_INDEX, target_error
+
+
+class LabelsMet:
+    """Which class ids the training batches of this process held.
+
+    Args:
+        num_classes: Number of classes ``C`` of the head.
+    """
+
+    # The small kernels of a flush are a cost that fast training loops feel: 64 label vectors wait for it together.
+    flush_every = 64
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        # Behind the classes: one place for labels that are no class, one for those that the loss ignores.
+        self._met = torch.zeros(num_classes + 2, dtype=torch.int32)
+        self._pending: list[Tensor] = []
+
+    def add(self, target: Tensor) -> None:
+        """Take the labels of a batch, of shape ``(N,)``."""
+        self._pending.append(target.clone())  # the step may write over it
+        if len(self._pending) >= self.flush_every:
+            self._flush()
+
+    def add_classes(self, classes: Iterable[int]) -> None:
+        """Take class ids that were met earlier, in a run that this one resumes."""
+        self._met[list(classes)] = 1
+
+    def classes(self, strategy: Strategy | None = None) -> list[int]:
+        """Return the classes met by this process or, with the ``strategy`` of the trainer, by all of them.
+
+        Raises:
+            ValueError: If a label was no row of the head.
+        """
+        self._flush()
+        if strategy is not None:
+            reduced = strategy.reduce(self._met.to(strategy.root_device), reduce_op="sum")
+            self._met = (torch.as_tensor(reduced) > 0).to(self._met)
+        *met, outside, _ = self._met.tolist()
+        if outside:
+            raise target_error(self.num_classes, "the training data has others")
+        return [index for index, count in enumerate(met) if count]
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        target = torch.cat(self._pending).long()
+        self._pending = []
+        inside = (target >= 0) & (target < self.num_classes)
+        wrong = torch.where(target == IGNORE_INDEX, self.num_classes + 1, self.num_classes)
+        self._met = self._met.to(target.device).index_fill(0, torch.where(inside, target, wrong), 1)
+
+
+def training_batches(batch: Any, loaders: Any) -> Iterator[Any]:
+    """Yield the batches in what a training step gets: with a list or dict of loaders, one of each that has any left."""
+    if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and loaders.keys() == batch.keys():
+        pairs = [(batch[key], loaders[key]) for key in loaders]
+    elif (
+        isinstance(loaders, (list, tuple))
+        and isinstance(batch, (list, tuple))
+        and len(loaders) == len(batch)
+        and not any(isinstance(part, Tensor) for part in batch)
+    ):
+        pairs = list(zip(batch, loaders, strict=True))
+    else:
+        if batch is not None:
+            yield batch
+        return
+    for part, loader in pairs:
+        yield from training_batches(part, loader)

@@ -1,0 +1,106 @@
+"""AUSUC and accuracies of the logits that the user's own evaluation loop produces."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_calibft.calibration import UnpackBatch, get_target
+from lightning_calibft.functional import calibrate_logits
+from lightning_calibft.head import get_gamma, record_logits
+from lightning_calibft.metrics import AUSUC, absent_class_metrics
+from lightning_calibft.split import ClassSplit
+
+
+class LogitMonitor:
+    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader.
+
+    Args:
+        unpack_batch: The user's function that splits a batch, if there is one.
+    """
+
+    def __init__(self, unpack_batch: UnpackBatch | None) -> None:
+        self._unpack = unpack_batch
+        self._recording = ExitStack()
+        self._records: list[Tensor] = []
+        self._target: Tensor | None = None
+        self._warned = False
+        self.split: ClassSplit | None = None
+        self.gamma = 0.0
+        self.step = -1
+        self.counted = False  # whether any batch was
+        self.metrics: list[MetricCollection] = []
+
+    def start(self, model: LightningModule, split: ClassSplit | None, num_loaders: int, step: int) -> None:
+        """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
+        self.split, self.counted, self.step, self.metrics = split, False, step, []
+        self.gamma = get_gamma(model) or 0.0
+        if split is not None:
+            ids = (split.num_classes, split.seen_classes, split.absent_classes)
+            self.metrics = [
+                absent_class_metrics(*ids, validate_args=False).to(model.device) for _ in range(num_loaders)
+            ]
+
+    def start_batch(self, model: LightningModule, batch: Any) -> None:
+        """Record the logits of ``model`` until :meth:`end_batch`."""
+        if self.split is None:
+            return
+        try:
+            self._target = get_target(batch, self._unpack)  # now: the step may take it out of the batch
+        except (TypeError, ValueError) as error:
+            self._warn_once(str(error))
+        else:
+            self._records = self._recording.enter_context(record_logits(model))
+
+    def end_batch(self, dataloader_idx: int) -> None:
+        """Count the batch in the metrics of its loader."""
+        self.stop()
+        target, self._target = self._target, None
+        records, self._records = self._records, []
+        if self.split is None or target is None:
+            return
+        if [logits.shape for logits in records] != [(len(target), self.split.num_classes)]:
+            self._warn_once(
+                f"A batch of {len(target)} labels came with logits of the shapes"
+                f" {[tuple(logits.shape) for logits in records]}. Run the model once on a batch, or log"
+                " `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."
+            )
+            return
+        logits = calibrate_logits(records[0], self.gamma, self.split.seen_classes, self.split.absent_classes)
+        self.metrics[dataloader_idx].update(logits, target)
+        self.counted = True
+
+    def stop(self) -> None:
+        """Stop recording; after an exception as well."""
+        self._recording.close()
+
+    def values(self, prefix: str) -> dict[str, Tensor]:
+        """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""
+        return self._named(prefix, [metrics.compute() for metrics in self.metrics])
+
+    def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
+        """Return what the accuracies of the evaluation would have been with ``gamma``, from its margins alone."""
+        of_loaders = [cast(AUSUC, metrics["ausuc"]).accuracies(gamma - self.gamma) for metrics in self.metrics]
+        named = [
+            {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}
+            for of_loader in of_loaders
+        ]
+        return self._named(prefix, named)
+
+    def _named(self, prefix: str, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        suffixes = [f"/dataloader_idx_{index}" for index in range(len(values))] if len(values) > 1 else [""]
+        return {
+            f"{prefix}_{name}{suffix}": value
+            for suffix, of_loader in zip(suffixes, values, strict=True)
+            for name, value in of_loader.items()
+        }
+
+    def _warn_once(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"AbsentClassCalibration logs no metrics for some batches. {reason}", stacklevel=2)

@@ -1,0 +1,176 @@
+"""Fits the same modules with one process or, started as a script, with two, and tells what came out on each.
+
+Usage: python -m tests.callback.ddp_script FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_calibft import AbsentClassCalibration, get_gamma
+from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
+
+RARE = SEEN[-1]
+
+
+def data(classes: list[int], size: int) -> TensorDataset:
+    """In float64: in float32 the last bits of a logit depend on the batch that the sample is in."""
+    inputs, target = blobs(classes, each=51, seed=4).tensors
+    return TensorDataset(inputs[:size].double(), target[:size])
+
+
+VAL = data([*SEEN, *ABSENT], 40)
+TRAIN = data(SEEN[:-1], 101)
+TRAIN.tensors[1][1] = RARE  # the only sample of its class
+SUBSET = [1, *range(0, 101, 3)]  # 35 samples
+WEIGHTS = [float(index % 2 == 0 or index == 1) for index in range(101)]  # 52 samples
+
+
+def centres() -> torch.Tensor:
+    inputs, target = blobs([*range(NUM_CLASSES)], each=51).tensors
+    return torch.stack([inputs[target == label].double().mean(0) for label in range(NUM_CLASSES)])
+
+
+class Scheduled(LightningModule):
+    """Its weights depend on the number of steps alone: they are the same for any number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Dropout(0.5))
+        self.fc = nn.Linear(5, NUM_CLASSES, dtype=torch.float64)
+        self.schedule(0)
+
+    def schedule(self, step: int) -> None:
+        """Nearest centres, with more and more noise, and less and less of the absent classes."""
+        noise = torch.randn(NUM_CLASSES, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        weight = centres() + 0.1 * step * noise
+        with torch.no_grad():
+            self.fc.weight.copy_(weight)
+            self.fc.bias.copy_(-weight.square().sum(1) / 2)
+            self.fc.bias[ABSENT] -= 2 + step
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.schedule(self.trainer.global_step)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Logged(Callback):
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.metrics[trainer.global_step] = _numbers(trainer.callback_metrics)
+
+
+def _numbers(metrics):
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def loaders(name: str, rank: int, world_size: int):
+    """The data of a scenario, and what the Trainer must know of it."""
+    if name == "given":
+        return DataLoader(TRAIN, 16, shuffle=True), DataLoader(VAL, 16), {}
+    if name == "inferred":  # sharded by the user: class RARE is on the last process only, which validates 7 of 40
+        sampler = DistributedSampler(TRAIN, world_size, rank, shuffle=False)
+        bounds = [0, 40] if world_size == 1 else [0, 33, 40]
+        val = Subset(VAL, range(bounds[rank], bounds[rank + 1]))
+        return DataLoader(TRAIN, 16, sampler=sampler), DataLoader(val, 16), {"use_distributed_sampler": False}
+    sampler = SubsetRandomSampler(SUBSET) if name == "subset" else WeightedRandomSampler(WEIGHTS, 101)
+    return DataLoader(TRAIN, 16, sampler=sampler), DataLoader(VAL, 16), {}
+
+
+def fit(folder: Path, name: str, devices: int) -> dict:
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
+    torch.manual_seed(rank)  # samplers of the user draw other samples in each process
+    train, val, arguments = loaders(name, rank, devices)
+    calibration = AbsentClassCalibration(SEEN if name == "given" else None)
+    logged, module = Logged(), Scheduled()
+    checkpoints = [
+        ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max"),
+        ModelCheckpoint(folder / name, "{step}", save_top_k=-1, every_n_train_steps=2, save_last="link"),
+    ]
+    trainer = trainer_of(
+        folder,
+        calibration,
+        logged,
+        *checkpoints,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=-1,
+        max_steps=6,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        **arguments,
+    )
+    trainer.fit(module, train, val)
+    state = {key: value.tolist() for key, value in module.state_dict().items()}
+    training = [name for name, part in module.named_modules() if part.training]
+    trainer.test(module, val, ckpt_path="best", verbose=False)
+    return {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "result": calibration.result.as_dict(),
+        "files": {Path(file).name: result.as_dict() for file, result in calibration.checkpoint_results.items()},
+        "classes": calibration.state_dict(),
+        "logged": logged.metrics,
+        "test": _numbers(trainer.callback_metrics),
+        "gamma_after_test": get_gamma(module),
+        "state": state,
+        "training": training,
+    }
+
+
+def run(folder: Path, devices: int) -> dict:
+    """Fit all, and return what came out in this process."""
+    return {name: fit(folder, name, devices) for name in ("given", "inferred", "subset", "weighted")}
+
+
+def record_writes() -> list[str]:
+    """From now on, collect the paths of all files that this process writes, renames or removes."""
+    paths: list[str] = []
+
+    def audit(event: str, arguments: tuple) -> None:
+        writes = event == "open" and set(str(arguments[1])) & set("wxa+")
+        if writes or event in ("os.rename", "os.remove", "os.symlink"):
+            paths.extend(map(str, arguments[:2]))
+
+    sys.addaudithook(audit)
+    return paths
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    written = record_writes()
+    outcome = run(folder, devices=2)
+    outcome["written"] = [path for path in written if str(folder) in path]
+    (folder / f"rank_{outcome['given']['rank']}.json").write_text(json.dumps(outcome))

@@ -1,0 +1,171 @@
+"""Two real processes give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_calibft import calibrate, get_gamma
+from lightning_calibft.head import attached_heads
+from tests.callback import ddp_script
+from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled
+from tests.runs import SEEN, assert_calibrated, quiet, read
+
+pytestmark = [quiet, pytest.mark.filterwarnings('ignore:`.test.ckpt_path="best".` is called with Trainer configured')]
+
+ROOT = Path(__file__).parents[2]
+# What a pass reads in each scenario.
+SAMPLES = {
+    "given": range(101),
+    "inferred": range(101),
+    "subset": SUBSET,
+    "weighted": [index for index, weight in enumerate(WEIGHTS) if weight],
+}
+scenarios = pytest.mark.parametrize("name", SAMPLES)
+# Each logit is computed in float64 with the same weights, so only the order of summation differs: 101 numbers of one
+# magnitude lose at most 101 * 2^-53 = 1e-14 of it, and gamma is not smaller by more than a factor of 10.
+EXACT = {"rel": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {processes: tmp_path_factory.mktemp(f"processes_{processes}") for processes in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def one(folders):
+    return json.loads(json.dumps(ddp_script.run(folders[1], devices=1)))
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.callback.ddp_script", str(folders[2])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((folders[2] / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["given"]["world_size"] for rank in ranks] == [2, 2]
+    return ranks
+
+
+@scenarios
+def test_all_processes_end_alike(two, name):
+    outcomes = [{**rank[name], "rank": None} for rank in two]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0]["state"]["fc.absent_class_calibration.mask"] == [0, 1, 0, 0, 1, 1]
+
+
+@scenarios
+def test_gamma_is_that_of_one_process(one, two, name):
+    pairs = [(two[0][name]["result"], one[name]["result"])]
+    assert one[name]["files"].keys() == two[0][name]["files"].keys()
+    assert len(one[name]["files"]) == 4
+    pairs += [(two[0][name]["files"][file], result) for file, result in one[name]["files"].items()]
+    for result, expected in pairs:
+        assert result["num_samples"] == expected["num_samples"] == len(SAMPLES[name])
+        assert result["seen_classes"] == expected["seen_classes"] == SEEN  # one of them in a single sample
+        assert result["absent_classes"] == expected["absent_classes"]
+        assert result["gamma"] == pytest.approx(expected["gamma"], **EXACT)
+        assert result["standard_error"] == pytest.approx(expected["standard_error"], **EXACT)
+    assert len({result["gamma"] for result, _ in pairs}) >= 3  # different weights in the files
+    assert two[0][name]["training"] == one[name]["training"]
+    assert two[0][name]["state"]["fc.weight"] == one[name]["state"]["fc.weight"]
+    assert two[0][name]["gamma_after_test"] == pytest.approx(one[name]["gamma_after_test"])
+
+
+@pytest.mark.parametrize("name", ["given", "inferred"])
+def test_the_logged_metrics_are_those_of_one_process(one, two, name):
+    assert list(one[name]["logged"]) == ["2", "4", "6"]
+    assert two[0][name]["logged"].keys() == one[name]["logged"].keys()
+    for step, metrics in one[name]["logged"].items():
+        assert metrics.keys() == {"val_ausuc", "val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+        assert two[0][name]["logged"][step] == pytest.approx(metrics, **EXACT)
+    assert two[0][name]["test"] == pytest.approx(one[name]["test"], **EXACT)
+    assert one[name]["gamma_after_test"] != pytest.approx(one[name]["result"]["gamma"])  # a test of other weights
+
+
+@scenarios
+def test_kept_files_hold_the_gamma_of_their_weights(one, two, folders, name):
+    kept = TensorDataset(*(tensor[list(SAMPLES[name])] for tensor in TRAIN.tensors))
+    for folder in folders.values():
+        files = sorted((folder / name).iterdir())
+        assert [file.name for file in files] == ["best.ckpt", "last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+        assert (folder / name / "last.ckpt").is_symlink()
+        for file in files:
+            assert_calibrated(read(file)["state_dict"], kept, make=Scheduled)
+
+
+def test_the_first_process_alone_writes(two):
+    first, second = (rank["written"] for rank in two)
+    assert second == []
+    assert any(path.endswith("step=4.ckpt") for path in first)
+
+
+def _calibrate(rank: int, folder: str) -> None:
+    """Plain PyTorch: a group, a model, a loader."""
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder}/store", timedelta(seconds=30)  # else code that is wrong hangs
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    results = {}
+    for size in (101, 3, 2):
+        model = Scheduled().body.append(Scheduled().fc)
+        data = TensorDataset(*(tensor[:size] for tensor in TRAIN.tensors))
+        result = calibrate(model, DataLoader(data, 16, shuffle=True, drop_last=True), SEEN, progress=False)
+        results[size] = result, get_gamma(model)
+    results["inferred"] = calibrate(Scheduled().fc, DataLoader(TRAIN, 16), progress=False)
+    results["at_most"] = calibrate(Scheduled().fc, DataLoader(TRAIN, 16), SEEN, max_samples=51, progress=False)
+    for name, spoil in (("inputs", torch.nan), ("target", 6)):
+        inputs, target = (tensor.clone() for tensor in TRAIN.tensors)
+        {"inputs": inputs, "target": target}[name][35] = spoil  # which only the second process reads
+        model = Scheduled().fc
+        try:
+            calibrate(model, DataLoader(TensorDataset(inputs, target), 4), SEEN, progress=False)
+        except ValueError as error:
+            results[name] = str(error), len(attached_heads(model))
+    dist.destroy_process_group()
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    mp.spawn(_calibrate, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_calibrate_in_a_process_group(plain):
+    assert plain[0] == plain[1]
+    for size in (101, 3, 2):
+        model = Scheduled().body.append(Scheduled().fc)
+        data = TensorDataset(*(tensor[:size] for tensor in TRAIN.tensors))
+        expected = calibrate(model, DataLoader(data, 16), SEEN, progress=False)
+        result, gamma = plain[0][size]
+        assert result.num_samples == size
+        assert result.split == expected.split
+        assert result.gamma == pytest.approx(expected.gamma, **EXACT)
+        assert result.standard_error == pytest.approx(expected.standard_error, **EXACT)
+        assert gamma == pytest.approx(get_gamma(model))
+    assert plain[0]["inferred"].split.seen_classes == tuple(SEEN)
+    assert plain[0]["inferred"].gamma == pytest.approx(plain[0][101][0].gamma, **EXACT)
+    assert plain[0]["at_most"].num_samples == 51
+
+
+def test_all_processes_raise_what_one_meets(plain):
+    for rank in plain:
+        message, attached = rank["inputs"]
+        assert "finite logits in the calibration pass, but batch 4 has" in message
+        assert attached == 0
+        message, attached = rank["target"]
+        assert "[0, 6)" in message
+        assert "1 of 101 samples" in message
+        assert attached == 0
