@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tests.references import _reference_gap
 
@@ -24,6 +27,8 @@ OFFSET, MASK = "absent_class_calibration.offset", "absent_class_calibration.mask
 # What Lightning says about runs as small as these.
 quiet = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:Be aware that when using `ckpt_path`",
     "ignore:.*smaller than the logging interval",
     "ignore:.*Checkpoint directory .* exists and is not empty",
     "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated",
@@ -78,6 +83,35 @@ class Plain(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Nervous(Plain):
+    """With weights that are only one step's."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.05)
+
+
+class Noisy(Dataset):
+    """Draws from every random stream, as augmentations do."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return x + 0.1 * (torch.randn(()) + np.random.randn() + random.gauss(0, 1)), y
+
+
+class Stream(IterableDataset):
+    def __init__(self, dataset, endless=False):
+        self.dataset, self.endless = dataset, endless
+
+    def __iter__(self):
+        return itertools.cycle(self.dataset) if self.endless else iter(self.dataset)
 
 
 def trainer_of(folder, *callbacks, **kwargs) -> Trainer:

@@ -139,7 +139,7 @@ class AbsentClassCalibration(EvaluationMetrics):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._kept is not None
-        self._kept.note(trainer)
+        self._kept.note()
         for part in training_batches(batch, trainer.train_dataloader):
             if not self._batch_checked:
                 self._check_batch(trainer, pl_module, part)
@@ -149,7 +149,7 @@ class AbsentClassCalibration(EvaluationMetrics):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._kept is not None
-        self._kept.note(trainer)
+        self._kept.note()
         if self._labels is not None:
             self._labels.classes(trainer.strategy)  # a checkpoint saved now knows the labels of all processes
 
@@ -228,7 +228,6 @@ class AbsentClassCalibration(EvaluationMetrics):
 
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         assert self._kept is not None
-        self._kept.note(trainer)
         files = trainer.strategy.broadcast(self._kept.files() if trainer.is_global_zero else None)
         if not files:
             return
@@ -252,7 +251,7 @@ class AbsentClassCalibration(EvaluationMetrics):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._kept is not None:
-            self._kept.note(trainer)
+            self._kept.note()
 
     @override
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:

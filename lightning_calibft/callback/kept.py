@@ -26,29 +26,37 @@ class KeptCheckpoints:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._paths: set[str] = set()
-        self.note(trainer)
-        self._earlier = {path: _signature(path) for path in self._paths}
+        self._callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        # These keep all files, but know the latest only.
+        self._forgetful = [each for each in self._callbacks if each.save_top_k == -1 and each.monitor is None]
+        self._noted: set[str] = set()
+        self._earlier = {path: _signature(path) for path in self._paths()}
 
-    def note(self, trainer: Trainer) -> None:
-        """Remember the files known now: ``save_top_k=-1`` without a monitor keeps all, but tells the latest only."""
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                self._paths.update((callback.best_model_path, callback.last_model_path, *callback.best_k_models))
+    def note(self) -> None:
+        """Remember the files that will be forgotten; between any two that are written, this must be called."""
+        for callback in self._forgetful:
+            self._noted.add(callback.best_model_path)
 
     def files(self) -> list[str]:
         """Return the files of this run that still exist, without links and in the order they were written."""
+        paths = self._paths()
         found = {
             os.path.realpath(path)
-            for path in self._paths
+            for path in paths
             if os.path.isfile(path) and _signature(path) != self._earlier.get(path)
         }
-        if remote := [path for path in self._paths if "://" in path]:
+        if remote := [path for path in paths if "://" in path]:
             rank_zero_warn(
                 f"AbsentClassCalibration writes local files only: {', '.join(remote)} stay without gamma. Save the"
                 " model again with `trainer.save_checkpoint`: it is calibrated now."
             )
         return sorted(found, key=os.path.getmtime)
+
+    def _paths(self) -> set[str]:
+        self.note()
+        return self._noted.union(
+            *((each.best_model_path, each.last_model_path, *each.best_k_models) for each in self._callbacks)
+        )
 
 
 def calibrate_files(

@@ -17,6 +17,9 @@ from torch.utils.data import (
 )
 
 from lightning_calibft.calibration.loaders import all_reduce, calibration_loaders, rank_and_world_size
+from tests.runs import quiet
+
+pytestmark = quiet
 
 N = 23
 

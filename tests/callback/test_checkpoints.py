@@ -11,15 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
+from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
 from tests.runs import (
-    ABSENT,
     MASK,
-    NUM_CLASSES,
     OFFSET,
-    SEEN,
-    TRAIN,
     VAL,
+    Nervous,
     Plain,
     assert_calibrated,
     assert_same,
@@ -44,13 +41,6 @@ class Before(Callback):
         self.files = {str(path): read(path) for path in files if not path.is_symlink()}
         self.bytes = {str(path): path.read_bytes() for path in files}
         self.state = {key: value.clone() for key, value in pl_module.state_dict().items()}
-
-
-class Nervous(Plain):
-    """With weights that are only one step's."""
-
-    def __init__(self):
-        super().__init__(lr=0.05)
 
 
 def fit(folder, *checkpoints, module=None, others=(), ckpt_path=None, callback=None, **kwargs):
@@ -202,19 +192,6 @@ def test_files_stay_as_they_are_on_request(tmp_path):
     assert_calibrated(module.state_dict(), make=Nervous)
 
 
-def test_what_is_saved_when_training_ends_has_gamma_already(tmp_path):
-    """The callback comes before those that save, wherever it stands in the list."""
-    checkpoints = ModelCheckpoint(tmp_path, save_top_k=0, save_last=True)
-    callback = AbsentClassCalibration(calibrate_checkpoints=False)
-    module = pretrained(Nervous)
-    trainer = trainer_of(tmp_path, checkpoints, callback)
-    trainer.fit(module, loader())
-    assert [type(other).__name__ for other in trainer.callbacks][-2:] == ["AbsentClassCalibration", "ModelCheckpoint"]
-    saved = read(tmp_path / "last.ckpt")
-    assert saved["lightning_calibft"]["gamma"] == callback.result.gamma
-    assert_calibrated(saved["state_dict"], make=Nervous)
-
-
 def test_the_mode_of_a_file_stays(tmp_path):
     class Private(Callback):
         def on_fit_end(self, trainer, pl_module):
@@ -224,58 +201,3 @@ def test_the_mode_of_a_file_stays(tmp_path):
     fit(tmp_path, checkpoints, others=[Private()])
     assert os.stat(checkpoints.best_model_path).st_mode & 0o777 == 0o640
     assert inspect_checkpoint(checkpoints.best_model_path)["calibrated"]
-
-
-def test_saved_after_fitting(tmp_path):
-    checkpoints = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", mode="max", save_top_k=2)
-    callback, module = AbsentClassCalibration(), pretrained(Nervous)
-    trainer = trainer_of(tmp_path, callback, checkpoints)
-    trainer.fit(module, loader(), loader(VAL, shuffle=False))
-
-    def saved():
-        trainer.save_checkpoint(tmp_path / "saved.ckpt")
-        checkpoint = read(tmp_path / "saved.ckpt")
-        gamma = assert_calibrated(checkpoint["state_dict"], make=Nervous)
-        assert checkpoint["lightning_calibft"]["gamma"] == pytest.approx(gamma, rel=1e-6)
-        return gamma, checkpoint["lightning_calibft"]["standard_error"]
-
-    last = saved()
-    assert last == (pytest.approx(callback.result.gamma, rel=1e-6), callback.result.standard_error)
-    first = min(checkpoints.best_k_models)
-    trainer.test(module, loader(VAL, shuffle=False), ckpt_path=first, verbose=False)
-    result = callback.checkpoint_results[first]
-    assert saved() == (pytest.approx(result.gamma, rel=1e-6), result.standard_error)
-    assert result.standard_error != last[1]
-
-
-class Slim(Plain):
-    """Saves its head alone, as those do whose backbone is frozen."""
-
-    strict_loading = False
-
-    def configure_optimizers(self):
-        self.body.requires_grad_(False).eval()
-        return torch.optim.SGD(self.fc.parameters(), lr=0.05)
-
-    def on_save_checkpoint(self, checkpoint):
-        for key in [key for key in checkpoint["state_dict"] if key.startswith("body.")]:
-            del checkpoint["state_dict"][key]
-
-
-def test_a_module_that_saves_a_part_of_itself(tmp_path):
-    torch.manual_seed(0)
-    module = pretrained(Slim)
-    module.body.eval()
-    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1)
-    trainer_of(tmp_path, AbsentClassCalibration(), checkpoints).fit(module, loader())
-    body = {key: value for key, value in module.state_dict().items() if key.startswith("body.")}
-    for path in tmp_path.glob("*.ckpt"):
-        state = read(path)["state_dict"]
-        assert not any(key.startswith("body.") for key in state)
-        assert_calibrated({**body, **state}, make=Slim)
-    assert get_gamma(module) == pytest.approx(assert_calibrated(module.state_dict(), make=Slim))
-
-
-def test_names_that_the_tests_rely_on():
-    assert set(SEEN) | set(ABSENT) == set(range(NUM_CLASSES))
-    assert set(TRAIN.tensors[1].tolist()) == set(SEEN)

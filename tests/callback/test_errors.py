@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
-import pytorch_lightning
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibft import AbsentClassCalibration, fold_checkpoint, get_gamma
+from lightning_calibft import AbsentClassCalibration, get_gamma
 from lightning_calibft.metrics import AverageLogitGap
 from tests.runs import (
     ABSENT,
@@ -26,10 +18,7 @@ from tests.runs import (
     OFFSET,
     SEEN,
     TRAIN,
-    VAL,
     Plain,
-    assert_calibrated,
-    blobs,
     loader,
     pretrained,
     quiet,
@@ -39,7 +28,6 @@ from tests.runs import (
 )
 
 pytestmark = quiet
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -176,54 +164,6 @@ def test_batches(data, error, text, arguments, tmp_path):
     assert_refused(tmp_path, AbsentClassCalibration(**arguments), error, text, data=loader(data))
 
 
-class Hinge(Plain):
-    """A loss that takes any label."""
-
-    def loss(self, batch):
-        return (self(batch[0]).square().sum(1) * batch[1]).mean()
-
-
-@pytest.mark.parametrize("arguments", [{}, {"seen_classes": SEEN}], ids=["inferred", "given"])
-@pytest.mark.parametrize("label", [6, -1])
-def test_labels_outside_of_the_head(label, arguments, tmp_path):
-    x, y = TRAIN.tensors
-    data = loader(TensorDataset(x, torch.where(y == 3, label, y)))
-    with pytest.raises(ValueError, match=r"class ids in \[0, 6\), rows of the classification head, but") as error:
-        trainer_of(tmp_path, AbsentClassCalibration(**arguments), max_epochs=1).fit(module := pretrained(Hinge), data)
-    assert "calibration_dataloader()" in str(error.value)
-    assert get_gamma(module) is None
-
-
-def test_labels_that_the_loss_ignores(tmp_path):
-    x, y = TRAIN.tensors
-    module, callback = pretrained(), AbsentClassCalibration()
-    keep = torch.arange(len(y)) % 5 > 0
-    trainer_of(tmp_path, callback).fit(module, loader(TensorDataset(x, torch.where(keep, y, -100))))
-    assert callback.result.num_samples == keep.sum()
-    assert_calibrated(module.state_dict(), TensorDataset(x[keep], y[keep]))
-
-
-def test_labels_of_classes_that_were_not_named(tmp_path):
-    module, callback = pretrained(), AbsentClassCalibration(seen_classes=[0, 2], absent_classes=ABSENT)
-    with pytest.warns(UserWarning, match="15 of 45 samples .* not of the `seen_classes` and were left out"):
-        trainer_of(tmp_path, callback).fit(module, loader())
-    keep = TRAIN.tensors[1] != 3
-    assert_calibrated(module.state_dict(), TensorDataset(*(part[keep] for part in TRAIN.tensors)), seen=[0, 2])
-
-
-@pytest.mark.parametrize(
-    ("classes", "count"), [([*SEEN, *ABSENT], "6 of the 6"), ([2], "1 of the 6")], ids=["all_classes", "one_class"]
-)
-def test_nothing_to_calibrate(classes, count, tmp_path):
-    module, callback = pretrained(), AbsentClassCalibration()
-    checkpoints = ModelCheckpoint(tmp_path)
-    with pytest.warns(UserWarning, match=f"holds {count} classes: .* so the model is not calibrated"):
-        trainer_of(tmp_path, callback, checkpoints).fit(module, loader(blobs(classes)), loader(VAL, shuffle=False))
-    assert callback.result is None
-    assert split_state(module.state_dict())[1:] == (0.0, [])
-    assert split_state(read(checkpoints.best_model_path)["state_dict"])[1:] == (0.0, [])
-
-
 def test_training_that_diverged(tmp_path):
     class Diverges(Plain):
         def on_train_epoch_end(self):
@@ -235,25 +175,6 @@ def test_training_that_diverged(tmp_path):
         trainer_of(tmp_path, AbsentClassCalibration(), checkpoints).fit(module, loader())
     assert get_gamma(module) is None
     assert split_state(read(checkpoints.best_model_path)["state_dict"])[1:] == (0.0, [])
-
-
-def test_an_earlier_checkpoint_that_diverged_does_not_spoil_the_others(tmp_path):
-    class Recovers(Plain):
-        def on_train_epoch_start(self):
-            if self.current_epoch > 0:
-                self.fc.bias.data[3] = float("nan") if self.current_epoch == 1 else 0.0
-
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) if self.current_epoch != 1 else None
-
-    module, checkpoints = pretrained(Recovers), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    trainer = trainer_of(tmp_path, AbsentClassCalibration(), checkpoints, max_epochs=3)
-    with pytest.raises(RuntimeError, match=r"Could not calibrate the checkpoints .*epoch=1.ckpt.*batch 0 has NaN"):
-        trainer.fit(module, loader())
-    assert_calibrated(module.state_dict())
-    for epoch in (0, 2):
-        assert_calibrated(read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"])
-    assert split_state(read(tmp_path / "epoch=1.ckpt")["state_dict"])[1:] == (0.0, [])
 
 
 def test_no_training_data(tmp_path):
@@ -275,119 +196,6 @@ def test_an_empty_calibration_dataloader(data, tmp_path):
 
     text = "data to hold samples of the seen classes, but got none. Check the loader"
     assert_refused(tmp_path, AbsentClassCalibration(), ValueError, text, Module)
-
-
-def test_the_other_lightning(tmp_path):
-    trainer = pytorch_lightning.Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[AbsentClassCalibration()], max_epochs=1
-    )
-
-    class Module(pytorch_lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(5, 6)
-
-        training_step = Plain.training_step
-        configure_optimizers = Plain.configure_optimizers
-
-    with pytest.raises(TypeError, match=r"a trainer of the package `lightning`, but got pytorch_lightning\."):
-        trainer.fit(Module(), loader())
-
-
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
-        monkeypatch.delenv(name)
-    try:
-        text = r"does not support ModelParallelStrategy, which shards .* call `lightning_calibft.calibrate\("
-        with pytest.raises(RuntimeError, match=text):
-            trainer_of(tmp_path, AbsentClassCalibration(), strategy=ModelParallelStrategy()).fit(Plain(), loader())
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def test_a_folded_checkpoint_is_not_resumed(tmp_path):
-    checkpoints = ModelCheckpoint(tmp_path)
-    trainer_of(tmp_path, AbsentClassCalibration(), checkpoints).fit(pretrained(), loader())
-    fold_checkpoint(checkpoints.best_model_path, tmp_path / "folded.ckpt")
-    module = pretrained()
-    with pytest.raises(ValueError, match=r"gamma is folded into the bias .* Resume from the checkpoint that it was"):
-        trainer_of(tmp_path, AbsentClassCalibration(), max_epochs=3).fit(
-            module, loader(), ckpt_path=tmp_path / "folded.ckpt"
-        )
-    # Testing it is fine.
-    trainer = trainer_of(tmp_path, AbsentClassCalibration())
-    trainer.test(module, loader(VAL, shuffle=False), ckpt_path=tmp_path / "folded.ckpt", verbose=False)
-
-
-@pytest.mark.parametrize("thing", ["truncated", "foreign"])
-def test_a_kept_file_that_cannot_be_read(thing, tmp_path):
-    class Breaks(Callback):
-        def on_fit_end(self, trainer, pl_module):
-            path = tmp_path / "epoch=0.ckpt"
-            path.write_bytes(path.read_bytes()[:-999] if thing == "truncated" else b"hello")
-
-    module, checkpoints = pretrained(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    with pytest.raises(RuntimeError, match=r"Could not calibrate the checkpoints '[^']*epoch=0.ckpt': "):
-        trainer_of(tmp_path, AbsentClassCalibration(), checkpoints, Breaks()).fit(module, loader())
-    assert_calibrated(module.state_dict())
-    assert_calibrated(read(tmp_path / "epoch=1.ckpt")["state_dict"])
-
-
-def test_a_full_disk(tmp_path):
-    """Files may not grow beyond a size that one of two checkpoints has."""
-    script = """
-        import resource, signal, sys, warnings
-        from pathlib import Path
-        warnings.simplefilter("ignore")
-        from lightning.pytorch import Callback, LightningModule
-        from tests.runs import *
-        from lightning_calibft import AbsentClassCalibration
-
-        folder = Path(sys.argv[1])
-
-        class Full(Callback):
-            def on_fit_end(self, trainer, pl_module):
-                self.before = {path.name: path.read_bytes() for path in folder.iterdir()}
-                small, large = len(self.before["small.ckpt"]), len(self.before["large.ckpt"])
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, ((small + large) // 2, resource.RLIM_INFINITY))
-
-        full, module = Full(), pretrained()
-        small = ModelCheckpoint(folder, "small", save_weights_only=True)
-        large = ModelCheckpoint(folder, "large", "train_loss")
-        trainer = trainer_of(folder, AbsentClassCalibration(), small, large, full)
-        try:
-            trainer.fit(module, loader())
-        except RuntimeError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            assert f"Could not calibrate the checkpoints '{folder}/large.ckpt': " in str(error), error
-            assert "small.ckpt" not in str(error), error
-            assert "`trainer.save_checkpoint` saves it with its gamma" in str(error), error
-        else:
-            raise AssertionError("nothing was raised")
-        assert {path.name for path in folder.iterdir()} == {"small.ckpt", "large.ckpt"}
-        assert (folder / "large.ckpt").read_bytes() == full.before["large.ckpt"]
-        assert_calibrated(read(folder / "small.ckpt")["state_dict"])
-        assert_calibrated(module.state_dict())
-        trainer.save_checkpoint(folder / "remedy.ckpt")
-        assert_calibrated(read(folder / "remedy.ckpt")["state_dict"])
-        print("as expected")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert "as expected" in done.stdout, done.stderr
-
-
-def test_remote_checkpoints_stay_without_gamma(tmp_path):
-    checkpoints = ModelCheckpoint("memory://kept")
-    module, callback = pretrained(), AbsentClassCalibration()
-    with pytest.warns(UserWarning, match="local files only: memory://kept/.* `trainer.save_checkpoint`"):
-        trainer_of(tmp_path, callback, checkpoints).fit(module, loader())
-    assert not callback.checkpoint_results
-    assert_calibrated(module.state_dict())
 
 
 def test_an_interrupted_run_is_not_calibrated(tmp_path):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import logging
 import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
+from tests.callback.measures import HARD, Measures, logged, val_loader
 from tests.references import _reference_ausuc
 from tests.runs import (
     ABSENT,
-    NUM_CLASSES,
     SEEN,
     TRAIN,
-    VAL,
     Plain,
     assert_calibrated,
     blobs,
@@ -33,57 +28,6 @@ from tests.runs import (
 )
 
 pytestmark = quiet
-NAMES = ["ausuc", "acc", "acc_seen", "acc_absent", "acc_harmonic"]
-# Between the classes, so that gamma decides.
-HARD = TensorDataset(VAL.tensors[0] / 2, VAL.tensors[1])
-
-
-class Measures(Plain):
-    """Measures for itself, with torchmetrics on its own logits; the last evaluation stands."""
-
-    def start(self):
-        self.parts = {}
-
-    on_validation_epoch_start = on_test_epoch_start = start
-
-    def step(self, batch, dataloader_idx=0):
-        logits = self(batch[0])
-        self.parts.setdefault(dataloader_idx, []).append((logits.clone(), batch[1].clone()))
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self.step(batch, dataloader_idx)
-
-    def test_step(self, batch, batch_idx, dataloader_idx=0):
-        self.step(batch, dataloader_idx)
-
-    def expected(self, prefix, index=0, suffix=""):
-        logits, target = (torch.cat(part) for part in zip(*self.parts[index], strict=True))
-        return {f"{prefix}_{name}{suffix}": value for name, value in measured(logits, target).items()}
-
-
-def accuracy(logits, target, classes):
-    chosen = torch.isin(target, torch.tensor(classes))
-    return MulticlassAccuracy(NUM_CLASSES, average="micro")(logits[chosen], target[chosen]).item()
-
-
-def measured(logits, target):
-    """The logged numbers, by torchmetrics and by the definition of the area."""
-    seen, absent = accuracy(logits, target, SEEN), accuracy(logits, target, ABSENT)
-    return {
-        "acc": MulticlassAccuracy(NUM_CLASSES, average="micro")(logits, target).item(),
-        "acc_seen": seen,
-        "acc_absent": absent,
-        "acc_harmonic": 2 * seen * absent / (seen + absent) if seen + absent else 0.0,
-        "ausuc": _reference_ausuc(logits, target, SEEN, ABSENT),
-    }
-
-
-def logged(trainer, prefix):
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(f"{prefix}_")}
-
-
-def val_loader():
-    return loader(HARD, batch_size=7, shuffle=False)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"seen_classes": SEEN}], ids=["inferred", "given"])
@@ -154,55 +98,6 @@ def test_ignored_labels_are_not_counted(tmp_path):
     for index, (logits, target) in enumerate(module.parts[0]):
         module.parts[0][index] = logits[target >= 0], target[target >= 0]
     assert logged(trainer, "val") == pytest.approx(module.expected("val"), abs=1e-6)
-
-
-def rows(logger):
-    with open(logger.experiment.metrics_file_path) as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-@pytest.mark.parametrize("loaders", [1, 2])
-def test_what_is_told_at_the_end(loaders, tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="lightning.pytorch")
-    logger, module, callback = CSVLogger(tmp_path), pretrained(Measures), AbsentClassCalibration()
-    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1)
-    trainer = trainer_of(tmp_path, callback, checkpoints, logger=logger, log_every_n_steps=1)
-    data = [HARD, blobs([*SEEN, *ABSENT], each=25, seed=7)][:loaders]
-    trainer.fit(module, loader(), [loader(dataset, batch_size=7, shuffle=False) for dataset in data])
-
-    expected = {"gamma": callback.result.gamma, "gamma_standard_error": callback.result.standard_error}
-    for index, dataset in enumerate(data):
-        suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
-        raw = raw_logits(module.state_dict(), dataset.tensors[0], make=Measures)
-        calibrated = module.eval()(dataset.tensors[0])
-        for when, logits in (("uncalibrated", raw), ("calibrated", calibrated)):
-            values = measured(logits, dataset.tensors[1])
-            values.pop("ausuc")
-            expected |= {f"val_{name}{suffix}_{when}": value for name, value in values.items()}
-        assert expected[f"val_acc_absent{suffix}_calibrated"] > expected[f"val_acc_absent{suffix}_uncalibrated"]
-    (last,) = [row for row in rows(logger) if "gamma" in row]
-    assert last.pop("step") == trainer.global_step == 12
-    assert last == pytest.approx(expected, abs=1e-6)
-
-    (told,) = [message for message in caplog.messages if "Absent-class calibration" in message]
-    assert f"gamma = {callback.result.gamma:.3f}" in told
-    for name in ("acc", "acc_seen", "acc_absent", "acc_harmonic"):
-        suffix = "/dataloader_idx_1" if loaders > 1 else ""
-        (line,) = [line.split() for line in told.splitlines() if line.split()[:1] == [f"val_{name}{suffix}"]]
-        before, after = (expected[f"val_{name}{suffix}_{when}"] for when in ("uncalibrated", "calibrated"))
-        assert line[1:] == [f"{before:.4f}", f"{after:.4f}"]
-    for path, result in callback.checkpoint_results.items():
-        assert f"{path}: gamma = {result.gamma:.3f}" in told
-
-
-def test_a_second_fit_without_validation_tells_no_numbers_of_the_first(tmp_path):
-    callback = AbsentClassCalibration()
-    logger = CSVLogger(tmp_path)
-    module = pretrained()
-    trainer_of(tmp_path, callback).fit(module, loader(), val_loader())
-    trainer_of(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(module, loader())
-    (last,) = [row for row in rows(logger) if "gamma" in row]
-    assert set(last) == {"gamma", "gamma_standard_error", "step"}
 
 
 def with_warnings(run):

@@ -7,24 +7,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
-import torchvision
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration
+from tests.callback.modules import (
+    IMAGES,
+    BackboneAndHead,
+    ConvHead,
+    DictBatch,
+    HeadInSetup,
+    InConfigureModel,
+    InSetup,
+    Manual,
+    NamedInputs,
+    NoForward,
+    PopsLabel,
+    Probabilities,
+    SeveralLoaders,
+    TimmNet,
+    TimmVit,
+    Torchvision,
+    Triple,
+    TupleInputs,
+)
 from tests.runs import (
     ABSENT,
     NUM_CLASSES,
     OFFSET,
     SEEN,
-    TRAIN,
     VAL,
     Plain,
+    Stream,
     assert_calibrated,
     blobs,
     loader,
@@ -39,156 +54,6 @@ from tests.runs import (
 
 pytestmark = quiet
 
-IMAGES = (3, 16, 16)
-
-
-class TimmNet(Plain):
-    name, options, rate = "test_efficientnet_ln", {}, 0.003
-
-    def build(self, dropout):
-        self.lr = self.rate
-        self.net = timm.create_model(self.name, pretrained=False, num_classes=NUM_CLASSES, **self.options)
-
-    def forward(self, x):
-        return self.net(x)
-
-
-class TimmVit(TimmNet):
-    name, options, rate = "test_vit", {"img_size": 16}, 0.001
-
-
-class BackboneAndHead(Plain):
-    def build(self, dropout):
-        self.backbone = timm.create_model("test_resnet", pretrained=False, num_classes=0)
-        self.head = nn.Linear(self.backbone.num_features, NUM_CLASSES)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-
-class Torchvision(Plain):
-    def build(self, dropout):
-        self.model = torchvision.models.resnet18(num_classes=NUM_CLASSES)
-
-    def forward(self, x):
-        return self.model(x)
-
-
-class InSetup(Plain):
-    """Not even the backbone exists before."""
-
-    def build(self, dropout):
-        pass
-
-    def setup(self, stage):
-        if not hasattr(self, "fc"):
-            super().build(0.0)
-            self.load_state_dict(pretrained_weights())
-
-
-class InConfigureModel(Plain):
-    def build(self, dropout):
-        pass
-
-    def configure_model(self):
-        if not hasattr(self, "fc"):
-            super().build(0.0)
-            self.load_state_dict(pretrained_weights())
-
-
-class HeadInSetup(Plain):
-    """The backbone has a linear layer that is not the head."""
-
-    def build(self, dropout):
-        super().build(dropout)
-        del self.fc
-
-    def setup(self, stage):
-        if not hasattr(self, "fc"):
-            self.fc = nn.Linear(16, NUM_CLASSES)
-            self.load_state_dict(pretrained_weights())
-
-
-class NoForward(Plain):
-    def build(self, dropout):
-        self.net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
-
-    forward = LightningModule.forward  # not overridden
-
-    def loss(self, batch):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-
-class Manual(Plain):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
-
-
-class DictBatch(Plain):
-    def loss(self, batch):
-        return F.cross_entropy(self(batch["image"]), batch["label"])
-
-
-class PopsLabel(Plain):
-    def loss(self, batch):
-        target = batch.pop("label")
-        return F.cross_entropy(self(batch.pop("image")), target)
-
-
-class NamedInputs(Plain):
-    """Two tensors in a mapping, told apart by the names of the arguments of ``forward``."""
-
-    def forward(self, image, scale):
-        return self.fc(self.body(image * scale[:, None]))
-
-    def loss(self, batch):
-        return F.cross_entropy(self(batch["image"], batch["scale"]), batch["target"])
-
-
-class TupleInputs(Plain):
-    def forward(self, x, scale):
-        return self.fc(self.body(x * scale[:, None]))
-
-    def loss(self, batch):
-        return F.cross_entropy(self(*batch[0]), batch[1])
-
-
-class Triple(Plain):
-    def loss(self, batch):
-        index, x, target = batch
-        assert index.ndim == 1
-        return F.cross_entropy(self(x), target)
-
-
-class SeveralLoaders(Plain):
-    def training_step(self, batch, batch_idx):
-        parts = batch.values() if isinstance(batch, dict) else batch
-        return sum(self.loss(part) for part in parts if part is not None)
-
-
-class Probabilities(Plain):
-    def forward(self, x):
-        return super().forward(x).softmax(dim=1)
-
-    def loss(self, batch):
-        return F.nll_loss(self(batch[0]).log(), batch[1])
-
-
-class ConvHead(Plain):
-    def build(self, dropout):
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Unflatten(1, (16, 1, 1)))
-        self.classifier = nn.Conv2d(16, NUM_CLASSES, 1)
-
-    def forward(self, x):
-        return self.classifier(self.body(x)).flatten(1)
-
 
 def dicts(dataset, **names):
     """Each sample a mapping; ``names`` of the input and the target."""
@@ -199,14 +64,6 @@ def shards(dataset):
     """Three loaders of different lengths over disjoint parts."""
     x, y = dataset.tensors
     return [loader(torch.utils.data.TensorDataset(x[a:b], y[a:b])) for a, b in ((0, 10), (10, 17), (17, len(x)))]
-
-
-class Stream(IterableDataset):
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __iter__(self):
-        return iter(self.dataset)
 
 
 def triples(batch):
@@ -332,98 +189,6 @@ def test_a_backbone_layer_taken_for_a_late_head_is_refused_before_training(tmp_p
     with pytest.raises(ValueError, match=r'The head is \'fc\': pass `head="fc"`'):
         trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader())
     assert module.trainer.global_step == 0
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        return loader()
-
-    def val_dataloader(self):
-        return loader(VAL, shuffle=False)
-
-    test_dataloader = val_dataloader
-
-
-def test_a_datamodule(tmp_path):
-    module, callback = pretrained(), AbsentClassCalibration()
-    trainer = trainer_of(tmp_path, callback, ModelCheckpoint(tmp_path, monitor="val_ausuc", mode="max"))
-    trainer.fit(module, datamodule=Data())
-    assert_calibrated(module.state_dict())
-    trainer.test(module, datamodule=Data(), ckpt_path="best", verbose=False)
-    assert_calibrated(module.state_dict())
-
-
-def mixup(samples):
-    """A collate function that gives soft labels."""
-    x, y = torch.utils.data.default_collate(samples)
-    return (x + x.flip(0)) / 2, (F.one_hot(y, NUM_CLASSES) + F.one_hot(y.flip(0), NUM_CLASSES)) / 2
-
-
-class MixedData(Data):
-    def train_dataloader(self):
-        return loader(collate_fn=mixup)
-
-
-class MixedDataWithClean(MixedData):
-    def calibration_dataloader(self):
-        return loader()
-
-
-class WithClean(Plain):
-    def calibration_dataloader(self):
-        return loader()
-
-
-@pytest.mark.parametrize("arguments", [{}, {"seen_classes": SEEN}], ids=["inferred", "given"])
-@pytest.mark.parametrize(
-    ("make", "data"), [(Plain, MixedDataWithClean), (WithClean, MixedData)], ids=["data", "module"]
-)
-def test_calibration_dataloader_replaces_mixed_labels(make, data, arguments, tmp_path):
-    module, callback = pretrained(make), AbsentClassCalibration(**arguments)
-    checkpoints = ModelCheckpoint(tmp_path)
-    trainer_of(tmp_path, callback, checkpoints).fit(module, datamodule=data())
-    assert_calibrated(module.state_dict(), make=make)
-    assert_calibrated(read(checkpoints.best_model_path)["state_dict"], make=make)
-    assert callback.result.num_samples == len(TRAIN)
-
-
-class MixesInModel(Plain):
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return mixup(list(zip(*batch, strict=True))) if self.training else batch
-
-
-class MixesInTrainer(Plain):
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return mixup(list(zip(*batch, strict=True))) if self.trainer.training else batch
-
-
-@pytest.mark.parametrize("mixes", [MixesInModel, MixesInTrainer])
-@pytest.mark.parametrize("max_epochs", [0, 2])
-def test_transfer_hooks_do_not_mix_in_the_pass(mixes, max_epochs, tmp_path):
-    class Module(mixes, WithClean):
-        pass
-
-    module = pretrained(Module)
-    trainer_of(tmp_path, AbsentClassCalibration(), max_epochs=max_epochs).fit(module, loader())
-    assert_calibrated(module.state_dict(), make=Module)
-
-
-class Shifts(Plain):
-    """Labels and inputs are what the hooks make of them."""
-
-    def on_before_batch_transfer(self, batch, dataloader_idx):
-        return batch[0], batch[1] - 10
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch[0] / 2, batch[1]
-
-
-@pytest.mark.parametrize("max_epochs", [0, 2])
-def test_transfer_hooks_apply_to_the_pass(max_epochs, tmp_path):
-    dataset = torch.utils.data.TensorDataset(2 * TRAIN.tensors[0], TRAIN.tensors[1] + 10)
-    module = pretrained(Shifts)
-    trainer_of(tmp_path, AbsentClassCalibration(), max_epochs=max_epochs).fit(module, loader(dataset))
-    assert_calibrated(module.state_dict(), make=Shifts)
 
 
 def test_a_compiled_module(tmp_path):
