@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
@@ -16,22 +15,20 @@ from lightning_calibft.calibration import (
     CalibrationResult,
     Pass,
     UnpackBatch,
-    check_head,
     check_max_samples,
     get_target,
     resolve_unpack_batch,
 )
 from lightning_calibft.callback.averaging import averaged_copies
-from lightning_calibft.callback.checks import order_callbacks
-from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, first_calibration_batch
+from lightning_calibft.callback.checks import check_not_folded, order_callbacks
+from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, check_first_batch
 from lightning_calibft.callback.evaluation import EvaluationMetrics
-from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files
-from lightning_calibft.callback.labels import LabelsMet, training_batches
+from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files, put_calibration_of
+from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
 from lightning_calibft.callback.monitor import LogitMonitor
-from lightning_calibft.callback.report import logged_values, summary
-from lightning_calibft.checkpoint import calibration_entries, is_folded, put_calibration
+from lightning_calibft.callback.report import report
 from lightning_calibft.estimators import Estimator, check_estimator
-from lightning_calibft.head import eval_mode, get_gamma, reset_gamma, set_gamma
+from lightning_calibft.head import reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
 
@@ -134,15 +131,14 @@ class AbsentClassCalibration(EvaluationMetrics):
             self._labels = LabelsMet(self._width(pl_module))
             self._labels.add_classes(self._restored_classes)
 
-    # -- training ------------------------------------------------------------------------------------------------------
-
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._kept is not None
         self._kept.note()
         for part in training_batches(batch, trainer.train_dataloader):
             if not self._batch_checked:
-                self._check_batch(trainer, pl_module, part)
+                check_first_batch(trainer, pl_module, part, self._unpack)
+                self._batch_checked = True
             if self._labels is not None:
                 self._count_labels(trainer, part)
 
@@ -175,15 +171,6 @@ class AbsentClassCalibration(EvaluationMetrics):
         if isinstance(exception, KeyboardInterrupt) and self.result is None:
             rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
 
-    def _check_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
-        """Meet now what would be wrong with the first batch of the pass at the end."""
-        with isolate_rng(), eval_mode(model), trainer.precision_plugin.forward_context():
-            clean = first_calibration_batch(trainer)
-            batch = batch if clean is None else clean
-            get_target(batch, self._unpack)
-            check_head(model, batch, self._unpack)
-        self._batch_checked = True
-
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None
         try:
@@ -193,14 +180,14 @@ class AbsentClassCalibration(EvaluationMetrics):
                 raise
             self._labels = None  # mixed labels: those of the calibration data are read at the end
 
-    # -- calibration ---------------------------------------------------------------------------------------------------
-
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         self._finished = True
         with isolate_rng():
             reading = self._pass(trainer, model)
-            split = None if reading is None else self._final_split(trainer, reading)
-            if reading is not None and split is not None:
+            if reading is None:
+                return
+            split = self._split or split_of_data(self._labels, trainer.strategy, reading)
+            if split is not None:
                 self.result = reading.run(split)
                 set_gamma(model, self.result.gamma, split.seen_classes, split.absent_classes)
                 for _ in averaged_copies(trainer, model):
@@ -212,19 +199,6 @@ class AbsentClassCalibration(EvaluationMetrics):
         if reading is None:
             rank_zero_warn("AbsentClassCalibration found no training data: the model is not calibrated.")
         return reading
-
-    def _final_split(self, trainer: Trainer, reading: Pass) -> ClassSplit | None:
-        if self._split is not None:
-            return self._split
-        classes = self._labels.classes(trainer.strategy) if self._labels is not None else []
-        classes = classes or reading.read_classes()
-        if 2 <= len(classes) < reading.num_classes:
-            return ClassSplit(reading.num_classes, classes)
-        rank_zero_warn(
-            f"The training data holds {len(classes)} of the {reading.num_classes} classes: AbsentClassCalibration needs"
-            " at least two seen classes and one absent one, so the model is not calibrated."
-        )
-        return None
 
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         assert self._kept is not None
@@ -241,12 +215,7 @@ class AbsentClassCalibration(EvaluationMetrics):
         before, after = {}, {}
         if trainer.strategy.reduce_boolean_decision(self._monitor.counted, all=False):
             before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
-        where = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
-        rank_zero_info(summary(result, before, after, where, self.checkpoint_results))
-        for logger in trainer.loggers:
-            logger.log_metrics(logged_values(result, before, after), step=trainer.global_step)
-
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+        report(trainer, result, before, after, self._monitor.step, self.checkpoint_results)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,8 +230,6 @@ class AbsentClassCalibration(EvaluationMetrics):
         width = self._width(model)
         return ClassSplit(width, classes) if 0 < len(classes) < width else None
 
-    # -- state ---------------------------------------------------------------------------------------------------------
-
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"seen_classes": self._labels.classes() if self._labels is not None else self._restored_classes}
@@ -273,24 +240,13 @@ class AbsentClassCalibration(EvaluationMetrics):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # After fitting, the model may have got the weights and the gamma of a kept file, or of one without gamma.
-        gamma, results = get_gamma(pl_module), [self.result, *self.checkpoint_results.values()]
-        if gamma is None or not (found := [r for r in results if r and math.isclose(r.gamma, gamma, rel_tol=1e-6)]):
-            return
-        entries = calibration_entries(checkpoint["state_dict"])
-        if not any(value.any() for value in entries.values()):
-            # Another callback has put its own copy of the weights here, which knows no gamma.
-            entries = calibration_entries(pl_module.state_dict())
-        put_calibration(checkpoint, entries, found[0])
+        results = [self.result, *self.checkpoint_results.values()]
+        put_calibration_of(pl_module, [result for result in results if result is not None], checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and is_folded(checkpoint):
-            raise ValueError(
-                "Expected a checkpoint to resume from, but gamma is folded into the bias of this one: training it"
-                " further would undo gamma, and calibrating it again would add it twice. Resume from the checkpoint"
-                " that it was made of."
-            )
-        if trainer.state.fn != TrainerFn.FITTING and "current_model_state" in checkpoint:
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_not_folded(checkpoint)
+        elif "current_model_state" in checkpoint:
             # `WeightAveraging` has put back the weights from before averaging, which have no gamma.
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)

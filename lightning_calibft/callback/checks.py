@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_calibft.checkpoint import is_folded
 
 
 def check_trainer(trainer: Any, model: LightningModule) -> None:
@@ -28,6 +31,20 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
             f"AbsentClassCalibration does not support {type(trainer.strategy).__name__}, which shards the weights and"
             " their checkpoints. Train without the callback, then call `lightning_calibft.calibrate(model, loader)` on"
             " the consolidated model; or use the strategy 'ddp'."
+        )
+
+
+def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume from a checkpoint that is for inference.
+
+    Raises:
+        ValueError: If gamma is folded into the bias in it.
+    """
+    if is_folded(checkpoint):
+        raise ValueError(
+            "Expected a checkpoint to resume from, but gamma is folded into the bias of this one: training it further"
+            " would undo gamma, and calibrating it again would add it twice. Resume from the checkpoint that it was"
+            " made of."
         )
 
 

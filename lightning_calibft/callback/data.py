@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_calibft.calibration import Pass, UnpackBatch, calibration_loaders, empty_error
+from lightning_calibft.calibration import Pass, UnpackBatch, calibration_loaders, check_head, empty_error, get_target
 from lightning_calibft.estimators import Estimator
+from lightning_calibft.head import eval_mode
 
 
 def calibration_dataloader(trainer: Trainer) -> Any:
@@ -35,7 +37,7 @@ def move_batch(trainer: Trainer, batch: Any) -> Any:
         trainer.state.stage = stage
 
 
-def first_calibration_batch(trainer: Trainer) -> Any:
+def _first_calibration_batch(trainer: Trainer) -> Any:
     """Return the first batch of the user's ``calibration_dataloader()`` on the device, or ``None``.
 
     Raises:
@@ -47,6 +49,20 @@ def first_calibration_batch(trainer: Trainer) -> Any:
     for batch in chain.from_iterable(calibration_loaders(loader)):
         return move_batch(trainer, batch)
     raise empty_error()  # not a `StopIteration`, with which training would end as if it were done
+
+
+def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, unpack_batch: UnpackBatch | None) -> None:
+    """Meet at the first training batch what would be wrong with the first batch of the pass at the end.
+
+    Raises:
+        TypeError: If its target does not hold class ids.
+        ValueError: If it cannot be split, or the head does not give the logits.
+    """
+    with isolate_rng(), eval_mode(model), trainer.precision_plugin.forward_context():
+        clean = _first_calibration_batch(trainer)
+        batch = batch if clean is None else clean
+        get_target(batch, unpack_batch)
+        check_head(model, batch, unpack_batch)
 
 
 def calibration_pass(

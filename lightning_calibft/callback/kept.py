@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +16,7 @@ from torch import Tensor
 from lightning_calibft.calibration import CalibrationResult
 from lightning_calibft.checkpoint import calibration_entries, put_calibration
 from lightning_calibft.files import read_checkpoint, write_atomically
-from lightning_calibft.head import set_gamma
+from lightning_calibft.head import get_gamma, set_gamma
 
 
 class KeptCheckpoints:
@@ -117,6 +119,21 @@ def calibrate_files(
             " it with its gamma."
         )
     return results
+
+
+def put_calibration_of(
+    model: LightningModule, results: Iterable[CalibrationResult], checkpoint: dict[str, Any]
+) -> None:
+    """Put into a checkpoint which of the results its weights have: those of training, of a kept file, or none."""
+    gamma = get_gamma(model)
+    for result in results:
+        if gamma is not None and math.isclose(result.gamma, gamma, rel_tol=1e-6):
+            entries = calibration_entries(checkpoint["state_dict"])
+            if not any(value.any() for value in entries.values()):
+                # Another callback has put its own copy of the weights here, which knows no gamma.
+                entries = calibration_entries(model.state_dict())
+            put_calibration(checkpoint, entries, result)
+            return
 
 
 def _write(checkpoint: dict, file: str) -> str | None:

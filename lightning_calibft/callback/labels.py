@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration import IGNORE_INDEX, target_error
+from lightning_calibft.calibration import IGNORE_INDEX, Pass, target_error
+from lightning_calibft.split import ClassSplit
 
 
 class LabelsMet:
@@ -61,6 +63,25 @@ class LabelsMet:
         inside = (target >= 0) & (target < self.num_classes)
         wrong = torch.where(target == IGNORE_INDEX, self.num_classes + 1, self.num_classes)
         self._met = self._met.to(target.device).index_fill(0, torch.where(inside, target, wrong), 1)
+
+
+def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: Pass) -> ClassSplit | None:
+    """Return the split by the labels met in training or else in the data of a pass; ``None``, with a warning, for none.
+
+    Args:
+        labels: What training has met, unless its labels are mixed.
+        strategy: That of the trainer.
+        reading: The pass to come.
+    """
+    classes = [] if labels is None else labels.classes(strategy)
+    classes = classes or reading.read_classes()
+    if 2 <= len(classes) < reading.num_classes:
+        return ClassSplit(reading.num_classes, classes)
+    rank_zero_warn(
+        f"The training data holds {len(classes)} of the {reading.num_classes} classes: AbsentClassCalibration needs at"
+        " least two seen classes and one absent one, so the model is not calibrated."
+    )
+    return None
 
 
 def training_batches(batch: Any, loaders: Any) -> Iterator[Any]:

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
+
+
+def report(
+    trainer: Trainer,
+    result: CalibrationResult,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    step: int,
+    files: Mapping[str, CalibrationResult],
+) -> None:
+    """Tell gamma and the accuracies without and with it, by step ``step``, on the console and to the loggers."""
+    note = f"validation data, weights of step {step} of {trainer.global_step}"
+    rank_zero_info(summary(result, before, after, note, files))
+    for logger in trainer.loggers:
+        logger.log_metrics(logged_values(result, before, after), step=trainer.global_step)
 
 
 def summary(
