@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_trainer
-from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
+from lightning_calibft.estimators import Estimator, check_estimator, check_estimator_width, make_estimator
 from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, num_classes
 from lightning_calibft.split import ClassSplit
 
@@ -27,6 +27,11 @@ class HeadAttachment(Callback):
         head: str | None,
         estimator: str | Estimator,
     ) -> None:
+        check_estimator(estimator, seen_classes, absent_classes)
+        if absent_classes is not None and seen_classes is None:
+            raise ValueError(
+                "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
+            )
         self.seen_classes = seen_classes
         self.absent_classes = absent_classes
         self.head = head

@@ -27,7 +27,7 @@ from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files, pu
 from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
 from lightning_calibft.callback.monitor import LogitMonitor
 from lightning_calibft.callback.report import report
-from lightning_calibft.estimators import Estimator, check_estimator
+from lightning_calibft.estimators import Estimator
 from lightning_calibft.head import reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
@@ -89,11 +89,6 @@ class AbsentClassCalibration(EvaluationMetrics):
         log_metrics: bool = True,
         calibrate_checkpoints: bool = True,
     ) -> None:
-        check_estimator(estimator, seen_classes, absent_classes)
-        if absent_classes is not None and seen_classes is None:
-            raise ValueError(
-                "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
-            )
         check_max_samples(max_samples)
         super().__init__(seen_classes, absent_classes, head, estimator)
         self.unpack_batch = unpack_batch
@@ -146,8 +141,8 @@ class AbsentClassCalibration(EvaluationMetrics):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._kept is not None
         self._kept.note()
-        if self._labels is not None:
-            self._labels.classes(trainer.strategy)  # a checkpoint saved now knows the labels of all processes
+        if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
+            self._labels.classes(trainer.strategy)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,8 +219,10 @@ class AbsentClassCalibration(EvaluationMetrics):
 
     @override
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
-        if not self.log_metrics or self._split is not None:
-            return self._split if self.log_metrics else None
+        if not self.log_metrics:
+            return None
+        if self._split is not None:
+            return self._split
         classes = self._labels.classes(trainer.strategy) if self._labels is not None else self._restored_classes
         width = self._width(model)
         return ClassSplit(width, classes) if 0 < len(classes) < width else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from lightning_calibft.functional.accuracy import (
     harmonic_compute,
 )
 from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds
 
 
@@ -103,21 +101,6 @@ class SplitAccuracy(AbsentClassMetric):
     def compute(self) -> Tensor:
         """Return the accuracy of all samples so far."""
         return accuracy_compute(self._get("correct"), self._get("total"), self._groups, self.samples, self.average)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Plot one value or several, as from training steps.
-
-        Args:
-            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)
 
 
 class HarmonicMeanAccuracy(SplitAccuracy):

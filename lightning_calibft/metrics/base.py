@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_calibft.functional._inputs import Groups, check_inputs, real_dtype, warn_if_probabilities
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
@@ -71,6 +72,21 @@ class AbsentClassMetric(Metric):
         if probabilities and len(logits) and not self._looked_for_probabilities:
             self._looked_for_probabilities = True
             warn_if_probabilities(logits)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Plot one value or several, as from training steps.
+
+        Args:
+            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
+            ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+        Returns:
+            Figure and axis.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # torchmetrics guards its states against `model.half()`, but not against `model.to(torch.bfloat16)`, which

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ class SeenUnseenCurve(AbsentClassMetric):
         super().reset()
         self._curve = None
 
-    def plot(
+    def plot(  # type: ignore[override]
         self,
         curve: tuple[Tensor, Tensor, Tensor] | None = None,
         score: Tensor | bool | None = None,
@@ -211,19 +210,4 @@ class AUSUC(SeenUnseenCurve):
         seen, absent, _ = super().compute()
         return curve_area(seen, absent)
 
-    def plot(  # type: ignore[override]
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one value or several, as from training steps; :meth:`SeenUnseenCurve.plot` draws the curve.
-
-        Args:
-            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)
+    plot = AbsentClassMetric.plot  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from lightning_calibft.functional.logit_gap import check_seen_classes, gap_compute, gap_update
 from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds
 
 
@@ -100,21 +98,6 @@ class AverageLogitGap(AbsentClassMetric):
     def num_samples(self) -> int:
         """Number of samples that gamma is the mean of."""
         return int(self._error()[1])
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Plot one value or several, as from training steps.
-
-        Args:
-            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)
 
     def _error(self) -> tuple[Tensor, Tensor]:
         self.compute()

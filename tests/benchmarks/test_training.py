@@ -85,7 +85,7 @@ def test_training_step_of_resnet18(ratio, device):
     assert ratio(
         lambda: fit(module, data, [AbsentClassCalibration()], device),
         lambda: fit(module, data, [], device),
-        rounds=5,
+        rounds=9,
         budget="1.01",
     )
 
