@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
+from tests.processes import hand_over
 from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
 
 RARE = SEEN[-1]
@@ -173,4 +174,4 @@ if __name__ == "__main__":
     written = record_writes()
     outcome = run(folder, devices=2)
     outcome["written"] = [path for path in written if str(folder) in path]
-    (folder / f"rank_{outcome['given']['rank']}.json").write_text(json.dumps(outcome))
+    hand_over(json.dumps(outcome), folder, outcome["given"]["rank"])

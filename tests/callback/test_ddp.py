@@ -19,6 +19,7 @@ from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
 from tests.callback import ddp_script
 from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled
+from tests.processes import hand_over
 from tests.runs import SEEN, assert_calibrated, quiet, read
 
 pytestmark = [quiet, pytest.mark.filterwarnings('ignore:`.test.ckpt_path="best".` is called with Trainer configured')]
@@ -53,7 +54,7 @@ def two(folders):
     command = [sys.executable, "-m", "tests.callback.ddp_script", str(folders[2])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads((folders[2] / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads(torch.load(folders[2] / f"{rank}.pt")) for rank in (0, 1)]
     assert [rank["given"]["world_size"] for rank in ranks] == [2, 2]
     return ranks
 
@@ -132,8 +133,7 @@ def _calibrate(rank: int, folder: str) -> None:
             calibrate(model, DataLoader(TensorDataset(inputs, target), 4), SEEN, progress=False)
         except ValueError as error:
             results[name] = str(error), len(attached_heads(model))
-    dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    hand_over(results, Path(folder), rank)
 
 
 @pytest.fixture(scope="module")

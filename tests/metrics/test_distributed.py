@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.metrics.cases import METRICS, make, same
+from tests.processes import hand_over
 from tests.references import random_case
 
 # Where the 60 samples are cut between the two processes; at 60 the second has none, and never calls update.
@@ -43,9 +44,7 @@ def _work(rank: int, folder: str) -> None:
             results[name, cut, "more"] = _compute(name, metric)
     if rank == 0:  # after `compute` on all processes, one may read on by itself
         metric.compute()
-    dist.barrier()
-    dist.destroy_process_group()
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    hand_over(results, Path(folder), rank)
 
 
 @pytest.fixture(scope="module")
