@@ -3,6 +3,7 @@
 from lightning_calibft.calibration import CalibrationResult, calibrate
 from lightning_calibft.callback import AbsentClassCalibration
 from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, load_calibrated
+from lightning_calibft.export import export
 from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
@@ -13,6 +14,7 @@ __all__ = [
     "attach",
     "calibrate",
     "detach",
+    "export",
     "find_head",
     "fold",
     "fold_checkpoint",

@@ -1,24 +1,39 @@
-"""Checkpoint files: write gamma into them, load them, fold gamma into the bias, say what they hold."""
+"""Checkpoint files: load them, fold gamma into the bias, say what they hold."""
 
 from __future__ import annotations
 
-import copy
 import io
 import os
-from collections.abc import Mapping
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
+import lightning
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
-from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.files import StrPath, read_checkpoint, write_atomically
-from lightning_calibft.head import CHILD_NAME, set_gamma
-
-METADATA_KEY = "lightning_calibft"
-_OFFSET, _MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
+from lightning_calibft.entries import (
+    LIGHTNING_VERSION,
+    MASK,
+    OFFSET,
+    bare_weights,
+    calibrated_heads,
+    classes_of,
+    facts_of,
+    fold_state,
+    folded_facts,
+    state_dict_of,
+    state_key,
+    without_calibration,
+)
+from lightning_calibft.files import (
+    METADATA_KEY,
+    StrPath,
+    is_safetensors,
+    read_checkpoint,
+    read_exported_facts,
+    write_atomically,
+)
+from lightning_calibft.head import set_gamma
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -48,28 +63,44 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
         model = load_calibrated(MyModule, "checkpoints/best.ckpt")
     """
     checkpoint = read_checkpoint(path, weights_only=weights_only)
-    state = state_dict_of(checkpoint, path)
-    calibration = {key: state.pop(key) for key in list(state) if key.endswith((_OFFSET, _MASK))}
-    heads = _calibrated_heads(calibration, checkpoint, path)
+    heads = calibrated_heads(checkpoint, path)
     stripped = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": state}, stripped)
+    state = without_calibration(state_dict_of(checkpoint, path))
+    # Without a version, as in a file of weights alone, Lightning refuses to load.
+    torch.save({LIGHTNING_VERSION: lightning.__version__, **checkpoint, "state_dict": state}, stripped)
     stripped.seek(0)
     module = module_class.load_from_checkpoint(stripped, weights_only=weights_only, **kwargs)
     for prefix, (gamma, mask) in heads.items():
-        seen, absent = _classes(checkpoint, mask)
+        seen, absent = classes_of(facts_of(checkpoint), mask)
         set_gamma(module.get_submodule(prefix.rstrip(".")), gamma, seen, absent)
     return module.eval()
 
 
-def fold_checkpoint(source: StrPath, destination: StrPath, *, weights_only: bool = True) -> None:
-    """Add gamma to the bias of the head and write a checkpoint that loads anywhere, without this package.
+def fold_checkpoint(
+    source: StrPath,
+    destination: StrPath,
+    *,
+    add_bias: bool = False,
+    prefix: str | None = None,
+    weights_only: bool = True,
+) -> None:
+    """Add gamma to the bias of the head and write a file that loads anywhere, without this package.
 
-    The folded file has the keys of the uncalibrated one. It is for inference: training it further would teach the
-    model to undo gamma.
+    The name of ``destination`` decides what is written. A ``.ckpt`` file is the whole checkpoint, with the keys of the
+    uncalibrated one, for ``MyModule.load_from_checkpoint``. Any other is the state dict of the model alone, for
+    ``model.load_state_dict`` and timm's ``create_model(..., checkpoint_path=...)``; its keys begin inside the
+    LightningModule (``model.fc.bias`` becomes ``fc.bias``). A ``.safetensors`` file is one of safetensors. All hold
+    the facts of the calibration, by which folding or calibrating them again is refused.
+
+    A folded file is for inference: training it further would teach the model to undo gamma.
 
     Args:
-        source: A calibrated checkpoint, of Lightning or a plain state dict.
+        source: A calibrated checkpoint: of Lightning, of timm's training script, or a plain state dict.
         destination: The file to write; it appears whole or not at all.
+        add_bias: Give a head without bias a new one. The file then has one key more than the original class: that
+            refuses it when it loads strictly, and drops gamma in silence when not.
+        prefix: What the keys of the model begin with, such as ``"model."``, where the rule above does not fit; others
+            are left out. Not for a ``.ckpt`` file.
         weights_only: As in :func:`load_calibrated`.
 
     Raises:
@@ -79,40 +110,51 @@ def fold_checkpoint(source: StrPath, destination: StrPath, *, weights_only: bool
 
     Example::
 
-        fold_checkpoint("checkpoints/best.ckpt", "model.ckpt")
+        fold_checkpoint("checkpoints/best.ckpt", "model.safetensors")
+        model = timm.create_model("resnet50", checkpoint_path="model.safetensors")
     """
     if os.path.realpath(source) == os.path.realpath(destination):
         raise ValueError(
             f"Expected argument `destination` to differ from `source`, but both are {os.fspath(source)!r}. Folding"
             " cannot be undone: keep the calibrated file."
         )
+    whole = Path(destination).suffix == ".ckpt"
+    if whole and prefix is not None:
+        raise ValueError(
+            f"Expected argument `prefix` to be None beside the `destination` {os.fspath(destination)!r}, but got"
+            f" {prefix!r}: a .ckpt file is for the LightningModule, whose keys stay. Name it .pth or .safetensors."
+        )
     checkpoint = read_checkpoint(source, weights_only=weights_only)
-    state = state_dict_of(checkpoint, source)
-    for prefix, (gamma, mask) in _calibrated_heads(state, checkpoint, source).items():
-        bias = state.get(f"{prefix}bias")
-        if bias is None:
-            raise ValueError(
-                f"Expected the head {prefix.rstrip('.')!r} in {os.fspath(source)!r} to have a bias that takes up gamma,"
-                " but it has none. Load the model with `load_calibrated`, and use `fold(model, add_bias=True)`."
-            )
-        state[f"{prefix}bias"] = (bias.float() + gamma * mask).to(bias.dtype)
-    folded = _without_calibration({**checkpoint, "state_dict": state} if "state_dict" in checkpoint else state)
-    if "state_dict" in folded:
-        folded[METADATA_KEY] = {**checkpoint.get(METADATA_KEY, {}), "folded": True}
-    write_atomically(folded, destination)
+    heads = calibrated_heads(checkpoint, source)
+    state = fold_state(state_dict_of(checkpoint, source), heads, source, add_bias)
+    facts = folded_facts(facts_of(checkpoint), heads)
+    if whole and (key := state_key(checkpoint)) is not None:
+        write_atomically({**_stripped(checkpoint), key: state, METADATA_KEY: facts}, destination)
+        return
+    write_weights(state if whole else bare_weights(checkpoint, state, prefix), facts, destination)
+
+
+def write_weights(state: Any, facts: dict[str, Any], path: StrPath) -> None:
+    """Write a state dict and the facts of its calibration, the latter where loaders overlook them."""
+    if is_safetensors(path):
+        write_atomically({"state_dict": state, METADATA_KEY: facts}, path)
+    else:
+        state._metadata[METADATA_KEY] = facts
+        write_atomically(state, path)
 
 
 def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str, Any]:
     """Tell whether a checkpoint is calibrated, and how.
 
     Args:
-        path: A checkpoint of Lightning or a plain state dict.
+        path: A checkpoint: of Lightning, of timm's training script, or a plain state dict; or what
+            :func:`~lightning_calibft.export` has written.
         weights_only: As in :func:`load_calibrated`.
 
     Returns:
         Plain Python values: ``calibrated`` and ``folded`` (bools), ``heads`` (dotted names), ``gamma`` and, as far as
         the file tells, ``standard_error``, ``num_samples``, ``estimator``, ``num_classes``, ``seen_classes``,
-        ``absent_classes`` and ``version`` (of this package).
+        ``absent_classes``, ``version`` (of this package), ``torch_version`` and ``lightning_version``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -122,80 +164,27 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
 
         inspect_checkpoint("checkpoints/best.ckpt")["gamma"]
     """
+    if (facts := read_exported_facts(path)) is not None:
+        return {"calibrated": False, "folded": False, "heads": [], **facts}
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     state = state_dict_of(checkpoint, path)
-    metadata = checkpoint.get(METADATA_KEY, {})
-    masks = {key.removesuffix(_MASK): mask for key, mask in state.items() if key.endswith(_MASK) and mask.any()}
+    masks = {key.removesuffix(MASK): mask for key, mask in state.items() if key.endswith(MASK) and mask.any()}
     heads = [prefix.rstrip(".") for prefix in masks]
-    info: dict[str, Any] = {"calibrated": bool(masks), "folded": False, "heads": heads, **metadata}
+    info: dict[str, Any] = {"calibrated": bool(masks), "folded": False, "heads": heads, **facts_of(checkpoint)}
     for prefix, mask in masks.items():
-        info["gamma"] = state[prefix + _OFFSET].item()
+        info["gamma"] = state[prefix + OFFSET].item()
         info["num_classes"] = len(mask)
         info["absent_classes"] = mask.nonzero().flatten().tolist()
+    if LIGHTNING_VERSION in checkpoint:
+        info["lightning_version"] = str(checkpoint[LIGHTNING_VERSION])
     return info
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
-    """Return a copy of the state dict in a Lightning checkpoint, or of a plain state dict."""
-    state = checkpoint.get("state_dict", checkpoint)
-    tensors = state.values() if isinstance(state, Mapping) and all(isinstance(key, str) for key in state) else ()
-    if not any(isinstance(value, Tensor) for value in tensors):
-        raise ValueError(f"Expected a checkpoint with a state dict, but {os.fspath(path)!r} holds no named tensors.")
-    return copy.copy(state)  # with its `_metadata`, by which modules tell the version of their entries
-
-
-def is_folded(checkpoint: Mapping[str, Any]) -> bool:
-    """Tell whether gamma was folded into the bias of this checkpoint."""
-    return bool(checkpoint.get(METADATA_KEY, {}).get("folded"))
-
-
-def put_calibration(checkpoint: dict[str, Any], calibration: Mapping[str, Tensor], result: CalibrationResult) -> None:
-    """Set the calibration's entries in a Lightning checkpoint and say in its metadata where they come from."""
-    checkpoint["state_dict"].update(calibration)
-    checkpoint[METADATA_KEY] = {**result.as_dict(), "version": version("lightning-calibft")}
-
-
-def calibration_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies, on the CPU, of the calibration's entries in a state dict."""
-    entries = {key: value for key, value in state_dict.items() if key.endswith((_OFFSET, _MASK))}
-    return {key: value.detach().cpu().clone() for key, value in entries.items()}
-
-
-def _calibrated_heads(
-    state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path: StrPath
-) -> dict[str, tuple[float, Tensor]]:
-    """Return gamma and the mask of each head, by the prefix of its keys."""
-    if is_folded(checkpoint):
-        raise ValueError(
-            f"Expected a calibrated checkpoint, but in {os.fspath(path)!r} gamma is folded into the bias already. Load"
-            " it as any other, with `load_from_checkpoint`."
-        )
-    heads = {
-        key.removesuffix(_OFFSET): (value.item(), state[key.removesuffix(_OFFSET) + _MASK])
-        for key, value in state.items()
-        if key.endswith(_OFFSET)
+def _stripped(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Drop the calibration from the other state dicts in a checkpoint (weight averaging keeps a second one)."""
+    return {
+        key: without_calibration(value)
+        if isinstance(value, dict) and any(str(name).endswith((OFFSET, MASK)) for name in value)
+        else value
+        for key, value in checkpoint.items()
     }
-    if not heads or not all(mask.any() for _, mask in heads.values()):
-        raise ValueError(
-            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma. Train with the"
-            " `AbsentClassCalibration` callback, or calibrate the loaded model with `calibrate(model, loader)`."
-        )
-    return heads
-
-
-def _classes(checkpoint: Mapping[str, Any], mask: Tensor) -> tuple[list[int], list[int]]:
-    """Return the seen and the absent classes; without metadata, what is not absent counts as seen."""
-    absent = mask.nonzero().flatten().tolist()
-    seen = checkpoint.get(METADATA_KEY, {}).get("seen_classes")
-    return seen or (mask == 0).nonzero().flatten().tolist(), absent
-
-
-def _without_calibration(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Drop the calibration's keys from every state dict in a checkpoint (weight averaging keeps a second one)."""
-    stripped = copy.copy(checkpoint)
-    for key, value in checkpoint.items():
-        if key in ("state_dict", "current_model_state"):
-            stripped[key] = _without_calibration(value)
-        elif key.endswith((_OFFSET, _MASK)):
-            del stripped[key]
-    return stripped

@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -199,15 +200,18 @@ def test_inspect(folder, best, tmp_path):
         "seen_classes": SEEN,
         "absent_classes": ABSENT,
         "version": version("lightning-calibft"),
+        "torch_version": str(torch.__version__),
+        "lightning_version": lightning.__version__,
     }
     assert info == expected
     fold_checkpoint(best, tmp_path / "folded.ckpt")
     folded = inspect_checkpoint(tmp_path / "folded.ckpt")
     assert (folded["calibrated"], folded["folded"], folded["heads"]) == (False, True, [])
     assert folded["gamma"] == pytest.approx(expected["gamma"])
-    assert inspect_checkpoint(folder / "plain.ckpt") == {"calibrated": False, "folded": False, "heads": []}
+    nothing = {"calibrated": False, "folded": False, "heads": []}
+    assert inspect_checkpoint(folder / "plain.ckpt") == {**nothing, "lightning_version": lightning.__version__}
     torch.save(attach(pretrained()).state_dict(), tmp_path / "attached.pt")
-    assert inspect_checkpoint(tmp_path / "attached.pt") == {"calibrated": False, "folded": False, "heads": []}
+    assert inspect_checkpoint(tmp_path / "attached.pt") == nothing
 
 
 def test_inspect_what_calibrate_made(tmp_path):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_calibft.checkpoint import is_folded
+from lightning_calibft.entries import is_folded
 
 
 def check_trainer(trainer: Any, model: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.checkpoint import calibration_entries, put_calibration
+from lightning_calibft.entries import calibration_entries, put_calibration
 from lightning_calibft.files import read_checkpoint, write_atomically
 from lightning_calibft.head import get_gamma, set_gamma
 

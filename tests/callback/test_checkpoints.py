@@ -62,7 +62,8 @@ def check(folder, callback, before, module, make=Nervous):
         gammas.add(assert_calibrated(after["state_dict"], make=make))
         metadata = after.pop("lightning_calibft")
         result = callback.checkpoint_results[file]
-        assert metadata == {**result.as_dict(), "version": version("lightning-calibft")}
+        versions = {"version": version("lightning-calibft"), "torch_version": str(torch.__version__)}
+        assert metadata == {**result.as_dict(), **versions}
         assert metadata["gamma"] == pytest.approx(after["state_dict"][f"fc.{OFFSET}"].item(), rel=1e-6)
         assert_plain(metadata)
         expected = before.files[file]

@@ -1,0 +1,156 @@
+"""Writing a calibrated model in the formats of the tools that run it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lightning_calibft.calibration import CalibrationResult
+from lightning_calibft.checkpoint import write_weights
+from lightning_calibft.entries import calibrated_heads, folded_facts
+from lightning_calibft.files import METADATA_KEY, SAFETENSORS, StrPath, new_folder, replace_atomically
+from lightning_calibft.head import fold
+
+_WEIGHTS = (SAFETENSORS, ".pth", ".pt")
+_GRAPHS = (".onnx", ".pt2")
+
+
+def export(
+    model: nn.Module,
+    destination: StrPath,
+    inputs: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    result: CalibrationResult | None = None,
+) -> None:
+    """Write a calibrated model, with gamma folded into its bias, for a tool that does not know this package.
+
+    The name of ``destination`` decides the format:
+
+    ============================= ===================================================================================
+    ``.safetensors, .pth, .pt``    the state dict, for ``load_state_dict`` and timm's ``checkpoint_path``
+    a folder, of a timm model      for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and to be uploaded
+    a folder, of transformers      for ``from_pretrained(FOLDER)``
+    ``.onnx``                      for onnxruntime and others (needs ``pip install 'lightning-calibft[onnx]'``)
+    ``.pt2``                       for ``torch.export.load``
+    ============================= ===================================================================================
+
+    Each holds the facts of the calibration beside the weights. ``model`` stays as it is.
+
+    Args:
+        model: A calibrated model, in eval mode or not. Of a LightningModule pass the model in it.
+        destination: The file or folder to write; it appears whole or not at all.
+        inputs: Example inputs of ``model``, with at least two rows: for ``.onnx`` and ``.pt2`` only. Their number of
+            rows is free in the exported model where its code allows it.
+        result: What :func:`~lightning_calibft.calibrate` returned, to say more about where gamma comes from.
+
+    Raises:
+        ValueError: If ``model`` is not calibrated or folded already, if its head has no bias, or if ``destination``,
+            ``inputs`` and ``model`` do not fit together.
+        FileExistsError: If a folder ``destination`` is there already and not empty.
+        ModuleNotFoundError: If the packages for ``.onnx`` are missing.
+
+    Example::
+
+        calibrate(model, loader)
+        export(model, "model.onnx", torch.zeros(2, 3, 224, 224))
+    """
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    check_destination(model, destination, inputs)
+    facts = {} if result is None else result.as_dict()
+    facts = folded_facts(facts, calibrated_heads(model.state_dict(), "the model"))
+    write_model(fold(copy.deepcopy(model)).eval(), destination, facts, inputs)
+
+
+def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> None:
+    """Refuse early what :func:`write_model` could not write.
+
+    Raises:
+        ValueError: If it could not.
+    """
+    suffix, where = Path(destination).suffix, f"argument `destination` {os.fspath(destination)!r}"
+    if suffix in _GRAPHS:
+        rows = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not all(isinstance(tensor, Tensor) and len(tensor) > 1 for tensor in rows):
+            raise ValueError(
+                f"Expected argument `inputs` to hold tensors with at least two rows beside the {where}, but got"
+                f" {[tuple(x.shape) if isinstance(x, Tensor) else x for x in rows]}. Exporting runs the model on them."
+            )
+    elif suffix not in (*_WEIGHTS, ""):
+        known = ", ".join((*_WEIGHTS, *_GRAPHS))
+        raise ValueError(f"Expected {where} to end in one of {known}, or to be a folder.")
+    elif not suffix and _is_timm(model) and not hasattr(timm.models, "save_for_hf"):
+        raise ImportError(f"Writing a folder needs a later timm than {timm.__version__}: `pip install --upgrade timm`.")
+    elif not suffix and not _is_timm(model) and not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"Expected a model of timm or transformers beside the folder {os.fspath(destination)!r}, but got"
+            f" {type(model).__name__}. Pass the model inside it, or a file name that ends in {', '.join(_WEIGHTS)}."
+        )
+
+
+def write_model(
+    model: nn.Module,
+    destination: StrPath,
+    facts: dict[str, Any],
+    inputs: Tensor | tuple[Tensor, ...] | None,
+) -> None:
+    """Write a plain model, whose gamma is folded already, as :func:`export` says."""
+    suffix = Path(destination).suffix
+    if suffix in _WEIGHTS:
+        write_weights(model.state_dict(), facts, destination)
+    elif suffix == "":
+        with new_folder(destination) as folder:
+            _write_folder(model, folder, facts)
+    else:
+        assert inputs is not None
+        write = _write_onnx if suffix == ".onnx" else _write_program
+        write(model, destination, facts, inputs if isinstance(inputs, tuple) else (inputs,))
+
+
+def _is_timm(model: nn.Module) -> bool:
+    return hasattr(model, "pretrained_cfg") and hasattr(model, "num_features")
+
+
+def _write_folder(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    try:
+        if _is_timm(model):
+            timm.models.save_for_hf(model, str(folder), {METADATA_KEY: dict(facts)}, safe_serialization=True)
+        else:
+            setattr(model.config, METADATA_KEY, dict(facts))
+            model.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"Could not write the weights: {error}.") from error
+
+
+def _dynamic_rows(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    return tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+
+
+def _write_program(model: nn.Module, path: StrPath, facts: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
+    program = torch.export.export(model, inputs, dynamic_shapes=_dynamic_rows(inputs))
+    extra = {f"{METADATA_KEY}.json": json.dumps(facts)}
+    buffer = io.BytesIO()  # torch writes to files itself, and ends the process where the disk is full
+    torch.export.save(program, buffer, extra_files=extra)
+    replace_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def _write_onnx(model: nn.Module, path: StrPath, facts: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Exporting to ONNX needs onnx and onnxscript. Install them with `pip install 'lightning-calibft[onnx]'`."
+        ) from error
+    program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=_dynamic_rows(inputs), verbose=False)
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = json.dumps(facts)
+    replace_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))

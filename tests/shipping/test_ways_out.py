@@ -1,0 +1,168 @@
+"""Each way out of the package: written here, read in a fresh process by those who will read it, logits compared."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lightning_calibft import export, fold_checkpoint, inspect_checkpoint, load_calibrated, set_gamma
+from tests.shipping import consumer
+from tests.shipping.consumer import NUM_CLASSES, Classifier
+from tests.shipping.fine_tuned import SEEN, train
+
+WAYS = [name for name in vars(consumer) if name.startswith("from_")]
+INPUTS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def hugging_face(folder):
+    """Write calibrated models of transformers and return the logits that they should give."""
+    transformers = pytest.importorskip("transformers")
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = transformers.ViTConfig(image_size=32, patch_size=16, num_labels=NUM_CLASSES, **tiny)
+    text = transformers.BertConfig(vocab_size=50, max_position_embeddings=64, num_labels=NUM_CLASSES, **tiny)
+    image_model = set_gamma(transformers.ViTForImageClassification(vision).eval(), 2.5, SEEN)
+    text_model = set_gamma(transformers.BertForSequenceClassification(text).eval(), 2.5, SEEN)
+    export(image_model, folder / "transformers_folder")
+    export(text_model, folder / "text_folder")
+    tokens = torch.arange(3, 11)[None].repeat(2, 1)
+    return {
+        "from_transformers": image_model(INPUTS).logits,
+        "from_transformers_text": text_model(input_ids=tokens).logits,
+    }
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A folder with the model in every format, the logits that were read from them, and those that should be."""
+    folder = tmp_path_factory.mktemp("shipped")
+    best = train(folder)
+    for name in ("model.ckpt", "model.pth", "model.safetensors"):
+        fold_checkpoint(best, folder / name)
+    model = load_calibrated(Classifier, best).model
+    for name in ("model.onnx", "model.pt2", "timm_folder"):
+        export(model, folder / name, INPUTS)
+    with pytest.warns(FutureWarning, match=r"torch\.jit"):
+        torch.jit.save(torch.jit.trace(model, INPUTS), folder / "traced.pt")
+    expected = dict.fromkeys(WAYS, model(INPUTS)) | hugging_face(folder)
+    torch.save(INPUTS, folder / "inputs.pt")
+    subprocess.run([sys.executable, consumer.__file__], cwd=folder, check=True)
+    return folder, torch.load(folder / "logits.pt", weights_only=True), expected
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_logits(way, shipped):
+    _, logits, expected = shipped
+    if way not in logits:
+        pytest.skip("an optional package is missing")
+    tolerance = 0.05 if way == "from_int8" else 1e-5
+    torch.testing.assert_close(logits[way], expected[way].detach(), rtol=0, atol=tolerance)
+
+
+def test_gamma_is_what_changes_them(shipped):
+    folder, logits, _ = shipped
+    gamma = inspect_checkpoint(folder / "best.ckpt")["gamma"]
+    raw = load_calibrated(Classifier, folder / "best.ckpt").model.train().fc  # training mode: raw logits
+    model = load_calibrated(Classifier, folder / "best.ckpt").model
+    features = model.forward_head(model.forward_features(INPUTS), pre_logits=True)
+    shift = torch.full((NUM_CLASSES,), gamma)
+    shift[SEEN] = 0
+    assert abs(gamma) > 0.1
+    torch.testing.assert_close(logits["from_torch"] - raw(features).detach(), shift.expand(2, -1), rtol=0, atol=1e-5)
+
+
+FILES = [
+    "model.ckpt",
+    "model.pth",
+    "model.safetensors",
+    "timm_folder",
+    "transformers_folder",
+    "model.onnx",
+    "model.pt2",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_facts_are_in_each_file(name, shipped):
+    folder, _, _ = shipped
+    facts = inspect_checkpoint(folder / name)
+    assert facts["folded"]
+    assert not facts["calibrated"]
+    assert facts["seen_classes"] == SEEN
+    if name in ("model.ckpt", "model.pth", "model.safetensors"):
+        assert facts["num_samples"] == 48
+        assert facts["gamma"] == pytest.approx(inspect_checkpoint(folder / "best.ckpt")["gamma"])
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pth", "model.safetensors"])
+def test_folding_again_is_refused(name, shipped, tmp_path):
+    with pytest.raises(ValueError, match="gamma is folded into the bias already"):
+        fold_checkpoint(shipped[0] / name, tmp_path / "again.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_exporting_leaves_the_model_as_it_is(tmp_path):
+    model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES).eval(), 2.5, SEEN)
+    before, logits = {key: value.clone() for key, value in model.state_dict().items()}, model(INPUTS)
+    export(torch.compile(model, backend="eager"), tmp_path / "model.pth")
+    assert list(model.state_dict()) == list(before)
+    assert torch.equal(model(INPUTS), logits)
+    plain = timm.create_model("test_resnet", num_classes=NUM_CLASSES, checkpoint_path=str(tmp_path / "model.pth"))
+    torch.testing.assert_close(plain.eval()(INPUTS), logits)
+
+
+def test_a_graph_takes_any_number_of_rows(shipped):
+    program = torch.export.load(shipped[0] / "model.pt2").module()
+    assert program(torch.randn(5, 3, 32, 32)).shape == (5, NUM_CLASSES)
+
+
+def test_safetensors_says_that_its_tensors_are_of_torch(shipped):
+    with safe_open(shipped[0] / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"  # transformers refuses files without it
+    assert json.loads(metadata["lightning_calibft"])["folded"]
+
+
+@pytest.mark.parametrize(
+    ("destination", "inputs", "match"),
+    [
+        (
+            "model.onnx",
+            None,
+            r"`inputs` to hold tensors with at least two rows beside .*model\.onnx', but got \[None\]",
+        ),
+        ("model.pt2", torch.zeros(1, 3, 32, 32), r"at least two rows .* but got \[\(1, 3, 32, 32\)\]"),
+        ("model.h5", None, r"model\.h5' to end in one of \.safetensors, \.pth, \.pt, \.onnx, \.pt2, or to be a folder"),
+    ],
+)
+def test_wrong_destinations(destination, inputs, match, tmp_path):
+    model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
+    with pytest.raises(ValueError, match=match):
+        export(model, tmp_path / destination, inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_needs_a_library_that_reads_it(tmp_path):
+    with pytest.raises(ValueError, match=r"a model of timm or transformers beside the folder .* but got Linear"):
+        export(set_gamma(nn.Linear(3, 5), 2.5, [0, 1]), tmp_path / "folder")
+    model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match=r"full' exists\. Remove it"):
+        export(model, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("destination", ["model.pth", "folder"])
+def test_models_without_gamma_or_without_bias(destination, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    with pytest.raises(ValueError, match="holds no gamma"):
+        export(model, tmp_path / destination)
+    model.fc = nn.Linear(model.fc.in_features, NUM_CLASSES, bias=False)
+    with pytest.raises(ValueError, match="without one"):
+        export(set_gamma(model, 2.5, SEEN), tmp_path / destination)
+    assert not list(tmp_path.iterdir())
