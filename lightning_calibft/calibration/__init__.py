@@ -1,14 +1,14 @@
 """Find gamma in one eval-mode pass over the fine-tuning data."""
 
-from lightning_calibft.calibration.batch import UnpackBatch, get_target, resolve_unpack_batch
-from lightning_calibft.calibration.faults import IGNORE_INDEX, empty_error, target_error
+from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
+from lightning_calibft.calibration.faults import empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
-from lightning_calibft.calibration.one_pass import Pass, check_head
+from lightning_calibft.calibration.one_pass import Pass, check_head, head_width
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.calibration.run import calibrate
 
 __all__ = [
-    "IGNORE_INDEX",
+    "BatchReader",
     "CalibrationResult",
     "Pass",
     "UnpackBatch",
@@ -17,7 +17,7 @@ __all__ = [
     "check_head",
     "check_max_samples",
     "empty_error",
-    "get_target",
-    "resolve_unpack_batch",
+    "head_width",
     "target_error",
+    "warn_if_positions",
 ]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_calibft.class_map import rows_tensor, to_rows
+
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 UNPACK_REMEDY = (
     "Pass `unpack_batch`, a function (or its import path) that takes a batch and returns `(inputs, target)`."
@@ -43,14 +45,38 @@ def resolve_unpack_batch(unpack_batch: UnpackBatch | str | None) -> UnpackBatch 
     return unpack_batch
 
 
-def get_target(batch: Any, unpack_batch: UnpackBatch | None) -> Tensor:
-    """Return the labels of a batch, of shape ``(N,)``; see :func:`check_target` for what is raised."""
-    return check_target(_split_target(batch) if unpack_batch is None else unpack_batch(batch)[1])
+class BatchReader:
+    """Splits batches into the model's inputs and the head's row of each sample.
 
+    Args:
+        unpack_batch: The user's function, or its import path, where batches are split in another way.
+        rows: The row of each target, where they differ; see :func:`~lightning_calibft.class_map.resolve_class_map`.
+    """
 
-def get_inputs(batch: Any, unpack_batch: UnpackBatch | None, forward: Callable[..., Any]) -> Any:
-    """Return the inputs of a batch, as :func:`call_forward` takes them."""
-    return _split_inputs(batch, forward) if unpack_batch is None else unpack_batch(batch)[0]
+    def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:
+        self._unpack = resolve_unpack_batch(unpack_batch)
+        self._rows = None if rows is None else rows_tensor(rows)
+
+    @property
+    def maps(self) -> bool:
+        """Whether targets are mapped to rows."""
+        return self._rows is not None
+
+    def rows(self, batch: Any) -> Tensor:
+        """Return the rows of a batch, of shape ``(N,)``; see :func:`check_target` for what is raised.
+
+        What they are stays unread, so that no device has to wait: a target without a row is none of the head's, and
+        ``IGNORE_INDEX`` stays what it is.
+        """
+        target = check_target(_split_target(batch) if self._unpack is None else self._unpack(batch)[1])
+        if self._rows is None:
+            return target
+        self._rows = self._rows.to(target.device)
+        return to_rows(target, self._rows)
+
+    def inputs(self, batch: Any, forward: Callable[..., Any]) -> Any:
+        """Return the inputs of a batch, as :func:`call_forward` takes them."""
+        return _split_inputs(batch, forward) if self._unpack is None else self._unpack(batch)[0]
 
 
 def _split_target(batch: Any) -> Tensor:

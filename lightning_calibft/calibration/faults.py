@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
 from lightning_calibft.calibration.loaders import all_reduce
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
+from lightning_calibft.split import ClassSplit, _shorten
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: samples that the loss left out
+NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 
 
 class Faults:
@@ -20,20 +23,21 @@ class Faults:
     Args:
         split: The seen and the absent classes.
         device: Where the logits are.
+        mapped: Whether a ``class_map`` has made rows of the labels.
     """
 
-    def __init__(self, split: ClassSplit, device: torch.device) -> None:
-        self._num_classes = split.num_classes
-        self._seen = split.seen_mask.to(device)
+    def __init__(self, split: ClassSplit, device: torch.device, mapped: bool) -> None:
+        self._split = split
+        self._mapped = mapped
         self._bad_batch = torch.full((), -1, device=device)
-        self._samples = torch.zeros(3, dtype=torch.long, device=device)
+        self._outside = torch.full((), NO_LABEL, device=device)
+        self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
 
     def count(self, index: int, logits: Tensor, target: Tensor) -> None:
         """Look at batch ``index`` with logits ``(N, C)`` and labels ``(N,)``."""
-        valid = (target >= 0) & (target < self._num_classes)
-        not_seen = valid & ~self._seen[target.clamp(0, self._num_classes - 1)]
-        outside = ~valid & (target != IGNORE_INDEX)
-        self._samples += torch.stack([outside.sum(), not_seen.sum(), (target != IGNORE_INDEX).sum()])
+        place = place_of(target, self._split.num_classes)
+        self._samples.index_add_(0, place, torch.ones_like(place))
+        self._outside = largest_outside(self._outside, target, self._split.num_classes)
         bad = (self._bad_batch < 0) & ~logits.isfinite().all()
         self._bad_batch = torch.where(bad, index, self._bad_batch)
 
@@ -43,36 +47,81 @@ class Faults:
         Raises:
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
         """
-        outside, not_seen, total = all_reduce(self._samples).tolist()
-        bad_batch = int(all_reduce(self._bad_batch, maximum=True))
+        *samples, outside, _ = all_reduce(self._samples).tolist()
+        bad_batch, label = (int(all_reduce(value, maximum=True)) for value in (self._bad_batch, self._outside))
+        num_classes, total = self._split.num_classes, sum(samples) + outside
         if bad_batch >= 0:
             raise ValueError(
                 f"Expected finite logits in the calibration pass, but batch {bad_batch} has NaN or infinite ones. Gamma"
                 " stays unset. Look at that batch, or at a training that diverged."
             )
         if outside:
-            raise target_error(self._num_classes, f"{outside} of {total} samples have others")
+            raise target_error(num_classes, label, f"{outside} of {total} samples have others, such as")
+        met = [row for row, count in enumerate(samples) if count]
+        not_seen = total - sum(samples[row] for row in self._split.seen_classes)
         if not_seen == total:
-            raise empty_error()
+            raise empty_error(met, _positions_hint(met) if not self._mapped else "")
         if not_seen:
+            hint = _positions_hint(met) if not self._mapped and _few(met, num_classes) else ""
             warnings.warn(
                 f"{not_seen} of {total} samples in the calibration pass are not of the `seen_classes` and were left"
-                " out. If they belong to the fine-tuning data, their classes are seen ones.",
+                f" out. If they belong to the fine-tuning data, their classes are seen ones.{hint}",
                 stacklevel=2,
             )
 
 
-def target_error(num_classes: int, met: str) -> ValueError:
-    """Return the error for labels that are no class ids of the head."""
+def place_of(target: Tensor, num_classes: int) -> Tensor:
+    """Return where to count each label: its class, behind them those that are no class, and last the ignored ones."""
+    target = target.long()
+    outside = torch.where(target == IGNORE_INDEX, num_classes + 1, num_classes)
+    return torch.where((target >= 0) & (target < num_classes), target, outside)
+
+
+def largest_outside(before: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Return the largest label that is no class, among ``target`` and what was found ``before``, or ``NO_LABEL``."""
+    labels = torch.where(place_of(target, num_classes) == num_classes, target.long(), NO_LABEL)
+    return torch.cat([before[None], labels]).amax()
+
+
+def target_error(num_classes: int, label: int, met: str = "got") -> ValueError:
+    """Return the error for labels that are no rows of the head, such as ``label``."""
+    if is_unmapped(label):
+        return unmapped_error(label)
     return ValueError(
-        f"Expected targets to be class ids in [0, {num_classes}), rows of the classification head, but {met}."
+        f"Expected targets to be class ids in [0, {num_classes}), rows of the classification head, but {met} {label}."
         f" {CLEAN_LABELS_REMEDY}"
     )
 
 
-def empty_error() -> ValueError:
-    """Return the error for data without a sample of the seen classes."""
+def empty_error(met: Sequence[int] = (), hint: str = "") -> ValueError:
+    """Return the error for data without a sample of the seen classes, which has those that were ``met``."""
+    others = f": its labels are the rows {_shorten(list(met))}" if met else ""
     return ValueError(
-        "Expected the calibration data to hold samples of the seen classes, but got none. Check the loader and"
-        " `seen_classes`."
+        f"Expected the calibration data to hold samples of the seen classes, but got none{others}. Check the loader and"
+        f" `seen_classes`.{hint}"
+    )
+
+
+def warn_if_positions(classes: Sequence[int], num_classes: int) -> None:
+    """Warn if all the classes of fine-tuning data are the first few rows: hardly anybody fine-tunes on these."""
+    if _few(classes, num_classes) and (hint := _positions_hint(classes)):
+        rank_zero_warn(
+            f"{hint.strip()} If the rows are meant, pass `seen_classes=list(range({len(classes)}))`.", stacklevel=3
+        )
+
+
+def _few(classes: Sequence[int], num_classes: int) -> bool:
+    return 4 * len(classes) <= num_classes
+
+
+def _positions_hint(classes: Sequence[int]) -> str:
+    """Return what to do if labels look like positions in a list of folders, nothing if they do not."""
+    if not classes or list(classes) != list(range(len(classes))):
+        return ""
+    last = len(classes) - 1
+    return (
+        f" The labels are 0 to {last}: they look like positions in a list of folders, not like rows of the head. Say"
+        " which row each is with `class_map=[...]`, or with `class_map=dataset.classes, label_names=...` by the names"
+        f" of folders and rows. A training step that took the cross-entropy with these labels has trained rows 0 to"
+        f" {last}: map them there too."
     )

@@ -18,16 +18,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_calibft.calibration.batch import (
-    UnpackBatch,
-    call_forward,
-    get_inputs,
-    get_target,
-    resolve_unpack_batch,
-)
-from lightning_calibft.calibration.faults import IGNORE_INDEX, Faults, empty_error, target_error
+from lightning_calibft.calibration.batch import BatchReader, call_forward
+from lightning_calibft.calibration.faults import Faults, empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.class_map import IGNORE_INDEX
 from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
 from lightning_calibft.head import attached_heads, eval_mode, num_classes, probe, record_logits
 from lightning_calibft.split import ClassSplit
@@ -42,7 +37,7 @@ class Pass:
     model: nn.Module
     loaders: list[Iterable[Any]]
     estimator: str | Estimator = "alg"
-    unpack_batch: UnpackBatch | str | None = None
+    reader: BatchReader = field(default_factory=BatchReader)
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
     progress: bool = True
@@ -54,24 +49,26 @@ class Pass:
     def __post_init__(self) -> None:
         head = next(iter(attached_heads(self.model).values()))
         self.device = next(head.buffers()).device  # the calibration's own, if it has no others
-        self.num_classes = num_classes(head)
+        self.num_classes = head_width(self.model)
         check_estimator_width(self.estimator, self.num_classes)
-        self.unpack = resolve_unpack_batch(self.unpack_batch)
 
     def read_classes(self) -> list[int]:
         """Return the classes in the data. The standard error needs them before the first sample."""
         met = torch.zeros(self.num_classes, dtype=torch.long)
         with eval_mode(self.model):  # transfer hooks may mix labels while training
             for batch in self._batches("Reading labels"):
-                target = get_target(batch, self.unpack).cpu()
+                target = self.reader.rows(batch).cpu()
                 target = target[target != IGNORE_INDEX]
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
-                    raise target_error(self.num_classes, f"got {outside[0].item()}")
+                    raise target_error(self.num_classes, int(outside[0]))
                 met[target] = 1
         met = all_reduce(met.to(self.device))
         if not met.any():
             raise empty_error()
-        return met.nonzero().flatten().tolist()
+        classes = met.nonzero().flatten().tolist()
+        if not self.reader.maps:
+            warn_if_positions(classes, self.num_classes)
+        return classes
 
     def run(self, split: ClassSplit) -> CalibrationResult:
         """Run the model over the data and return the result; nothing about the model changes."""
@@ -97,19 +94,19 @@ class Pass:
                     if read >= share:
                         break
                     batch = move_data_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
-                    read += len(get_target(batch, self.unpack))
+                    read += len(self.reader.rows(batch))
                     yield batch
                     bar.update()
 
     def _feed(self, estimator: Estimator, split: ClassSplit) -> None:
         """Run the model over the data."""
-        forward, faults = forward_of(self.model), Faults(split, self.device)
+        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps)
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
                 if index == 0:
                     with self.context():
-                        check_head(self.model, batch, self.unpack)
-                target = get_target(batch, self.unpack)
+                        check_head(self.model, batch, self.reader)
+                target = self.reader.rows(batch)
                 logits = self._logits(forward, batch, target)
                 faults.count(index, logits, target)
                 estimator.update(logits, target)
@@ -117,7 +114,7 @@ class Pass:
 
     def _logits(self, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
         with record_logits(self.model) as records, self.context():
-            call_forward(forward, get_inputs(batch, self.unpack, forward))
+            call_forward(forward, self.reader.inputs(batch, forward))
         if [record.shape for record in records] != [(len(target), self.num_classes)]:
             raise ValueError(
                 f"Expected one forward of the head with logits of shape {(len(target), self.num_classes)} for a batch"
@@ -125,6 +122,11 @@ class Pass:
                 " `unpack_batch` that fits this model, or another `head`."
             )
         return records[0]
+
+
+def head_width(model: nn.Module) -> int:
+    """Return the number of rows of the attached head of ``model``."""
+    return num_classes(next(iter(attached_heads(model).values())))
 
 
 def forward_of(model: nn.Module) -> Callable[..., Any]:
@@ -145,14 +147,14 @@ def forward_of(model: nn.Module) -> Callable[..., Any]:
     return part
 
 
-def check_head(model: nn.Module, batch: Any, unpack_batch: UnpackBatch | None) -> None:
+def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
     """Probe the attached head of ``model``, which is in eval mode, with a few rows of a batch on its device.
 
     Raises:
         ValueError: If the head is not what decides the logits.
     """
     forward = forward_of(model)
-    inputs = get_inputs(batch, unpack_batch, forward)
+    inputs = reader.inputs(batch, forward)
     run = partial(call_forward, forward, inputs[:PROBE_ROWS] if isinstance(inputs, Tensor) else inputs)
     with torch.no_grad(), record_logits(model) as records:
         run()

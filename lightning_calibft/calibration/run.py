@@ -8,12 +8,14 @@ from typing import Any
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_calibft.calibration.batch import UnpackBatch
+from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
-from lightning_calibft.calibration.one_pass import Pass
+from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import Estimator, check_estimator
 from lightning_calibft.head import attach, attached_heads, detach, set_gamma
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
@@ -26,6 +28,8 @@ def calibrate(
     head: str | nn.Module | None = None,
     estimator: str | Estimator = "alg",
     unpack_batch: UnpackBatch | str | None = None,
+    class_map: ClassMap | None = None,
+    label_names: LabelNames | None = None,
     max_samples: int | None = None,
     progress: bool = True,
 ) -> CalibrationResult:
@@ -45,12 +49,15 @@ def calibrate(
         loader: The fine-tuning data: a ``DataLoader``, a collection of them, or any iterable of batches. A batch is a
             pair ``(inputs, target)`` or a mapping with its target under ``label``, ``labels``, ``target``, ``targets``
             or ``y``. A plain ``DataLoader`` is read in order and whole, without shuffling or dropping the last batch.
-        seen_classes: Ids of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
-        absent_classes: Ids of the absent classes. ``None``: all that are not seen.
+        seen_classes: Rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
+        absent_classes: Rows of the absent classes. ``None``: all that are not seen.
         head: The module that gives the logits, or its dotted name, where it is not found by itself.
         estimator: A name in ``lightning_calibft.estimators.ESTIMATORS``, or such a metric made for its own classes.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional, a mapping the keyword arguments of ``model``.
+        class_map: The head's row of each target in ``loader``, where they differ, as in folders that number their
+            classes from 0. See :func:`~lightning_calibft.class_map.resolve_class_map`.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many samples, drawn at random with a fixed seed.
         progress: Whether to show a progress bar (on the first process).
 
@@ -86,8 +93,9 @@ def calibrate(
     attach(model, head)
     try:
         with isolate_rng():
-            loaders = calibration_loaders(loader, max_samples)
-            reading = Pass(model, loaders, estimator, unpack_batch, max_samples, progress=progress)
+            rows = resolve_class_map(class_map, label_names, head_width(model))
+            reader, loaders = BatchReader(unpack_batch, rows), calibration_loaders(loader, max_samples)
+            reading = Pass(model, loaders, estimator, reader, max_samples, progress=progress)
             if not isinstance(estimator, str):
                 split = estimator.split
             else:

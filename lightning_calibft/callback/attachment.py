@@ -7,10 +7,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import Estimator, check_estimator, check_estimator_width, make_estimator
-from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, num_classes
+from lightning_calibft.head import HeadNotFoundError, attach, find_head, num_classes
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
@@ -26,6 +29,9 @@ class HeadAttachment(Callback):
         absent_classes: list[int] | None,
         head: str | None,
         estimator: str | Estimator,
+        unpack_batch: UnpackBatch | str | None,
+        class_map: ClassMap | None,
+        label_names: LabelNames | None,
     ) -> None:
         check_estimator(estimator, seen_classes, absent_classes)
         if absent_classes is not None and seen_classes is None:
@@ -36,6 +42,10 @@ class HeadAttachment(Callback):
         self.absent_classes = absent_classes
         self.head = head
         self.estimator = estimator
+        self.unpack_batch = unpack_batch
+        self.class_map = class_map
+        self.label_names = label_names
+        self._reader = self._make_reader(None)
         self._split: ClassSplit | None = None  # where the arguments tell it
         self._late: RemovableHandle | None = None
 
@@ -83,6 +93,7 @@ class HeadAttachment(Callback):
 
     def _attach(self, model: LightningModule) -> None:
         width = num_classes(find_head(model, self.head))
+        self._reader = self._make_reader(width)
         check_estimator_width(self.estimator, width)
         if not isinstance(self.estimator, str):
             self._split = self.estimator.split
@@ -91,5 +102,5 @@ class HeadAttachment(Callback):
             make_estimator(self.estimator, self._split)  # it may ask more of the classes than a split does
         attach(model, self.head)
 
-    def _width(self, model: LightningModule) -> int:
-        return num_classes(next(iter(attached_heads(model).values())))
+    def _make_reader(self, num_classes: int | None) -> BatchReader:
+        return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))

@@ -11,14 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_calibft.calibration import (
-    CalibrationResult,
-    Pass,
-    UnpackBatch,
-    check_max_samples,
-    get_target,
-    resolve_unpack_batch,
-)
+from lightning_calibft.calibration import CalibrationResult, Pass, UnpackBatch, check_max_samples, head_width
 from lightning_calibft.callback.averaging import averaged_copies
 from lightning_calibft.callback.checks import check_not_folded, order_callbacks
 from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, check_first_batch
@@ -27,8 +20,10 @@ from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files, pu
 from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
 from lightning_calibft.callback.monitor import LogitMonitor
 from lightning_calibft.callback.report import report
+from lightning_calibft.class_map import ClassMap
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.head import reset_gamma, set_gamma
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
@@ -50,12 +45,15 @@ class AbsentClassCalibration(EvaluationMetrics):
         ``WeightAveraging`` callbacks must stand behind this one in the list of callbacks.
 
     Args:
-        seen_classes: Ids of the classes in the fine-tuning data. ``None``: the labels met in training.
-        absent_classes: Ids of the classes to bring back. ``None``: all that are not seen.
+        seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.
+        absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
         estimator: How gamma is found: a name in ``lightning_calibft.estimators.ESTIMATORS``, or such a metric.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
+        class_map: The head's row of each target in the batches, where they differ, as in folders that number their
+            classes from 0: the loss must map them itself. See :func:`~lightning_calibft.class_map.resolve_class_map`.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many training samples, drawn at random with a fixed seed.
         log_metrics: Whether to log the metrics of validation and test.
         calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
@@ -85,21 +83,21 @@ class AbsentClassCalibration(EvaluationMetrics):
         head: str | None = None,
         estimator: str | Estimator = "alg",
         unpack_batch: UnpackBatch | str | None = None,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         max_samples: int | None = None,
         log_metrics: bool = True,
         calibrate_checkpoints: bool = True,
     ) -> None:
         check_max_samples(max_samples)
-        super().__init__(seen_classes, absent_classes, head, estimator)
-        self.unpack_batch = unpack_batch
+        super().__init__(seen_classes, absent_classes, head, estimator, unpack_batch, class_map, label_names)
         self.max_samples = max_samples
         self.log_metrics = log_metrics
         self.calibrate_checkpoints = calibrate_checkpoints
-        self._unpack = resolve_unpack_batch(unpack_batch)
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self._monitor = LogitMonitor(self._unpack)
+        self._monitor = LogitMonitor()
         self.result: CalibrationResult | None = None
         self.checkpoint_results: dict[str, CalibrationResult] = {}
         self._finished = False
@@ -123,7 +121,7 @@ class AbsentClassCalibration(EvaluationMetrics):
             reset_gamma(pl_module)
         self._kept = KeptCheckpoints(trainer)
         if self._split is None:
-            self._labels = LabelsMet(self._width(pl_module))
+            self._labels = LabelsMet(head_width(pl_module), self._reader.maps)
             self._labels.add_classes(self._restored_classes)
 
     @override
@@ -132,7 +130,7 @@ class AbsentClassCalibration(EvaluationMetrics):
         self._kept.note()
         for part in training_batches(batch, trainer.train_dataloader):
             if not self._batch_checked:
-                check_first_batch(trainer, pl_module, part, self._unpack)
+                check_first_batch(trainer, pl_module, part, self._reader)
                 self._batch_checked = True
             if self._labels is not None:
                 self._count_labels(trainer, part)
@@ -142,7 +140,7 @@ class AbsentClassCalibration(EvaluationMetrics):
         assert self._kept is not None
         self._kept.note()
         if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
-            self._labels.classes(trainer.strategy)
+            self._labels.end_epoch(trainer.strategy)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +167,7 @@ class AbsentClassCalibration(EvaluationMetrics):
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None
         try:
-            self._labels.add(get_target(batch, self._unpack))
+            self._labels.add(self._reader.rows(batch))
         except (TypeError, ValueError):
             if calibration_dataloader(trainer) is None:
                 raise
@@ -190,10 +188,7 @@ class AbsentClassCalibration(EvaluationMetrics):
                     set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
 
     def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
-        reading = calibration_pass(trainer, model, self.estimator, self._unpack, self.max_samples)
-        if reading is None:
-            rank_zero_warn("AbsentClassCalibration found no training data: the model is not calibrated.")
-        return reading
+        return calibration_pass(trainer, model, self.estimator, self._reader, self.max_samples)
 
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         assert self._kept is not None
@@ -224,7 +219,7 @@ class AbsentClassCalibration(EvaluationMetrics):
         if self._split is not None:
             return self._split
         classes = self._labels.classes(trainer.strategy) if self._labels is not None else self._restored_classes
-        width = self._width(model)
+        width = head_width(model)
         return ClassSplit(width, classes) if 0 < len(classes) < width else None
 
     @override

@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_calibft.calibration import Pass, UnpackBatch, calibration_loaders, check_head, empty_error, get_target
+from lightning_calibft.calibration import BatchReader, Pass, calibration_loaders, check_head, empty_error
+from lightning_calibft.class_map import check_mapped
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.head import eval_mode
 
@@ -51,31 +53,34 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
     raise empty_error()  # not a `StopIteration`, with which training would end as if it were done
 
 
-def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, unpack_batch: UnpackBatch | None) -> None:
+def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, reader: BatchReader) -> None:
     """Meet at the first training batch what would be wrong with the first batch of the pass at the end.
 
     Raises:
         TypeError: If its target does not hold class ids.
-        ValueError: If it cannot be split, or the head does not give the logits.
+        ValueError: If it cannot be split, a target is not mapped, or the head does not give the logits.
     """
     with isolate_rng(), eval_mode(model), trainer.precision_plugin.forward_context():
         clean = _first_calibration_batch(trainer)
         batch = batch if clean is None else clean
-        get_target(batch, unpack_batch)
-        check_head(model, batch, unpack_batch)
+        rows = reader.rows(batch)
+        if reader.maps:
+            check_mapped(rows)
+        check_head(model, batch, reader)
 
 
 def calibration_pass(
     trainer: Trainer,
     model: LightningModule,
     estimator: str | Estimator,
-    unpack_batch: UnpackBatch | None,
+    reader: BatchReader,
     max_samples: int | None,
 ) -> Pass | None:
-    """Prepare the pass over the calibration data or else the training data; ``None`` if the Trainer has neither."""
+    """Prepare the pass over the calibration data or else the training data; ``None``, with a warning, for neither."""
     clean = calibration_dataloader(trainer)
     loaders = trainer.train_dataloader if clean is None else clean
     if loaders is None:
+        rank_zero_warn("AbsentClassCalibration found no training data: the model is not calibrated.")
         return None
     max_batches = _max_batches(trainer, of_training=clean is None)
     progress_bar = trainer.progress_bar_callback
@@ -83,7 +88,7 @@ def calibration_pass(
         model,
         calibration_loaders(loaders, max_samples, max_batches),
         estimator,
-        unpack_batch,
+        reader,
         max_samples=max_samples,
         max_batches=max_batches,
         progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it

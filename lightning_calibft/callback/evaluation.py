@@ -67,7 +67,7 @@ class EvaluationMetrics(HeadAttachment):
 
     def _start(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
         split = None if trainer.sanity_checking else self._split_so_far(trainer, model)
-        self._monitor.start(model, split, len(num_batches), trainer.global_step)
+        self._monitor.start(model, self._reader, split, len(num_batches), trainer.global_step)
 
     def _log(self, trainer: Trainer, model: LightningModule, prefix: str) -> None:
         counted = self._monitor.counted

@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration import IGNORE_INDEX, Pass, target_error
+from lightning_calibft.calibration import Pass, target_error, warn_if_positions
+from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, place_of
 from lightning_calibft.split import ClassSplit
 
 
@@ -19,15 +20,17 @@ class LabelsMet:
 
     Args:
         num_classes: Number of classes ``C`` of the head.
+        mapped: Whether a ``class_map`` has made rows of the labels.
     """
 
     # The small kernels of a flush are a cost that fast training loops feel: 64 label vectors wait for it together.
     flush_every = 64
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, mapped: bool) -> None:
         self.num_classes = num_classes
-        # Behind the classes: one place for labels that are no class, one for those that the loss ignores.
+        self._may_be_positions = not mapped
         self._met = torch.zeros(num_classes + 2, dtype=torch.int32)
+        self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
 
     def add(self, target: Tensor) -> None:
@@ -52,17 +55,30 @@ class LabelsMet:
             self._met = (torch.as_tensor(reduced) > 0).to(self._met)
         *met, outside, _ = self._met.tolist()
         if outside:
-            raise target_error(self.num_classes, "the training data has others")
+            label = self._outside
+            if strategy is not None:
+                label = torch.as_tensor(strategy.reduce(label.to(strategy.root_device), reduce_op="max"))
+            raise target_error(self.num_classes, int(label), "the training data has others, such as")
         return [index for index, count in enumerate(met) if count]
+
+    def end_epoch(self, strategy: Strategy) -> None:
+        """Warn at the first call if the labels look like positions in a list of folders.
+
+        Raises:
+            ValueError: If a label was no row of the head.
+        """
+        classes = self.classes(strategy)
+        if self._may_be_positions:
+            self._may_be_positions = False
+            warn_if_positions(classes, self.num_classes)
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        target = torch.cat(self._pending).long()
+        target = torch.cat(self._pending)
         self._pending = []
-        inside = (target >= 0) & (target < self.num_classes)
-        wrong = torch.where(target == IGNORE_INDEX, self.num_classes + 1, self.num_classes)
-        self._met = self._met.to(target.device).index_fill(0, torch.where(inside, target, wrong), 1)
+        self._met = self._met.to(target.device).index_fill(0, place_of(target, self.num_classes), 1)
+        self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
 def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: Pass) -> ClassSplit | None:

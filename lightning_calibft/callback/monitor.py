@@ -6,11 +6,13 @@ import warnings
 from contextlib import ExitStack
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_calibft.calibration import UnpackBatch, get_target
+from lightning_calibft.calibration import BatchReader
+from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, target_error
 from lightning_calibft.functional import calibrate_logits
 from lightning_calibft.head import get_gamma, record_logits
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
@@ -18,17 +20,14 @@ from lightning_calibft.split import ClassSplit
 
 
 class LogitMonitor:
-    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader.
+    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader."""
 
-    Args:
-        unpack_batch: The user's function that splits a batch, if there is one.
-    """
-
-    def __init__(self, unpack_batch: UnpackBatch | None) -> None:
-        self._unpack = unpack_batch
+    def __init__(self) -> None:
+        self._reader = BatchReader()
         self._recording = ExitStack()
         self._records: list[Tensor] = []
         self._target: Tensor | None = None
+        self._unmapped = torch.tensor(NO_LABEL)
         self._warned = False
         self.split: ClassSplit | None = None
         self.gamma = 0.0
@@ -36,8 +35,12 @@ class LogitMonitor:
         self.counted = False  # whether any batch was
         self.metrics: list[MetricCollection] = []
 
-    def start(self, model: LightningModule, split: ClassSplit | None, num_loaders: int, step: int) -> None:
+    def start(
+        self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
+    ) -> None:
         """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
+        self._reader = reader
+        self._unmapped = torch.tensor(NO_LABEL, device=model.device)
         self.split, self.counted, self.step, self.metrics = split, False, step, []
         self.gamma = get_gamma(model) or 0.0
         if split is not None:
@@ -51,7 +54,7 @@ class LogitMonitor:
         if self.split is None:
             return
         try:
-            self._target = get_target(batch, self._unpack)  # now: the step may take it out of the batch
+            self._target = self._reader.rows(batch)  # now: the step may take it out of the batch
         except (TypeError, ValueError) as error:
             self._warn_once(str(error))
         else:
@@ -71,6 +74,8 @@ class LogitMonitor:
                 " `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."
             )
             return
+        if self._reader.maps:
+            self._unmapped = largest_outside(self._unmapped, target, self.split.num_classes)
         logits = calibrate_logits(records[0], self.gamma, self.split.seen_classes, self.split.absent_classes)
         self.metrics[dataloader_idx].update(logits, target)
         self.counted = True
@@ -81,6 +86,8 @@ class LogitMonitor:
 
     def values(self, prefix: str) -> dict[str, Tensor]:
         """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""
+        if self.split is not None and (label := int(self._unmapped)) != NO_LABEL:
+            self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
         return self._named(prefix, [metrics.compute() for metrics in self.metrics])
 
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
@@ -100,7 +107,7 @@ class LogitMonitor:
             for name, value in of_loader.items()
         }
 
-    def _warn_once(self, reason: str) -> None:
+    def _warn_once(self, reason: str, of: str = "batches") -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"AbsentClassCalibration logs no metrics for some batches. {reason}", stacklevel=2)
+            warnings.warn(f"AbsentClassCalibration logs no metrics for some {of}. {reason}", stacklevel=2)

@@ -46,7 +46,7 @@ def check_estimator(estimator: str | Estimator, seen_classes: Any = None, absent
     """Refuse what is no estimator, and classes beside a metric that has its own.
 
     Raises:
-        ValueError: If a name is not in ``ESTIMATORS``, or if classes are given beside a metric.
+        ValueError: If a name is not in ``ESTIMATORS``, if classes are given beside a metric, or if it maps targets.
         TypeError: If an object is not a ``Metric`` with a ``split``, a ``standard_error`` and ``num_samples``.
     """
     if isinstance(estimator, str):
@@ -64,6 +64,11 @@ def check_estimator(estimator: str | Estimator, seen_classes: Any = None, absent
         raise ValueError(
             f"Expected arguments `seen_classes` and `absent_classes` to be None beside an `estimator` that was made for"
             f" its own classes, but got {seen_classes!r} and {absent_classes!r}. Leave them out."
+        )
+    elif getattr(estimator, "class_map", None) is not None:
+        raise ValueError(
+            "Expected argument `estimator` to take rows of the head, but got a metric with a `class_map`. Give the"
+            " `class_map` beside it instead."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._inputs import Average, Group
 from lightning_calibft.functional.accuracy import (
     accuracy_compute,
@@ -14,6 +15,7 @@ from lightning_calibft.functional.accuracy import (
     check_accuracy_arguments,
     harmonic_compute,
 )
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
@@ -43,6 +45,9 @@ class SplitAccuracy(AbsentClassMetric):
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -70,9 +75,20 @@ class SplitAccuracy(AbsentClassMetric):
         average: Average = "micro",
         ignore_index: int | None = None,
         validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, **kwargs)
+        super().__init__(
+            num_classes,
+            seen_classes,
+            absent_classes,
+            ignore_index,
+            validate_args,
+            class_map,
+            label_names,
+            **kwargs,
+        )
         check_accuracy_arguments(self._groups, samples, candidates, top_k, average)
         self.samples: Group = samples
         self.candidates: Group = candidates
@@ -90,10 +106,10 @@ class SplitAccuracy(AbsentClassMetric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        self._check(logits, target, probabilities=False)
+        target = self._rows(logits, target, probabilities=False)
         classes = self._constants["classes"]
         correct, total = accuracy_update(
-            logits, target, self._groups, classes, self.top_k, self.average, self.ignore_index
+            logits, target, self._groups, classes, self.top_k, self.average, self._ignored_row
         )
         self._increase("correct", correct)
         self._increase("total", total)
@@ -123,6 +139,9 @@ class HarmonicMeanAccuracy(SplitAccuracy):
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -142,6 +161,8 @@ class HarmonicMeanAccuracy(SplitAccuracy):
         average: Average = "micro",
         ignore_index: int | None = None,
         validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -151,6 +172,8 @@ class HarmonicMeanAccuracy(SplitAccuracy):
             average=average,
             ignore_index=ignore_index,
             validate_args=validate_args,
+            class_map=class_map,
+            label_names=label_names,
             **kwargs,
         )
 

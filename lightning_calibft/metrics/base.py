@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_calibft.class_map import IGNORE_INDEX, ClassMap, check_mapped, resolve_class_map, rows_tensor, to_rows
 from lightning_calibft.functional._inputs import Groups, check_inputs, real_dtype, warn_if_probabilities
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
 
@@ -24,6 +26,9 @@ class AbsentClassMetric(Metric):
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
@@ -36,15 +41,20 @@ class AbsentClassMetric(Metric):
         absent_classes: ClassIds | None,
         ignore_index: int | None,
         validate_args: bool,
+        class_map: ClassMap | None,
+        label_names: LabelNames | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.split = ClassSplit(num_classes, seen_classes, absent_classes)
         self.ignore_index = ignore_index
         self.validate_args = validate_args
+        self.class_map = resolve_class_map(class_map, label_names, num_classes)
         self._looked_for_probabilities = False
         # Not buffers: those are sent around by DistributedDataParallel and averaged by weight averaging.
         self._constants: dict[str, Tensor] = Groups.from_split(self.split, self.device)._asdict()
+        if self.class_map is not None:
+            self._constants["class_map"] = rows_tensor(self.class_map).to(self.device)
 
     @property
     def _groups(self) -> Groups:
@@ -53,7 +63,7 @@ class AbsentClassMetric(Metric):
     def _name_states(self, *configuration: object) -> None:
         # MetricCollection merges metrics whose states have the same names and, after the first batch, the same values.
         # So the names say all that decides the update.
-        text = repr((self.split, self.ignore_index, *configuration))
+        text = repr((self.split, self.ignore_index, self.class_map, *configuration))
         self._suffix = hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _add(self, name: str, default: Tensor | list[Tensor], dist_reduce_fx: str) -> None:
@@ -65,13 +75,25 @@ class AbsentClassMetric(Metric):
     def _increase(self, name: str, value: Tensor) -> None:
         setattr(self, f"{name}_{self._suffix}", self._get(name) + value)
 
-    def _check(self, logits: Tensor, target: Tensor, *, probabilities: bool) -> None:
+    def _rows(self, logits: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
+        """Check a batch and return the head's row of each label."""
+        rows = target
+        if self.class_map is not None:
+            rows = to_rows(target, self._constants["class_map"], self.ignore_index)
         if not self.validate_args:
-            return
-        check_inputs(logits, target, self.split.num_classes, self.ignore_index)
+            return rows
+        if self.class_map is not None:
+            check_mapped(rows)
+        check_inputs(logits, rows, self.split.num_classes, self._ignored_row)
         if probabilities and len(logits) and not self._looked_for_probabilities:
             self._looked_for_probabilities = True
             warn_if_probabilities(logits)
+        return rows
+
+    @property
+    def _ignored_row(self) -> int | None:
+        # The number of an ignored target may also be that of a row.
+        return self.ignore_index if self.class_map is None or self.ignore_index is None else IGNORE_INDEX
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Plot one value or several, as from training steps.

@@ -6,7 +6,9 @@ from typing import Any
 
 from torchmetrics import MetricCollection
 
+from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.functional._inputs import Average
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import HarmonicMeanAccuracy, SplitAccuracy
 from lightning_calibft.metrics.curve import AUSUC
 from lightning_calibft.split import ClassIds, ClassSplit
@@ -22,6 +24,8 @@ def absent_class_metrics(
     average: Average = "micro",
     ignore_index: int | None = None,
     validate_args: bool = True,
+    class_map: ClassMap | None = None,
+    label_names: LabelNames | None = None,
     **kwargs: Any,
 ) -> MetricCollection:
     """Collect the metrics of a fine-tuned classifier; the accuracies share one state and one pass over the logits.
@@ -39,6 +43,9 @@ def absent_class_metrics(
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`, for each metric.
 
     Example:
@@ -51,7 +58,13 @@ def absent_class_metrics(
     """
     split = ClassSplit(num_classes, seen_classes, absent_classes)
     seen, absent = split.seen_classes, split.absent_classes
-    common = {"average": average, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
+    common = {
+        "average": average,
+        "ignore_index": ignore_index,
+        "validate_args": validate_args,
+        "class_map": resolve_class_map(class_map, label_names, num_classes),
+        **kwargs,
+    }
     return MetricCollection(
         {
             "ausuc": AUSUC(num_classes, seen, absent, **common),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,
@@ -19,6 +20,7 @@ from lightning_calibft.functional._curve import (
     to_real,
 )
 from lightning_calibft.functional._inputs import Average, check_choice
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
@@ -48,6 +50,9 @@ class SeenUnseenCurve(AbsentClassMetric):
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -78,9 +83,20 @@ class SeenUnseenCurve(AbsentClassMetric):
         average: Average = "micro",
         ignore_index: int | None = None,
         validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, **kwargs)
+        super().__init__(
+            num_classes,
+            seen_classes,
+            absent_classes,
+            ignore_index,
+            validate_args,
+            class_map,
+            label_names,
+            **kwargs,
+        )
         check_choice("average", average, ("micro", "macro"))
         self.average: Average = average
         self._curve: Curve | None = None
@@ -90,8 +106,8 @@ class SeenUnseenCurve(AbsentClassMetric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        self._check(logits, target, probabilities=True)
-        margin, code = curve_update(logits, target, self._groups, self.ignore_index)
+        target = self._rows(logits, target, probabilities=True)
+        margin, code = curve_update(logits, target, self._groups, self._ignored_row)
         self._get("margin").append(margin.float())
         self._get("code").append(code)
 
@@ -193,6 +209,9 @@ class AUSUC(SeenUnseenCurve):
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:

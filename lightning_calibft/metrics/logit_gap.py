@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional.logit_gap import check_seen_classes, gap_compute, gap_update
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
@@ -36,6 +38,9 @@ class AverageLogitGap(AbsentClassMetric):
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -63,9 +68,20 @@ class AverageLogitGap(AbsentClassMetric):
         *,
         ignore_index: int | None = None,
         validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, **kwargs)
+        super().__init__(
+            num_classes,
+            seen_classes,
+            absent_classes,
+            ignore_index,
+            validate_args,
+            class_map,
+            label_names,
+            **kwargs,
+        )
         check_seen_classes(len(self.split.seen_classes))
         self._computed_error: tuple[Tensor, Tensor] | None = None
         self._name_states("gap")
@@ -75,8 +91,8 @@ class AverageLogitGap(AbsentClassMetric):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        self._check(logits, target, probabilities=True)
-        count, total, squares = gap_update(logits, target, self._groups, self.ignore_index)
+        target = self._rows(logits, target, probabilities=True)
+        count, total, squares = gap_update(logits, target, self._groups, self._ignored_row)
         self._increase("count", count)
         self._increase("total", total)
         self._increase("squares", squares)

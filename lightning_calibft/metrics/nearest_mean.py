@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._inputs import Average, Group, check_matrix
 from lightning_calibft.functional.nearest_mean import check_features, nearest_class_mean_logits
+from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import SplitAccuracy
 from lightning_calibft.split import ClassIds
 
@@ -38,6 +40,9 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        class_map: The head's row of each target, where they differ, as
+            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -61,6 +66,8 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         average: Average = "micro",
         ignore_index: int | None = None,
         validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
         check_matrix("class_means", class_means)
@@ -80,6 +87,8 @@ class NearestClassMeanAccuracy(SplitAccuracy):
             average=average,
             ignore_index=ignore_index,
             validate_args=validate_args,
+            class_map=class_map,
+            label_names=label_names,
             **kwargs,
         )
         self._constants["class_means"] = class_means.detach().clone().to(self.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.calibration.batch import call_forward, check_target, get_inputs, get_target, resolve_unpack_batch
+from lightning_calibft.calibration.batch import BatchReader, call_forward, check_target, resolve_unpack_batch
 
 X, Y = torch.ones(3, 2), torch.tensor([0, 1, 2])
 Pair = namedtuple("Pair", ["image", "label"])
@@ -37,27 +37,27 @@ def forward(image, mask=None):
     ],
 )
 def test_one_input(batch):
-    assert get_target(batch, None) is Y
-    assert get_inputs(batch, None, forward) is X
-    assert get_inputs(batch, None, Net()) is X
+    assert BatchReader().rows(batch) is Y
+    assert BatchReader().inputs(batch, forward) is X
+    assert BatchReader().inputs(batch, Net()) is X
 
 
 @pytest.mark.parametrize("function", [forward, Net()])
 def test_inputs_by_name(function):
     batch = {"index": Y, "mask": X + 1, "image": X, "label": Y}
-    assert get_inputs(batch, None, function) == {"image": X, "mask": batch["mask"]}
-    assert get_target(batch, None) is Y
+    assert BatchReader().inputs(batch, function) == {"image": X, "mask": batch["mask"]}
+    assert BatchReader().rows(batch) is Y
 
 
 def test_what_is_not_a_tensor_can_be_named_too():
     batch = {"scale": 2, "image": X, "mask": Y, "label": Y}
-    assert get_inputs(batch, None, Net()) == {"scale": 2, "image": X, "mask": Y}
+    assert BatchReader().inputs(batch, Net()) == {"scale": 2, "image": X, "mask": Y}
 
 
 def test_unpack_batch():
     batch = (X, "more", Y)
-    unpack = resolve_unpack_batch(lambda batch: (batch[0], batch[2]))
-    assert (get_inputs(batch, unpack, forward), get_target(batch, unpack)) == (X, Y)
+    reader = BatchReader(lambda batch: (batch[0], batch[2]))
+    assert (reader.inputs(batch, forward), reader.rows(batch)) == (X, Y)
     assert resolve_unpack_batch("operator.itemgetter") is __import__("operator").itemgetter
     assert resolve_unpack_batch(None) is None
 
@@ -93,12 +93,12 @@ def test_any_integer_is_a_class_id(dtype):
 )
 def test_targets_that_are_refused(batch, error, text):
     with pytest.raises(error, match=text):
-        get_target(batch, None)
+        BatchReader().rows(batch)
 
 
 def test_inputs_that_are_refused():
     with pytest.raises(ValueError, match=r"names of the arguments of `forward`, but got the keys a, b, label. Pass"):
-        get_inputs({"a": X, "b": X, "label": Y}, None, Net())
+        BatchReader().inputs({"a": X, "b": X, "label": Y}, Net())
 
 
 def test_values_are_not_read():

@@ -1,0 +1,198 @@
+"""Which row of the classification head each number is that a dataset gives to a class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.label_names import (
+    CLASS_MAPS,
+    LabelNames,
+    did_you_mean,
+    label_set_of,
+    read_json,
+    rows_of_names,
+    wordnet_ids,
+)
+from lightning_calibft.split import _is_integer
+
+ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: samples that the loss left out
+UNMAPPED = -(2**40)  # what a target without a row is moved by: it becomes no row of any head, and can be told later
+
+
+@overload
+def resolve_class_map(class_map: None, label_names: None = None, num_classes: int | None = None) -> None: ...
+@overload
+def resolve_class_map(
+    class_map: ClassMap, label_names: LabelNames | None = None, num_classes: int | None = None
+) -> dict[int, int]: ...
+@overload
+def resolve_class_map(
+    class_map: ClassMap | None, label_names: LabelNames | None = None, num_classes: int | None = None
+) -> dict[int, int] | None: ...
+def resolve_class_map(
+    class_map: ClassMap | None, label_names: LabelNames | None = None, num_classes: int | None = None
+) -> dict[int, int] | None:
+    """Return the row of the head of each target of a dataset.
+
+    Several targets may have the same row: their classes become one.
+
+    Args:
+        class_map: One of
+
+            - a list: the row of target 0, of target 1 and so on, or their names;
+            - a dict from targets (as integers or digits) to rows or names;
+            - the path of a JSON file with such a list or dict;
+            - a dataset whose folders are WordNet ids in alphabetical order, as ``ImageFolder`` numbers them:
+              ``"imagenet-a"``, ``"imagenet-r"``, ``"mini-imagenet"``, ``"imagenette"`` or ``"imagewoof"``.
+        label_names: The names of the head's rows: a list, the path of a text file with one name a line, the path of a
+            JSON file (``.json``) with a list, or for their WordNet ids one of timm's label sets, as ``"imagenet-1k"``.
+        num_classes: Number of rows. ``None``: not checked; the known datasets then are those of a head of 1000 rows.
+
+    Returns:
+        The row of each target; ``None`` for ``None``.
+
+    Raises:
+        TypeError: If a target is no integer, or a row no integer and no name (``bool`` is refused as well).
+        ValueError: If a name is unknown or has several rows, if a row or a target is out of range, or if a file is
+            missing or is no such list or dict.
+
+    Example:
+        >>> resolve_class_map(["cat", "dog"], label_names=["ant", "cat", "cow", "dog"])
+        {0: 1, 1: 3}
+        >>> resolve_class_map("imagenette", num_classes=1000)[9]
+        701
+    """
+    if class_map is None:
+        if label_names is not None:
+            raise ValueError(
+                "Expected argument `class_map` beside `label_names`, but got None. Give the name of each target, as"
+                " `class_map=dataset.classes`, or no `label_names`."
+            )
+        return None
+    targets: Any = class_map
+    if isinstance(class_map, str) and class_map in CLASS_MAPS:
+        targets = wordnet_ids(class_map)
+        label_names = label_set_of(num_classes) if label_names is None else label_names
+    elif isinstance(class_map, (str, os.PathLike)):
+        targets = read_json("class_map", class_map, CLASS_MAPS)
+    by_name = None if label_names is None else rows_of_names(label_names, num_classes)
+    rows = {target: _row(value, by_name) for target, value in _pairs(targets).items()}
+    if wrong := [row for row in rows.values() if row < 0 or (num_classes is not None and row >= num_classes)]:
+        raise ValueError(
+            f"Expected argument `class_map` to hold rows of the classification head, in [0, {num_classes or 'C'}), but"
+            f" got {wrong[0]}."
+        )
+    return rows
+
+
+def rows_tensor(rows: Mapping[int, int]) -> Tensor:
+    """Return the targets, in increasing order, and their rows as a tensor of shape ``(2, K)`` for :func:`to_rows`."""
+    return torch.tensor([sorted(rows), [rows[target] for target in sorted(rows)]])
+
+
+def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDEX) -> Tensor:
+    """Map targets to rows of the head, on their device and without making the host wait.
+
+    Args:
+        target: Integers of any shape.
+        rows: What :func:`rows_tensor` returns, on the same device.
+        ignore_index: A target that becomes ``IGNORE_INDEX``. One that has no row is moved by ``UNMAPPED``.
+
+    Raises:
+        TypeError: If ``target`` is not an integer tensor.
+
+    Example:
+        >>> to_rows(torch.tensor([1, -100, 0]), rows_tensor({0: 217, 1: 482}))
+        tensor([ 482, -100,  217])
+    """
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"Expected argument `target` to be a tensor of integers, as `class_map` maps them, but got dtype"
+            f" {target.dtype}. Soft and multi-label targets name no single class."
+        )
+    target = target.long()
+    known, row = rows
+    index = torch.searchsorted(known, target).clamp(max=len(known) - 1)
+    mapped = torch.where(known[index] == target, row[index], target + UNMAPPED)
+    return mapped if ignore_index is None else torch.where(target == ignore_index, IGNORE_INDEX, mapped)
+
+
+def is_unmapped(rows: Any) -> Any:
+    """Tell of a number, or of each in a tensor, whether it is what :func:`to_rows` makes of a target without a row."""
+    return rows < UNMAPPED // 2
+
+
+def check_mapped(rows: Tensor) -> None:
+    """Raise if :func:`to_rows` met a target without a row. The host waits for it."""
+    if len(unmapped := rows[is_unmapped(rows)]):
+        raise unmapped_error(unmapped[0].item())
+
+
+def unmapped_error(row: int | float) -> ValueError:
+    """Return the error for a target without a row, given what :func:`to_rows` made of it."""
+    return ValueError(
+        f"Expected argument `class_map` to give the row of every target, but it lacks {row - UNMAPPED}. Add it, or"
+        " leave its samples out of the data."
+    )
+
+
+def _pairs(targets: Any) -> dict[int, Any]:
+    if isinstance(targets, Mapping):
+        pairs = [(_target(target), value) for target, value in targets.items()]
+    elif isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)):
+        pairs = list(enumerate(targets))
+    else:
+        raise TypeError(
+            f"Expected argument `class_map` to be a list or dict of rows or names, the path of a JSON file, or one of"
+            f" {', '.join(map(repr, CLASS_MAPS))}, but got {targets!r}."
+        )
+    if not pairs:
+        raise ValueError("Expected argument `class_map` to map at least one target, but it is empty.")
+    by_target = dict(pairs)
+    if len(by_target) < len(pairs):
+        raise ValueError(f"Expected argument `class_map` to hold each target once, but got {list(targets)!r}.")
+    return by_target
+
+
+def _target(key: Any) -> int:
+    if isinstance(key, str) and key.isdecimal():  # as in JSON
+        return int(key)
+    if not _is_integer(key):
+        raise TypeError(
+            f"Expected argument `class_map` to map the dataset's targets, which are integers, but got {key!r}. For"
+            " names of folders pass the list `dataset.classes`."
+        )
+    if key < 0:
+        raise ValueError(f"Expected argument `class_map` to map targets of at least 0, but got {key}.")
+    return int(key)
+
+
+def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
+    if _is_integer(value):
+        return int(value)
+    if not isinstance(value, str):
+        raise TypeError(f"Expected argument `class_map` to hold rows of the head or their names, but got {value!r}.")
+    if by_name is None:
+        raise ValueError(
+            f"Expected argument `label_names` to name the rows of the head, for `class_map` holds names, but got None"
+            f" beside {value!r}. Pass the list of names, a file of them, or a label set such as 'imagenet-1k'."
+        )
+    rows = by_name.get(value, [])
+    if not rows:
+        raise ValueError(
+            f"Expected argument `class_map` to hold names that are in `label_names`, but got {value!r}."
+            f"{did_you_mean(value, by_name)}"
+        )
+    if len(rows) > 1:
+        raise ValueError(
+            f"Expected argument `label_names` to name one row {value!r}, which is in `class_map`, but it names the rows"
+            f" {', '.join(map(str, rows))} so. Give the row itself."
+        )
+    return rows[0]

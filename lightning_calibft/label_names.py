@@ -1,0 +1,104 @@
+"""Names of the rows of classification heads, and of the classes of well-known subsets of ImageNet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+LabelNames = list[str] | str | os.PathLike
+
+LABEL_SETS = (
+    "imagenet-1k",
+    "imagenet-12k",
+    "imagenet-21k-goog",
+    "imagenet-21k-miil",
+    "imagenet-22k",
+    "imagenet-22k-ms",
+)
+_OF_TIMM = {"imagenet-a": "imagenet_a", "imagenet-r": "imagenet_r", "mini-imagenet": "mini_imagenet"}
+_WORDNET_IDS = {  # https://github.com/fastai/imagenette
+    "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257",
+    "imagewoof": "n02086240 n02087394 n02088364 n02089973 n02093754 n02096294 n02099601 n02105641 n02111889 n02115641",
+}
+CLASS_MAPS = (*_OF_TIMM, *_WORDNET_IDS)
+
+
+def wordnet_ids(name: str) -> list[str]:
+    """Return the WordNet ids of the classes of a known dataset, in the order of its folders."""
+    if name in _WORDNET_IDS:
+        return _WORDNET_IDS[name].split()
+    # A private place: timm has these lists for its own evaluation scripts, and no function that returns them.
+    return sorted((files("timm.data") / "_info" / f"{_OF_TIMM[name]}_synsets.txt").read_text().split())
+
+
+def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str, list[int]]:
+    """Return the rows that have each name; ``label_names`` and the errors are those of ``resolve_class_map``."""
+    names: Any = label_names
+    if isinstance(label_names, (str, os.PathLike)):
+        if label_names in LABEL_SETS:
+            names = ImageNetInfo(str(label_names)).label_names()
+        elif Path(label_names).suffix == ".json":
+            names = read_json("label_names", label_names, LABEL_SETS)
+        else:
+            names = [line.strip() for line in _read("label_names", label_names, LABEL_SETS).splitlines()]
+    if not isinstance(names, Sequence):
+        raise TypeError(f"Expected argument `label_names` to be a list of names, but got {names!r}.")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"Expected argument `label_names` to hold the names of the head's rows, but got {wrong[0]!r}.")
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"Expected argument `label_names` to name each of the {num_classes} rows of the head, but got {len(names)}"
+            " names."
+        )
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return rows
+
+
+def label_set_of(num_classes: int | None) -> str:
+    """Return the label set of a head of this width; ``None`` is 1000.
+
+    Raises:
+        ValueError: If timm knows none.
+    """
+    name = infer_imagenet_subset({"num_classes": 1000 if num_classes is None else num_classes})
+    if name is None:
+        raise ValueError(
+            f"Expected argument `label_names` to tell the WordNet ids of a head of {num_classes} rows, which is none of"
+            " the known ImageNet heads, but got None. Pass the list of ids, or the rows themselves as `class_map`."
+        )
+    return name
+
+
+def read_json(argument: str, path: Any, known: Sequence[str]) -> Any:
+    """Return what a JSON file holds; where it is missing, the error names what else is ``known``."""
+    try:
+        return json.loads(_read(argument, path, known))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Expected argument `{argument}` to be a file of JSON, but {os.fspath(path)!r} is none: {error}."
+        ) from error
+
+
+def _read(argument: str, path: Any, known: Sequence[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Expected argument `{argument}` to be one of {', '.join(map(repr, known))} or the path of a file, but"
+            f" got {os.fspath(path)!r}: {error}.{did_you_mean(os.fspath(path), known)}"
+        ) from error
+
+
+def did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return the question after the names that are close to a wrong one, if any are."""
+    close = get_close_matches(name, known, n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
