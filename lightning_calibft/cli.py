@@ -1,0 +1,235 @@
+"""The command ``calibft``: inspect, fold, export and calibrate files of weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from timm.utils import ParseKwargs
+from torch.utils.data import DataLoader
+
+from lightning_calibft.calibration import calibrate
+from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, write_weights
+from lightning_calibft.entries import versions
+from lightning_calibft.estimators import ESTIMATORS
+from lightning_calibft.export import check_destination, write_model
+from lightning_calibft.folders import data_config, open_folder, rows_of_folders
+from lightning_calibft.timm_models import load_folded, load_raw
+
+EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is that of argparse
+
+_DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
+_EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
+gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: The words behind ``calibft``. ``None``: those of this process.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries, about how they use each other
+            warnings.filterwarnings("always", module="lightning_calibft")
+            warnings.showwarning = _show_warning
+            return args.run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"calibft: error: {_as_flags(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
+        return EXIT_ERROR
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"calibft: warning: {_as_flags(str(message))}", file=sys.stderr)  # noqa: T201
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    info = inspect_checkpoint(args.file, weights_only=not args.unsafe)
+    _print(args, info, _described(args.file, info))
+    return 0 if info["calibrated"] or info["folded"] else EXIT_NOT_CALIBRATED
+
+
+def _fold(args: argparse.Namespace) -> int:
+    fold_checkpoint(
+        args.source, args.destination, add_bias=args.add_bias, prefix=args.prefix, weights_only=not args.unsafe
+    )
+    info = inspect_checkpoint(args.destination, weights_only=not args.unsafe)
+    _print(args, info, _described(args.destination, info))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    model, facts = load_folded(args.model, args.source, weights_only=not args.unsafe, **args.model_args)
+    size = data_config(model, img_size=args.img_size)["input_size"]
+    inputs = torch.zeros(2, *size)
+    check_destination(model, args.destination, inputs)
+    write_model(model, args.destination, facts, inputs)
+    _print(args, facts, _described(args.destination, {"calibrated": False, **facts}))
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    model = load_raw(
+        args.model, args.weights, num_classes=args.num_classes, weights_only=not args.unsafe, **args.model_args
+    ).to(args.device)
+    config = data_config(
+        model,
+        img_size=args.img_size,
+        crop_pct=args.crop_pct,
+        mean=args.mean,
+        std=args.std,
+        interpolation=args.interpolation,
+    )
+    dataset = open_folder(args.data, config)
+    rows = rows_of_folders(dataset.classes, args.class_map, args.label_names, cast(int, model.num_classes))
+    dataset.target_transform = rows.__getitem__
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.workers)
+    with torch.autocast(torch.device(args.device).type, enabled=args.amp):
+        result = calibrate(
+            model,
+            loader,
+            seen_classes=sorted(set(rows.values())),
+            estimator=args.estimator,
+            max_samples=args.max_samples,
+            progress=not args.quiet,
+        )
+    facts = {**result.as_dict(), "model": args.model, "model_args": args.model_args, **versions()}
+    write_weights(model.cpu().state_dict(), facts, args.destination)
+    info = inspect_checkpoint(args.destination)
+    _print(args, info, _described(args.destination, info))
+    return 0
+
+
+def _as_flags(message: str) -> str:
+    """Let a message of the Python functions name the flags of the command."""
+    for argument in ("add_bias", "class_map", "label_names", "max_samples", "model", "num_classes", "prefix"):
+        message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
+    return message.replace("`weights_only=False`", "`--unsafe`")
+
+
+def _print(args: argparse.Namespace, info: dict[str, Any], text: str) -> None:
+    print(json.dumps(info) if args.json else text)  # noqa: T201
+
+
+def _described(path: Path, info: dict[str, Any]) -> str:
+    """Say in a few lines what a file holds."""
+    if not (info["calibrated"] or info["folded"]):
+        return f"{path}: not calibrated"
+    lines = {"gamma": f"{info['gamma']:.4f}"}
+    if "standard_error" in info:
+        lines["gamma"] += f" ± {info['standard_error']:.4f}"
+        lines["found by"] = f"{info['estimator']} from {info['num_samples']:,} samples"
+    absent, seen = info["absent_classes"], info.get("seen_classes", [])
+    lines["classes"] = f"{info['num_classes']}: {len(seen) or 'unknown'} seen, {len(absent)} absent"
+    if seen:
+        lines["seen"] = _shorten(seen)
+    if info.get("heads"):
+        lines["head"] = ", ".join(info["heads"])
+    names = {"version": "lightning-calibft", "torch_version": "torch", "lightning_version": "lightning"}
+    known = [f"{name} {info[key]}" for key, name in names.items() if key in info]
+    if known:
+        lines["made with"] = ", ".join(known)
+    state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
+    return "\n".join([f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())])
+
+
+def _shorten(ids: list[int], limit: int = 12) -> str:
+    return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="calibft", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {versions()['version']}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    inspect = _command(commands, "inspect", _inspect, "tell whether a file is calibrated, and how")
+    inspect.add_argument("file", type=Path)
+
+    fold = _command(commands, "fold", _fold, "add gamma to the bias: a file that loads anywhere")
+    _add_files(fold)
+    fold.add_argument("--add-bias", action="store_true", help="give a head without bias a new one: one key more")
+    fold.add_argument("--prefix", help="what the model's keys begin with, as 'model.' (not for a .ckpt file)")
+
+    export = _command(commands, "export", _export, "write a timm model for onnxruntime, torch.export or timm itself")
+    _add_files(export)
+    export.add_argument("--model", help="name of the model in timm, where the file does not tell it")
+    _add_model(export)
+
+    calibrate = _command(commands, "calibrate", _calibrate, "find gamma of a fine-tuned timm model")
+    calibrate.add_argument("model", help="name of the model in timm")
+    calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
+    calibrate.add_argument("data", type=Path, help="the fine-tuning data: a folder with one folder of images a class")
+    calibrate.add_argument("destination", type=Path, help="the calibrated file to write, .pth or .safetensors")
+    _add_classes(calibrate)
+    _add_model(calibrate)
+    _add_reading(calibrate)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--unsafe", action="store_true", help="unpickle any object: only for files that you trust")
+    return command
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, help="a calibrated file")
+    command.add_argument("destination", type=Path, help="what to write; its name decides the format")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--img-size", type=int, help="height and width of the images; the model's own by default")
+    command.add_argument(
+        "--model-kwargs",
+        dest="model_args",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="arguments of timm.create_model",
+    )
+
+
+def _add_classes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--num-classes", type=int, help="rows of the head, where the weights do not tell it")
+    command.add_argument(
+        "--class-map",
+        help="the head's row of each folder: a JSON file (a list in the folders' order, or folder: row),"
+        " or a name such as imagenet-r",
+    )
+    command.add_argument(
+        "--label-names", help="the name of each row, to match folders with: a file, or a label set such as imagenet-1k"
+    )
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--estimator", choices=ESTIMATORS, default="alg", help="how gamma is found (%(default)s)")
+    command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
+    command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    command.add_argument(
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (%(default)s)"
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    command.add_argument("--amp", action="store_true", help="run the model under autocast")
+    command.add_argument("--crop-pct", type=float, help="as timm's own scripts; the model's own by default")
+    command.add_argument("--mean", type=float, nargs="+", help="likewise")
+    command.add_argument("--std", type=float, nargs="+", help="likewise")
+    command.add_argument("--interpolation", help="likewise")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
