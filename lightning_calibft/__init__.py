@@ -5,13 +5,14 @@ from lightning_calibft.callback import AbsentClassCalibration
 from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, load_calibrated
 from lightning_calibft.class_map import resolve_class_map
 from lightning_calibft.export import export
-from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head import ZeroShotHead, attach, detach, find_head, fold, get_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
 __all__ = [
     "AbsentClassCalibration",
     "CalibrationResult",
     "ClassSplit",
+    "ZeroShotHead",
     "attach",
     "calibrate",
     "detach",

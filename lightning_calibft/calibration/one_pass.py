@@ -24,7 +24,7 @@ from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_siz
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.class_map import IGNORE_INDEX
 from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
-from lightning_calibft.head import attached_heads, eval_mode, num_classes, probe, record_logits
+from lightning_calibft.head import attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 8
@@ -139,7 +139,7 @@ def forward_of(model: nn.Module) -> Callable[..., Any]:
         return model
     name, head = next(iter(attached_heads(model).items()))
     part = model.get_submodule(name.split(".")[0])
-    if part is head:
+    if part is head and (part is model or is_layer(part)):
         raise ValueError(
             f"Expected {type(model).__name__} to define `forward`, which maps inputs to logits: its head"
             f" {name!r} does not see the inputs. Add `forward` and call `self(inputs)` in `training_step`."

@@ -1,15 +1,20 @@
 """Find the classification head; attach, read, detach, fold and check its calibration."""
 
-from lightning_calibft.head.attach import attach, detach, fold, get_gamma, reset_gamma, set_gamma
-from lightning_calibft.head.find import HeadNotFoundError, find_head, head_names, num_classes
+from lightning_calibft.head.attach import attach, detach, get_gamma, reset_gamma, set_gamma
+from lightning_calibft.head.find import HeadNotFoundError, find_head
+from lightning_calibft.head.fold import fold, mark_folded
+from lightning_calibft.head.layers import head_names, is_layer, num_classes
 from lightning_calibft.head.modes import eval_mode
-from lightning_calibft.head.offset import CHILD_NAME, attached_heads
+from lightning_calibft.head.offset import CHILD_NAME, FOLDED_NAME, attached_heads, is_folded
 from lightning_calibft.head.probe import probe
 from lightning_calibft.head.record import record_logits
+from lightning_calibft.head.zero_shot import ZeroShotHead
 
 __all__ = [
     "CHILD_NAME",
+    "FOLDED_NAME",
     "HeadNotFoundError",
+    "ZeroShotHead",
     "attach",
     "attached_heads",
     "detach",
@@ -18,6 +23,9 @@ __all__ = [
     "fold",
     "get_gamma",
     "head_names",
+    "is_folded",
+    "is_layer",
+    "mark_folded",
     "num_classes",
     "probe",
     "record_logits",

@@ -1,15 +1,22 @@
-"""Attach, read, change, fold and detach the calibration of a model."""
+"""Attach, read, change and detach the calibration of a model."""
 
 from __future__ import annotations
 
 from numbers import Real
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_calibft.head.find import as_tuple, find_head, num_classes
-from lightning_calibft.head.offset import add_offset, attached_heads, is_attached, offset_of, remove_offset
+from lightning_calibft.head.find import find_head
+from lightning_calibft.head.layers import as_tuple, num_classes
+from lightning_calibft.head.offset import (
+    add_offset,
+    attached_heads,
+    check_not_folded,
+    is_attached,
+    offset_of,
+    remove_offset,
+)
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
@@ -27,7 +34,7 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: As in :func:`find_head`.
+        ValueError: If gamma was folded into the head already, or as in :func:`find_head`.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)))
@@ -36,6 +43,8 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     """
     heads = as_tuple(find_head(model, head))
     width = num_classes(heads)
+    for module in heads:
+        check_not_folded(module)
     new = [module for module in heads if not is_attached(module)]
     for module in new:
         add_offset(module, width, _device(module)).coefficient = 1 / len(heads)
@@ -100,7 +109,7 @@ def set_gamma(
 
     Raises:
         TypeError: If ``gamma`` is no number.
-        ValueError: If ``gamma`` is not finite, or as in :func:`find_head` and :class:`~lightning_calibft.ClassSplit`.
+        ValueError: If ``gamma`` is not finite, or as in :func:`attach` and :class:`~lightning_calibft.ClassSplit`.
 
     Example:
         >>> model = set_gamma(nn.Linear(16, 5).eval(), 2.5, seen_classes=[0, 1])
@@ -124,59 +133,11 @@ def reset_gamma(model: nn.Module) -> nn.Module:
     return model
 
 
-def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
-    """Add gamma to the bias of the head at the absent classes and detach: a plain model that is calibrated for good.
-
-    Its training mode sees the calibrated logits too, and a bias in half precision rounds gamma.
-
-    Args:
-        model: A calibrated model, or its head.
-        add_bias: Give a head without bias a new one.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: If ``model`` is not calibrated, or its head has no bias and ``add_bias`` is false, or the head is
-            neither ``Linear`` nor ``Conv2d``.
-
-    Example:
-        >>> head = set_gamma(nn.Linear(16, 5).eval(), 2.5, seen_classes=[0, 1])
-        >>> x = torch.ones(1, 16)
-        >>> calibrated = head(x)
-        >>> torch.allclose(fold(head)(x), calibrated)
-        True
-    """
-    heads = attached_heads(model)
-    if not heads or any(offset_of(module).gamma() is None for module in heads.values()):
-        raise ValueError("Expected argument `model` to be calibrated. Call `calibrate` or `set_gamma` first.")
-    for name, module in heads.items():
-        _check_foldable(name, module, add_bias)
-    for module in heads.values():
-        shift = offset_of(module).shift().flatten()
-        if getattr(module, "bias", None) is None:
-            weight = cast(nn.Parameter, module.weight)
-            bias = torch.zeros_like(shift, dtype=weight.dtype, device=weight.device)
-            module.register_parameter("bias", nn.Parameter(bias, requires_grad=weight.requires_grad))
-        with torch.no_grad():
-            bias = cast(Tensor, module.bias)
-            bias.copy_(bias + shift)
-    return detach(model)
-
-
 def _check_gamma(gamma: object) -> None:
     if isinstance(gamma, bool) or not isinstance(gamma, Real):
         raise TypeError(f"Expected argument `gamma` to be a number, but got {gamma!r}.")
     if not abs(float(gamma)) <= torch.finfo(torch.float32).max:
         raise ValueError(f"Expected argument `gamma` to be finite in float32, but got {gamma}.")
-
-
-def _check_foldable(name: str, head: nn.Module, add_bias: bool) -> None:
-    expected = f"Expected the head {name!r} to be a Linear or Conv2d with a bias to fold gamma into, but got a"
-    if not isinstance(head, (nn.Linear, nn.Conv2d)):
-        raise ValueError(f"{expected} {type(head).__name__}. Keep the calibration attached.")
-    if head.bias is None and not add_bias:
-        raise ValueError(f"{expected} {type(head).__name__} without one. Pass `add_bias=True` to give it a new one.")
 
 
 def _device(head: nn.Module) -> torch.device:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from itertools import chain
 
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_calibft.head.layers import (
+    Head,
+    candidates,
+    forward_name,
+    head_names,
+    is_channels_first,
+    layer_width,
+    remedy,
+    unwrap,
+    width_of,
+)
 from lightning_calibft.head.offset import attached_heads
-
-Head = nn.Module | tuple[nn.Module, ...]
+from lightning_calibft.head.zero_shot import ZeroShotHead
 
 # Attributes under which torchvision, timm, Hugging Face and most others keep the head.
 _NAMES = ("fc", "classifier", "head", "heads", "score", "classification_head", "last_linear")
@@ -24,15 +35,18 @@ class HeadNotFoundError(ValueError):
 def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     """Find the module whose output is the logits.
 
-    The rules, in order: heads that carry a calibration already; ``model``, if it is a head; timm's
-    ``get_classifier()``; well known attribute names; the last ``Linear``, if no other has its width. Names only guess:
+    The rules, in order: heads that carry a calibration already; ``model``, if it is a head; a ``ZeroShotHead``; timm's
+    ``get_classifier()``; well known attribute names; the last layer, ``Linear`` or with an integer ``out_features``, if
+    no other has its width; a model without any such layer that tells its number of classes. Names only guess:
     :func:`probe` checks with data.
 
     Args:
         model: Any module, also one that wraps the classifier: a LightningModule, a compiled or an averaged model.
         head: The head, if the rules fail: its dotted name in ``model`` (``"model.fc"``) or the module itself. A
-            container stands for the last linear layer in it. Any other module whose output is the logits can be it,
-            if it has the attribute ``out_features``.
+            container stands for the last layer in it. ``"forward"`` is the output of the whole model and
+            ``"model.forward"`` that of a part, whatever is in it: a tensor, or a tuple, mapping or object with the
+            logits. Such a model tells its number of classes as ``out_features``, ``num_classes``, ``num_labels`` or
+            ``config.num_labels``.
 
     Returns:
         The head, or a tuple of heads that together give the logits, as the pairs of distilled models.
@@ -49,80 +63,25 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     if head is not None:
         heads = _explicit(model, head)
     else:
-        rules = (_attached, _itself, _timm, _well_known, _last_linear)
+        rules = (_attached, _itself, _zero_shot, _timm, _well_known, _last_layer, _whole_model)
         heads = next((found for rule in rules if (found := rule(model))), ())
     if not heads:
         raise HeadNotFoundError(f"Found no classification head in {type(model).__name__}. {remedy(model)}")
     if lazy := [module for module in heads if any(map(is_lazy, module.parameters()))]:
-        name = head_names(model, lazy[0])[0]
+        name = head_names(model, lazy[0])[0] or "forward"
         raise HeadNotFoundError(
             f"The classification head {name!r} has no weights yet. Run one batch through the model to build it."
         )
     return heads[0] if len(heads) == 1 else heads
 
 
-def as_tuple(head: Head) -> tuple[nn.Module, ...]:
-    """Return the modules of a head as a tuple, one or several."""
-    return head if isinstance(head, tuple) else (head,)
-
-
-def num_classes(head: Head) -> int:
-    """Return the width of a head, the number of classes.
-
-    Raises:
-        ValueError: If it cannot be told, or the modules of a set differ in it.
-
-    Example:
-        >>> num_classes(nn.Linear(16, 5))
-        5
-    """
-    widths = {_width(module) for module in as_tuple(head)}
-    if len(widths) > 1 or None in widths:
-        got = " and ".join(f"{type(module).__name__} of width {_width(module)}" for module in as_tuple(head))
-        raise ValueError(
-            f"Expected argument `head` to be a Linear, a 1x1 Conv2d or a module with an integer attribute"
-            f" `out_features`, all of one width, but got {got}."
-        )
-    return widths.pop()  # type: ignore[return-value]
-
-
-def head_names(model: nn.Module, head: Head) -> tuple[str, ...]:
-    """Return the dotted names in ``model`` of the modules of a head.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
-        >>> head_names(model, find_head(model))
-        ('1',)
-    """
-    names = {module: name for name, module in model.named_modules()}
-    return tuple(names[module] for module in as_tuple(head))
-
-
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module that could be a head, by dotted name, in the order of registration."""
-    return {name: module for name, module in model.named_modules() if _is_linear(module)}
-
-
-def remedy(model: nn.Module, limit: int = 10) -> str:
-    """Name the candidates, the last ``limit`` of them, and the argument that chooses one."""
-    found = candidates(model)
-    if not found:
-        return "It has no Linear and no 1x1 Conv2d. Build the head first, or pass the module: `head=model.my_head`."
-    shown = list(found.items())[-limit:]
-    listed = ", ".join(f"{name!r} ({type(module).__name__}, width {_width(module)})" for name, module in shown)
-    more = f" (the last {limit} of {len(found)})" if len(found) > limit else ""
-    return f'Candidates{more}: {listed}. Name one, for example `head="{shown[-1][0]}"`.'
-
-
 def _explicit(model: nn.Module, head: str | nn.Module) -> tuple[nn.Module, ...]:
     if isinstance(head, str):
-        try:
-            module = model.get_submodule(head)
-        except AttributeError:
-            raise HeadNotFoundError(
-                f"Expected argument `head` to name a module of {type(model).__name__}, but got {head!r}."
-                f" {remedy(model)}"
-            ) from None
+        *parents, last = head.split(".")
+        whole = last == "forward"  # No module can have a child of that name.
+        module = _named(model, head, ".".join(parents) if whole else head)
+        if whole:
+            return _output_of(unwrap(module), head)
     elif isinstance(head, nn.Module):
         module = head
         if all(module is not other for other in model.modules()):
@@ -134,11 +93,31 @@ def _explicit(model: nn.Module, head: str | nn.Module) -> tuple[nn.Module, ...]:
     else:
         raise TypeError(f"Expected argument `head` to be a dotted name or a module, but got {head!r}.")
     if not (heads := _resolve(module)):
+        name = forward_name(head_names(model, module)[0])
         raise ValueError(
             f"Expected argument `head` to be a Linear, a 1x1 Conv2d, a container of one or a module with an integer"
-            f" attribute `out_features`, but got {type(module).__name__}. {remedy(model)}"
+            f" attribute `out_features`, but got {type(module).__name__}. If its output is the logits, pass"
+            f' `head="{name}"`. {remedy(model)}'
         )
     return heads
+
+
+def _named(model: nn.Module, head: str, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise HeadNotFoundError(
+            f"Expected argument `head` to name a module of {type(model).__name__}, but got {head!r}. {remedy(model)}"
+        ) from None
+
+
+def _output_of(module: nn.Module, head: str) -> tuple[nn.Module, ...]:
+    if width_of(module) is None:
+        raise ValueError(
+            f"Expected the {type(module).__name__} of argument `head`, {head!r}, to tell its number of classes, but it"
+            " has no integer attribute `out_features`, `num_classes` or `num_labels`. Set `num_classes` on it."
+        )
+    return (module,)
 
 
 def _attached(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -146,7 +125,12 @@ def _attached(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _itself(model: nn.Module) -> tuple[nn.Module, ...]:
-    return (model,) if _width(model) is not None else ()
+    return (model,) if layer_width(model) is not None else ()
+
+
+def _zero_shot(model: nn.Module) -> tuple[nn.Module, ...]:
+    # The encoder before it may have a classifier of its own that projects.
+    return _only(model, [(module,) for module in model.modules() if isinstance(module, ZeroShotHead)])
 
 
 def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -167,21 +151,28 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Look for the well known names, no deeper than the shallowest linear layer."""
-    modules = list(model.named_modules())
-    shallowest = min((_depth(name) for name, module in modules if _is_linear(module)), default=0)
-    for depth in range(1, shallowest + 1):
-        parents = [module for name, module in modules if _depth(name) == depth - 1]
+    """Look for the well known names, no deeper than the shallowest candidate."""
+    for depth in range(1, min(map(_depth, candidates(model)), default=0) + 1):
+        parents = [module for name, module in model.named_modules() if _depth(name) == depth - 1]
         if heads := _only(model, [found for parent in parents for found in _named_children(parent)]):
             return heads
     return ()
 
 
-def _last_linear(model: nn.Module) -> tuple[nn.Module, ...]:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if linears and sum(_width(module) == _width(linears[-1]) for module in linears) > 1:
+def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Take the last candidate, 1x1 convolutions aside, which networks are full of."""
+    layers = [module for module in candidates(model).values() if not is_channels_first(module)]
+    if layers and sum(width_of(module) == width_of(layers[-1]) for module in layers) > 1:
         raise ValueError(f"Found several modules that could be the classification head. {remedy(model)}")
-    return tuple(linears[-1:])
+    return tuple(layers[-1:])
+
+
+def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Take a model in which nothing could be a head. The head of a LightningModule may still be to come."""
+    whole = unwrap(model)
+    if isinstance(whole, LightningModule) or candidates(model) or next(whole.parameters(), None) is None:
+        return ()
+    return (whole,) if width_of(whole) is not None else ()
 
 
 def _only(model: nn.Module, found: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
@@ -211,23 +202,11 @@ def _pair(parent: nn.Module) -> tuple[nn.Module, ...]:
 
 def _resolve(module: nn.Module) -> tuple[nn.Module, ...]:
     """Return the heads that ``module`` stands for: itself, or what a container holds."""
-    if _width(module) is not None:
+    if layer_width(module) is not None:
         return (module,)
     if isinstance(module, nn.ModuleList):
         return tuple(chain.from_iterable(map(_resolve, module)))
     return _pair(module) or tuple(candidates(module).values())[-1:]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-
-
-def _width(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels if _is_linear(module) else None
-    # Not `getattr`, which wrappers forward to the module that they wrap.
-    width = vars(module).get("out_features")
-    return width if isinstance(width, int) else None
 
 
 def _depth(name: str) -> int:

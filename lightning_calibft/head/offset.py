@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_calibft.head.layers import base_layer, is_channels_first
+from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.split import ClassSplit
 
 CHILD_NAME = "absent_class_calibration"
+# What `fold` leaves on a head: an attribute, not in the state dict, that is true.
+FOLDED_NAME = "_absent_class_calibration_folded"
 
 
 class AbsentClassOffset(nn.Module):
@@ -42,7 +46,11 @@ class AbsentClassOffset(nn.Module):
             self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=device))
             self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input as it is: where the head runs all its children in turn, as ``Sequential``, it runs this."""
+        return x
+
+    def calibrate(self, logits: Tensor) -> Tensor:
         """Return the calibrated logits, in their own dtype and shape."""
         if not torch.jit.is_scripting() and self.recording:
             _record(self, logits)
@@ -95,7 +103,22 @@ def _record(child: AbsentClassOffset, logits: Tensor) -> None:
 
 
 def _calibrate(self: nn.Module, input: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006
-    return self.absent_class_calibration(output)  # type: ignore[operator]
+    # `torch.jit.script` reads no list of codes.
+    return self.absent_class_calibration.calibrate(output)  # type: ignore
+
+
+def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
+    """Calibrate the logits in what a module returns that is no layer of torch, as a whole model."""
+    child = cast(AbsentClassOffset, head.absent_class_calibration)
+    if child.training and not child.recording:
+        return output
+    logits = get_logits(output)
+    if logits.shape[-3 if child.channels_first else -1] != len(child.mask):
+        raise ValueError(
+            f"Expected the logits of {type(head).__name__} to have {len(child.mask)} classes, as the module says, but"
+            f" got the shape {tuple(logits.shape)}. Correct its `out_features` or `num_classes` and attach anew."
+        )
+    return replace_logits(output, child.calibrate(logits))
 
 
 def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -114,10 +137,12 @@ def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> AbsentClassOffset:
     """Give ``head`` its child and the hooks that call it."""
-    child = AbsentClassOffset(num_classes, isinstance(head, nn.Conv2d), device).train(head.training)
+    child = AbsentClassOffset(num_classes, is_channels_first(head), device).train(head.training)
     head.add_module(CHILD_NAME, child)
+    # `torch.jit.script` compiles the hook of a layer, but not one that takes any output.
+    hook: Callable[..., Any] = _calibrate if isinstance(head, (nn.Linear, nn.Conv2d)) else _calibrate_output
     child.handles = (
-        head.register_forward_hook(_calibrate),
+        head.register_forward_hook(hook),
         head.register_load_state_dict_pre_hook(_fill_missing_keys),
     )
     return child
@@ -144,3 +169,28 @@ def offset_of(head: nn.Module) -> AbsentClassOffset:
 def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads of ``model`` that carry a calibration, by their dotted names."""
     return {name: module for name, module in model.named_modules() if is_attached(module)}
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Tell whether gamma was folded into the bias of a head of ``model``, or of ``model`` itself.
+
+    Example:
+        >>> is_folded(nn.Linear(16, 5))
+        False
+    """
+    return any(vars(module).get(FOLDED_NAME) is True for module in model.modules())
+
+
+def mark_head_folded(head: nn.Module) -> None:
+    """Leave the marker on a head, and on the layer inside it that stays when an adapter is merged."""
+    for module in {head, base_layer(head)}:
+        setattr(module, FOLDED_NAME, True)
+
+
+def check_not_folded(model: nn.Module) -> None:
+    """Refuse a model or a head whose bias holds a gamma already."""
+    if is_folded(model):
+        raise ValueError(
+            f"Expected a {type(model).__name__} into which no gamma was folded, but its bias holds one already:"
+            " calibrated again, it would count twice. Build the model anew and load the weights from before folding."
+        )

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_calibft.head.find import candidates, num_classes
+from lightning_calibft.head.layers import (
+    candidates,
+    forward_name,
+    is_channels_first,
+    is_linear,
+    num_classes,
+    unwrap,
+    width_of,
+)
 from lightning_calibft.head.modes import eval_mode
+from lightning_calibft.head.numerics import are_probabilities, centred, epsilon, largest, log_space
 from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
+from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.head.record import class_axis_last
 
 Forward = Callable[[], Any]
@@ -23,14 +36,14 @@ def probe(forward: Forward, model: nn.Module) -> None:
     One forward as it is and one with a random offset :math:`r` at each head :math:`k` give :math:`\Delta_k`. The head
     passes if :math:`\Delta_k = a_k r` and :math:`\sum_k a_k = 1`, and if :math:`\sum_k a_k z_k` of the heads' outputs
     are the logits. What all classes of a row have in common is left out, so a softmax or a log-softmax after the head
-    is legitimate.
+    is legitimate. At a whole model that gives probabilities gamma would be added to these, so it does not pass.
 
     The model runs in eval mode, without gradients, and without its compiled code. Its modes, its buffers and the random
     state are afterwards what they were.
 
     Args:
         forward: Runs ``model`` on some inputs and returns its output: the logits ``(N, C)`` or their (log-)softmax,
-            a tuple or list that begins with them, or an object or mapping that has them as ``logits``.
+            a tuple or list with them, or an object or mapping that has them as ``logits`` or ``logits_per_image``.
         model: A model that :func:`attach` has seen.
 
     Raises:
@@ -58,9 +71,11 @@ def probe(forward: Forward, model: nn.Module) -> None:
             for name, module in candidates(model).items()
             if not is_attached(module) and num_classes(module) == base.shape[-1]
         }
-    names = " and ".join(map(repr, heads))
+        whole = _whole_remedy(forward, model, base)
+    names = " and ".join(repr(name or "forward") for name in heads)
     raise ValueError(
-        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem} {_remedy(others, base)}"
+        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem}"
+        f" {_remedy(others, base, whole)}"
     )
 
 
@@ -72,6 +87,7 @@ class _Effect(NamedTuple):
     residual: float = math.inf  # relative to the offset, as the two tolerances
     coefficient_tolerance: float = 0.0
     residual_tolerance: float = 0.0
+    adds_to_probabilities: bool = False
 
 
 def _logits(forward: Forward, model: nn.Module) -> Tensor:
@@ -81,29 +97,27 @@ def _logits(forward: Forward, model: nn.Module) -> Tensor:
     kind = next((device.type for device in devices), "cuda")
     with torch.random.fork_rng([device.index for device in devices if device.type == kind], device_type=kind):
         output = forward()
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Mapping):
-        logits = logits.get("logits")
-    if isinstance(logits, (tuple, list)):
-        logits = next((item for item in logits if isinstance(item, Tensor)), None)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
+    logits = get_logits(output)
+    if not logits.is_floating_point() or logits.ndim < 2:
         raise ValueError(f"Expected the output of {type(model).__name__} to hold logits, but got {type(output)}.")
     return logits.detach().cpu()  # Some devices have no float64.
 
 
 def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -> _Effect:
     outputs: list[Tensor] = []
-    channels_first = isinstance(head, nn.Conv2d)
+    channels_first = is_channels_first(head)
     offset = _random_offset(num_classes(head))
     # Larger than the logits, so that an activation after the head shows, but not where a softmax would underflow.
-    grow = not _are_probabilities(base)
+    grow = not are_probabilities(base)
 
-    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        logits = get_logits(output)
         if grow and not outputs:
-            offset.mul_(output.abs().max().cpu().clamp(min=1))
-        outputs.append(class_axis_last(output.cpu(), channels_first))
-        shift = offset.to(output.device)
-        return (output + (shift[:, None, None] if channels_first else shift)).to(output.dtype)
+            offset.mul_(logits.abs().max().cpu().clamp(min=1))
+        outputs.append(class_axis_last(logits.cpu(), channels_first))
+        shift = offset.to(logits.device)
+        shifted = logits + (shift[:, None, None] if channels_first else shift)
+        return replace_logits(output, shifted.to(logits.dtype))
 
     handle = head.register_forward_hook(add)
     try:
@@ -112,19 +126,20 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
         handle.remove()
     if not outputs or shifted.shape != base.shape or base.shape[-1] != len(offset):
         return _Effect(outputs)
-    before, after = _log_space(base), _log_space(shifted)
+    before, after = log_space(base), log_space(shifted)
     valid = before.isfinite() & after.isfinite()
-    delta = _centred(after - before, valid)
-    expected = _centred(offset.to(delta).expand_as(delta), valid)
+    delta = centred(after - before, valid)
+    expected = centred(offset.to(delta).expand_as(delta), valid)
     coefficient = (delta * expected).sum() / (expected**2).sum()
-    largest = expected.abs().max()
-    rounding = _epsilon(outputs[0], base) * (_largest(before, valid) + _largest(after, valid)) / largest
+    scale = expected.abs().max()
+    rounding = epsilon(outputs[0], base) * (largest(before, valid) + largest(after, valid)) / scale
     return _Effect(
         outputs,
         coefficient.item(),
-        ((delta - coefficient * expected).abs().max() / largest).item(),
-        max(1e-3, 4 * _epsilon(outputs[0], base)),
+        ((delta - coefficient * expected).abs().max() / scale).item(),
+        max(1e-3, 4 * epsilon(outputs[0], base)),
         max(1e-3, 8 * rounding.item()),
+        not is_linear(head) and are_probabilities(outputs[0]),
     )
 
 
@@ -137,6 +152,8 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
         return f"one forward calls it {max(calls)} times, so its output is not the logits of one batch."
     if any(effect.residual == math.inf for effect in effects):
         return f"the output of the model has another number of classes: its shape is {tuple(base.shape)}."
+    if any(effect.adds_to_probabilities for effect in effects):
+        return "its output are probabilities, and gamma is a number to add to logits, before a softmax."
     total = sum(effect.coefficient for effect in effects)
     # Not `>`, which is false for NaN.
     if abs(total - 1) <= max(effect.coefficient_tolerance for effect in effects) and all(
@@ -159,11 +176,11 @@ def _difference(effects: list[_Effect], base: Tensor) -> str | None:
     if shape != base.shape:
         return f"its output has the shape {tuple(shape)} and the output of the model {tuple(base.shape)}."
     expected = sum((effect.coefficient * effect.outputs[0].double() for effect in effects), torch.zeros(()))
-    actual = _log_space(base)
+    actual = log_space(base)
     valid = expected.isfinite() & actual.isfinite()
-    difference = _centred(actual - expected, valid).abs().max()
-    tolerance = max(1e-3, 8 * _epsilon(base, *(effect.outputs[0] for effect in effects)))
-    if difference <= tolerance * (_largest(expected, valid) + _largest(actual, valid)):
+    difference = centred(actual - expected, valid).abs().max()
+    tolerance = max(1e-3, 8 * epsilon(base, *(effect.outputs[0] for effect in effects)))
+    if difference <= tolerance * (largest(expected, valid) + largest(actual, valid)):
         return None
     return (
         f"the logits of the model differ from its output by up to {difference.item():.2g}. Something is added after it,"
@@ -179,46 +196,46 @@ def _store_coefficients(heads: dict[str, nn.Module], effects: list[_Effect]) -> 
         offset_of(head).coefficient = equal if within_rounding else effect.coefficient
 
 
-def _remedy(others: dict[str, _Effect], base: Tensor, limit: int = 10) -> str:
+def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
     """Name the candidate that gives the logits, else show what each does to them."""
     if better := [name for name, effect in others.items() if _problem([effect], base) is None]:
         return f'The head is {better[-1]!r}: pass `head="{better[-1]}"`.'
     shown = list(others.items())[-limit:]
     listed = ", ".join(f"{name!r} ({effect.coefficient:.4g} times)" for name, effect in shown) or "none"
-    return (
-        f'Other candidates of that width: {listed}. Name the right one, for example `head="model.fc"`. If no layer'
-        f" gives the logits, set `out_features = {base.shape[-1]}` on the module that does, and name that."
-    )
+    return f"Other candidates of that width: {listed}.{whole}"
+
+
+def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
+    """Say how the output of the model, or of the part of it that ``forward`` runs, becomes the head."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        with suppress(ValueError):
+            logits = get_logits(output).cpu()
+            if logits.shape == base.shape and torch.allclose(logits, base):
+                found.append((name, module))
+
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
+    try:
+        _logits(forward, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The outermost ends last. The steps of a LightningModule may call the model in it instead of the module itself.
+    outermost = found[-1:] + [part for part in found if not isinstance(part[1], LightningModule)]
+    if not outermost or is_attached(unwrap(outermost[-1][1])):
+        return " Let the forward return logits or their `log_softmax`." if are_probabilities(base) else ""
+    name, part = outermost[-1]
+    argument = f'`head="{forward_name(name)}"`'
+    if are_probabilities(base):
+        return f" If no layer gives them, let the forward return logits, or their `log_softmax`, and pass {argument}."
+    text = f" If no layer gives the logits, pass {argument}, which stands for the output of the whole."
+    if width_of(unwrap(part)) != base.shape[-1]:
+        text += f" Set `num_classes = {base.shape[-1]}` on that {type(part).__name__} first."
+    return text
 
 
 def _random_offset(width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
     return signs * (1 + torch.rand(width, generator=generator, dtype=torch.float32))
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    values = logits.double()
-    return bool((values >= 0).all() and (values.sum(dim=-1) - 1).abs().max() < 1e-2)
-
-
-def _log_space(logits: Tensor) -> Tensor:
-    """Return logits as they are and the logarithm of probabilities, minus infinity where they underflow."""
-    if not _are_probabilities(logits):
-        return logits.double()
-    return torch.where(logits < torch.finfo(logits.dtype).tiny, 0, logits.double()).log()
-
-
-def _centred(values: Tensor, valid: Tensor) -> Tensor:
-    """Subtract the mean of each row over its valid entries; the others become zero."""
-    values = torch.where(valid, values, 0)
-    mean = values.sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.where(valid, values - mean, 0)
-
-
-def _largest(values: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, values, 0).abs().max()
-
-
-def _epsilon(*tensors: Tensor) -> float:
-    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)

@@ -1,5 +1,7 @@
 """Small classifiers of each kind that the tests share."""
 
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -95,6 +97,144 @@ class Wrapper(nn.Module):
 
     def forward(self, x):
         return self.model(x)
+
+
+class CosineLinear(nn.Module):
+    """A head that is no `Linear`."""
+
+    def __init__(self, in_features, out_features, scale=5.0):
+        super().__init__()
+        self.out_features = out_features
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class SplitCosineLinear(nn.Module):
+    """A head of two, for old and new classes, as in class-incremental learning."""
+
+    def __init__(self, in_features, first, second):
+        super().__init__()
+        self.out_features = first + second
+        self.fc1 = CosineLinear(in_features, first, scale=1.0)
+        self.fc2 = CosineLinear(in_features, second, scale=1.0)
+        self.sigma = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, x):
+        return self.sigma * torch.cat((self.fc1(x), self.fc2(x)), dim=1)
+
+
+def encoder_of_width(width):
+    """An encoder that tells the number of its features, without tensors of its own."""
+    encoder = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU())
+    encoder.out_features = width
+    return encoder
+
+
+class Projected(CosineLinear):
+    """A custom head with a layer in it."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.project = nn.Linear(in_features, in_features)
+
+
+NamedLogits = namedtuple("NamedLogits", "features logits")
+NamedPair = namedtuple("NamedPair", "scores features")
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FrozenOutput:
+    features: torch.Tensor
+    logits_per_image: torch.Tensor
+
+
+# What a model returns of its logits and features.
+OUTPUTS = {
+    "tensor": lambda z, h: z,
+    "tuple": lambda z, h: (z, h),
+    "loss first": lambda z, h: (z.sum(), z, h),
+    "list": lambda z, h: ["text", z, h],
+    "named logits": lambda z, h: NamedLogits(h, z),
+    "named tuple": lambda z, h: NamedPair(z, h),
+    "dict": lambda z, h: {"features": h, "logits": z},
+    "ordered dict": lambda z, h: OrderedDict(features=h, logits=z),
+    "dataclass": lambda z, h: Output(z, h),
+    "frozen dataclass": lambda z, h: FrozenOutput(h, z),
+    "namespace": lambda z, h: SimpleNamespace(features=h, logits=z),
+    "nested": lambda z, h: SimpleNamespace(features=h, logits=(z, h)),
+}
+
+
+class Prototypes(nn.Module):
+    """A classifier without any layer that could be its head."""
+
+    def __init__(self, kind="tensor"):
+        super().__init__()
+        self.kind = kind
+        self.num_classes = NUM_CLASSES
+        self.body = nn.Conv2d(3, 8, 2)
+        self.prototypes = nn.Parameter(torch.randn(NUM_CLASSES, 8))
+
+    def forward(self, x):
+        h = self.body(x).flatten(1)
+        return OUTPUTS[self.kind](h @ self.prototypes.T, h)
+
+
+def logits_by_hand(kind, output):
+    """Pick the logits by hand."""
+    return {
+        "tensor": lambda: output,
+        "tuple": lambda: output[0],
+        "loss first": lambda: output[1],
+        "list": lambda: output[1],
+        "named logits": lambda: output.logits,
+        "named tuple": lambda: output.scores,
+        "dict": lambda: output["logits"],
+        "ordered dict": lambda: output["logits"],
+        "dataclass": lambda: output.logits,
+        "frozen dataclass": lambda: output.logits_per_image,
+        "namespace": lambda: output.logits,
+        "nested": lambda: output.logits[0],
+    }[kind]()
+
+
+def tensors_of(output):
+    """Return all tensors of an output, in a fixed order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = vars(output).values() if hasattr(output, "__dict__") and not isinstance(output, dict) else output
+    values = output.values() if isinstance(output, dict) else values
+    return [part for value in values if not isinstance(value, str) for part in tensors_of(value)]
+
+
+class Scaled(nn.Module):
+    """A model whose logits no layer gives."""
+
+    def __init__(self, kind="tensor"):
+        super().__init__()
+        self.kind = kind
+        self.num_classes = NUM_CLASSES
+        self.model = Plain()
+
+    def forward(self, x):
+        return OUTPUTS[self.kind](2 * self.model(x), x)
+
+
+class Then(nn.Sequential):
+    """A model with something behind it."""
+
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.num_classes = NUM_CLASSES
 
 
 def inputs(n=4):

@@ -212,3 +212,16 @@ def test_a_long_list_of_candidates_is_cut():
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(30)])
     with pytest.raises(ValueError, match=r"Candidates \(the last 10 of 30\): '20' "):
         find_head(model)
+
+
+def test_the_remedies_name_the_whole_model():
+    with pytest.raises(
+        HeadNotFoundError, match=r"no `out_features`\. Build the head first, or pass `head=\"forward\"`"
+    ):
+        find_head(nn.Sequential(nn.Flatten()))
+    with pytest.raises(
+        ValueError, match=r"for example `head=\"1\"`, or pass `head=\"forward\"`, or `\"model\.forward\"`"
+    ):
+        find_head(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"got Sigmoid\. If its output is the logits, pass `head=\"1\.forward\"`"):
+        find_head(nn.Sequential(nn.Linear(4, 8), nn.Sigmoid()), "1")

@@ -7,7 +7,17 @@ from torch import nn
 from lightning_calibft.head import attach, probe, record_logits, set_gamma
 from lightning_calibft.head.probe import _random_offset
 
-from .models import GAMMA, NUM_CLASSES, SEEN, After, Convolutional, Distilled, Plain, Wrapper, inputs
+from .models import (
+    GAMMA,
+    NUM_CLASSES,
+    SEEN,
+    After,
+    Convolutional,
+    Distilled,
+    Plain,
+    Wrapper,
+    inputs,
+)
 
 
 class _Weighted(nn.Module):
@@ -50,6 +60,17 @@ def test_the_right_head_passes(kind, dtype):
 @pytest.mark.parametrize("model_class", [Plain, Convolutional, Distilled, lambda: _Weighted([0.5, 0.3, 0.2])])
 def test_every_kind_of_head_passes(model_class):
     _probe(Wrapper(model_class()))
+
+
+def test_the_message_shows_the_candidates_and_what_else_to_do():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="scales, clips or replaces") as error:
+        _probe(After("temperature"), head="classifier")
+    assert str(error.value).endswith(
+        " Something after it scales, clips or replaces its output. Other candidates of that width: 'real' (0 times)."
+        ' If no layer gives the logits, pass `head="forward"`, which stands for the output of the whole.'
+        " Set `num_classes = 5` on that After first."
+    )
 
 
 def test_a_head_under_autocast_passes():

@@ -1,0 +1,144 @@
+"""Which modules of a model could be its classification head, and how wide they are."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+Head = nn.Module | tuple[nn.Module, ...]
+
+# Where models without `out_features` keep the number of their classes.
+_MODEL_WIDTHS = ("num_classes", "num_labels")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a ``Linear`` or a 1x1 ``Conv2d``."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether ``module`` is linear, an adapter of PEFT, or has an ``out_features`` and tensors of its own."""
+    if is_linear(module):
+        return True
+    return layer_width(module) is not None and (_has_tensors(module) or base_layer(module) is not module)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """Return the linear layer that an adapter of PEFT holds, or ``module`` itself."""
+    layer = dict(module.named_children()).get("base_layer")
+    return layer if layer is not None and is_linear(layer) and layer_width(module) is not None else module
+
+
+def is_channels_first(module: nn.Module) -> bool:
+    """Tell whether the class axis of the output is the third from the end, not the last."""
+    return isinstance(base_layer(module), nn.Conv2d)
+
+
+def layer_width(module: nn.Module) -> int | None:
+    """Return the width of a layer: of one with an integer ``out_features``, or of a 1x1 ``Conv2d``."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels if is_linear(module) else None
+    return _own_width(module, "out_features")
+
+
+def width_of(module: nn.Module) -> int | None:
+    """Return the width of a layer, or of the output of a whole model that tells it."""
+    widths = (layer_width(module), *(_own_width(module, name) for name in _MODEL_WIDTHS))
+    labels = getattr(vars(module).get("config"), "num_labels", None)  # of Hugging Face
+    return next((width for width in (*widths, labels) if isinstance(width, int)), None)
+
+
+def as_tuple(head: Head) -> tuple[nn.Module, ...]:
+    """Return the modules of a head as a tuple, one or several."""
+    return head if isinstance(head, tuple) else (head,)
+
+
+def num_classes(head: Head) -> int:
+    """Return the width of a head, the number of classes.
+
+    Raises:
+        ValueError: If it cannot be told, or the modules of a set differ in it.
+
+    Example:
+        >>> num_classes(nn.Linear(16, 5))
+        5
+    """
+    widths = {width_of(module) for module in as_tuple(head)}
+    if len(widths) > 1 or None in widths:
+        got = " and ".join(f"{type(module).__name__} of width {width_of(module)}" for module in as_tuple(head))
+        raise ValueError(
+            f"Expected argument `head` to be a Linear, a 1x1 Conv2d or a module with an integer attribute"
+            f" `out_features` or `num_classes`, all of one width, but got {got}."
+        )
+    return widths.pop()  # type: ignore[return-value]
+
+
+def head_names(model: nn.Module, head: Head) -> tuple[str, ...]:
+    """Return the dotted names in ``model`` of the modules of a head.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+        >>> head_names(model, model[1])
+        ('1',)
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(names[module] for module in as_tuple(head))
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module that could be a head, by dotted name, in the order of registration.
+
+    What a layer is made of is no head, nor is the original of a layer that PEFT trains in full.
+    """
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if name.startswith(inside):
+            continue
+        if is_layer(module):
+            found[name] = module
+            inside += (prefix,) if prefix else ()
+        elif {"original_module", "modules_to_save"} <= dict(module.named_children()).keys():
+            inside += (f"{prefix}original_module",)
+    return found
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module in a compiled, parallel or averaged one, which gives the same output."""
+    while True:
+        if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
+            module = module.module
+        elif (original := dict(module.named_children()).get("_orig_mod")) is not None:
+            module = original
+        else:
+            return module
+
+
+def forward_name(name: str) -> str:
+    """Return the argument `head` that stands for the output of the module called ``name``."""
+    return f"{name}.forward" if name else "forward"
+
+
+def remedy(model: nn.Module, limit: int = 10) -> str:
+    """Name the candidates, the last ``limit`` of them, and the argument that chooses one."""
+    found = candidates(model)
+    whole = 'pass `head="forward"`, or `"model.forward"` of a part, if the output of the whole is the logits'
+    if not found:
+        return f"It has no Linear, no 1x1 Conv2d and no `out_features`. Build the head first, or {whole}."
+    shown = list(found.items())[-limit:]
+    listed = ", ".join(f"{name!r} ({type(module).__name__}, width {width_of(module)})" for name, module in shown)
+    more = f" (the last {limit} of {len(found)})" if len(found) > limit else ""
+    return f'Candidates{more}: {listed}. Name one, for example `head="{shown[-1][0]}"`, or {whole}.'
+
+
+def _own_width(module: nn.Module, name: str) -> int | None:
+    # Not `getattr`, which wrappers forward to the module that they wrap.
+    width = vars(module).get(name)
+    return width if isinstance(width, int) and width > 0 else None
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return bool(tensors) or nn.utils.parametrize.is_parametrized(module)

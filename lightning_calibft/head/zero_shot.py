@@ -1,0 +1,100 @@
+"""The head of a zero-shot classifier: a linear layer that holds the features of texts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ZeroShotHead(nn.Linear):
+    r"""Classify images by the texts that their features are closest to, as CLIP and SigLIP do.
+
+    The logits of an image with the features :math:`x` are
+
+    .. math:: z_c = s \frac{t_c^\top x}{\lVert t_c \rVert \lVert x \rVert} + b.
+
+    The rows of ``weight`` are the normalised text features times the scale, so that the head attaches, folds and
+    exports as any ``Linear`` does. After the image encoder it makes a classifier:
+    ``nn.Sequential(clip.visual, ZeroShotHead(text_features, clip.logit_scale.exp()))`` with open_clip,
+    ``nn.Sequential(vision_model, ZeroShotHead(...))`` with the ``CLIPVisionModelWithProjection`` of transformers.
+
+    Its parameters are frozen: fine-tuning trains the encoder, and the absent classes keep their texts. To train the
+    head too, call ``requires_grad_()`` on it.
+
+    Args:
+        text_features: One row of features for each class, ``(C, D)``, normalised or not. Their dtype and device are
+            those of the head.
+        logit_scale: What the cosines are multiplied by, positive. Models keep its logarithm: pass
+            ``model.logit_scale.exp()``.
+        logit_bias: What is added to all logits, as in SigLIP. Like all that classes share, it moves no prediction.
+
+    Raises:
+        TypeError: If ``text_features`` is no floating point tensor.
+        ValueError: If an argument has another shape, or is not finite, or a row of features is zero.
+
+    Example:
+        >>> head = ZeroShotHead(torch.eye(3)[:2], logit_scale=10.0)
+        >>> head(torch.tensor([[0.0, 5.0, 0.0]]))
+        tensor([[ 0., 10.]])
+    """
+
+    def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0, logit_bias: float | Tensor = 0.0):
+        _check_features(text_features)
+        scale, bias = float(logit_scale), float(logit_bias)
+        if not 0 < scale < math.inf:
+            raise ValueError(
+                f"Expected argument `logit_scale` to be positive and finite, but got {scale}. Pass the multiplier, not"
+                " its logarithm: `model.logit_scale.exp()`."
+            )
+        if not math.isfinite(bias):
+            raise ValueError(f"Expected argument `logit_bias` to be finite, but got {bias}.")
+        # On the meta device, it does not draw random weights.
+        super().__init__(text_features.shape[1], text_features.shape[0], device="meta")
+        dtype = text_features.dtype
+        # Parameters made in inference mode would refuse to take part in training.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = F.normalize(text_features.to(torch.promote_types(dtype, torch.float32)), dim=-1) * scale
+            self.weight = nn.Parameter(rows.to(dtype), requires_grad=False)
+            self.bias = nn.Parameter(torch.full_like(rows[:, 0], bias, dtype=dtype), requires_grad=False)
+
+    def forward(self, input: Any) -> Tensor:
+        """Return the logits ``(N, C)``.
+
+        Args:
+            input: The features of images, ``(N, D)``, or what transformers returns with them: an object that has them
+                as ``image_embeds``, or as ``pooler_output``.
+        """
+        return super().forward(F.normalize(_image_features(input), dim=-1))
+
+
+def _check_features(features: object) -> None:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(
+            f"Expected argument `text_features` to be a floating point tensor, but got {got}. Of an output of"
+            " transformers, pass its `text_embeds` or `pooler_output`."
+        )
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(
+            f"Expected argument `text_features` to have the shape (C, D), but got {tuple(features.shape)}. Give each"
+            " class one row: the mean of its texts."
+        )
+    norms = features.detach().float().norm(dim=-1)
+    if not bool(((norms > 0) & norms.isfinite()).all()):
+        raise ValueError("Expected argument `text_features` to hold finite rows that are not zero, but some are not.")
+
+
+def _image_features(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    for name in ("image_embeds", "pooler_output"):
+        if isinstance(features := getattr(output, name, None), Tensor):
+            return features
+    raise TypeError(
+        "Expected the input of ZeroShotHead to be a tensor, or to have one as `image_embeds` or `pooler_output`, but"
+        f" got {type(output)}."
+    )
