@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft.head.find import find_head
-from lightning_calibft.head.layers import as_tuple, num_classes
+from lightning_calibft.head.layers import as_tuple, head_names, num_classes
 from lightning_calibft.head.offset import (
     add_offset,
     attached_heads,
@@ -43,8 +43,9 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     """
     heads = as_tuple(find_head(model, head))
     width = num_classes(heads)
-    for module in heads:
-        check_not_folded(module)
+    for module, name in zip(heads, head_names(model, heads), strict=True):
+        parts = name.split(".")
+        check_not_folded(module, [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))])
     new = [module for module in heads if not is_attached(module)]
     for module in new:
         add_offset(module, width, _device(module)).coefficient = 1 / len(heads)

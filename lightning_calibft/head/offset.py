@@ -1,13 +1,14 @@
 """The calibration of a classification head: a small child module that adds gamma to the absent classes."""
 
 # No postponed annotations here: `torch.jit.script` compiles the hook and the forward.
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Tuple, cast  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_calibft.files import METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.split import ClassSplit
@@ -178,7 +179,13 @@ def is_folded(model: nn.Module) -> bool:
         >>> is_folded(nn.Linear(16, 5))
         False
     """
-    return any(vars(module).get(FOLDED_NAME) is True for module in model.modules())
+    return any(vars(module).get(FOLDED_NAME) is True or _told_by_config(module) for module in model.modules())
+
+
+def _told_by_config(module: nn.Module) -> bool:
+    """Look into the config of a model of transformers, where exporting leaves the facts of the calibration."""
+    facts = getattr(vars(module).get("config"), METADATA_KEY, None)
+    return isinstance(facts, dict) and facts.get("folded") is True
 
 
 def mark_head_folded(head: nn.Module) -> None:
@@ -187,10 +194,10 @@ def mark_head_folded(head: nn.Module) -> None:
         setattr(module, FOLDED_NAME, True)
 
 
-def check_not_folded(model: nn.Module) -> None:
-    """Refuse a model or a head whose bias holds a gamma already."""
-    if is_folded(model):
+def check_not_folded(head: nn.Module, inside: Iterable[nn.Module] = ()) -> None:
+    """Refuse a head whose bias holds a gamma already, by itself or by the config of a model that it is inside of."""
+    if is_folded(head) or any(map(_told_by_config, inside)):
         raise ValueError(
-            f"Expected a {type(model).__name__} into which no gamma was folded, but its bias holds one already:"
+            f"Expected a {type(head).__name__} into which no gamma was folded, but its bias holds one already:"
             " calibrated again, it would count twice. Build the model anew and load the weights from before folding."
         )

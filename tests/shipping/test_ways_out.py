@@ -166,3 +166,10 @@ def test_models_without_gamma_or_without_bias(destination, tmp_path):
     with pytest.raises(ValueError, match="without one"):
         export(set_gamma(model, 2.5, SEEN), tmp_path / destination)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_transformers_is_not_calibrated_again(shipped):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForImageClassification.from_pretrained(shipped[0] / "transformers_folder")
+    with pytest.raises(ValueError, match="into which no gamma was folded, but its bias holds one already"):
+        set_gamma(model, 1.0, SEEN)
