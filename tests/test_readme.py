@@ -1,15 +1,29 @@
-"""The README's Python runs as written, in its order."""
+"""The README's commands run as written, in its order."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
+import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_calibft import inspect_checkpoint, set_gamma
+
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+ROOT = README.parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def make_net() -> nn.Module:
@@ -46,16 +60,35 @@ def loader(num_classes: int) -> DataLoader:
     return DataLoader(TensorDataset(inputs, target), batch_size=20)
 
 
-def test_python_blocks(tmp_path, monkeypatch):
+def make_photos(folder: Path) -> None:
+    for name in ("cat", "cow", "dog"):
+        (folder / name).mkdir(parents=True)
+        for shade in (40, 90, 200):
+            Image.new("RGB", (32, 24), (shade, 100, len(name))).save(folder / name / f"{shade}.png")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory of a user, with the files that the README speaks of."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {"MyModule": MyModule, "make_net": make_net, "model": MyModule(), "net": make_net()}
+    make_photos(tmp_path / "photos" / "train")
+    Path("names.txt").write_text("\n".join(["cat", "dog", "ant", "cow", "bee", "owl"]))
+    return tmp_path
+
+
+def test_python_blocks(folder):
+    pytest.importorskip("onnxscript")
+    names = {"MyModule": MyModule, "make_net": make_net, "model": MyModule(), "example_images": torch.randn(2, 4, 4)}
     names |= {"train_loader": loader(3), "val_loader": loader(6), "test_loader": loader(6)}
-    assert len(BLOCKS) == 4
+    names["net"] = set_gamma(make_net(), 2.5, [0, 1, 2])
     outputs = []
-    for block in BLOCKS:
+    for block in blocks("python"):
+        if "calibrate(net" in block:
+            names["net"] = make_net()
         exec(compile(block, str(README), "exec"), names)
         outputs.append(dict(names))
+    assert len(outputs) == 6
 
     assert "test_acc_absent" in outputs[0]["trainer"].callback_metrics
     module = names["MyLoggingModule"]()
@@ -63,5 +96,29 @@ def test_python_blocks(tmp_path, monkeypatch):
     inputs = loader(6).dataset.tensors[0]
     calibrated = outputs[0]["model"]  # the test has loaded the best weights into it
     torch.testing.assert_close(outputs[2]["model"].eval()(inputs), calibrated.eval()(inputs))
-    assert (tmp_path / "model.ckpt").is_file()
+    assert {path.name for path in folder.iterdir()} > {"model.ckpt", "model.safetensors", "net.onnx", "net.pt2"}
+    assert names["classes"] == ["cat", "cow", "dog"]
     assert names["result"].num_samples == 60
+
+
+def test_shell_blocks(folder):
+    """All but the installation and `make`, which continuous integration runs."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("jsonargparse")
+    shutil.copytree(ROOT / "examples", "examples")
+    model = timm.create_model("resnet18", num_classes=6)
+    torch.save(model.state_dict(), "weights.pth")
+    set_gamma(model, 2.5, [0, 1, 3])
+    state = {f"model.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.6.0"}, "best.ckpt")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    commands = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith(("pip", "make"))]
+    assert len(commands) == 5
+    for command in commands:
+        done = subprocess.run(shlex.split(command), env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    plain = timm.create_model("resnet18", num_classes=6, checkpoint_path="model.safetensors").eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(plain(images), model.eval()(images), rtol=0, atol=1e-5)
+    assert inspect_checkpoint("calibrated.pth")["seen_classes"] == [0, 1, 3]
+    assert Path("model.onnx").is_file()
