@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibft import AbsentClassCalibration, fold_checkpoint, get_gamma, set_gamma
+from lightning_calibft import AbsentClassCalibration, calibrate, fold_checkpoint, get_gamma, set_gamma
 from lightning_calibft.functional import (
     ausuc,
     best_gamma,
@@ -80,12 +80,16 @@ def run(seed: int, args: argparse.Namespace) -> Run:
     fit(tuned_on_all, data.target_train, data.held_out, epochs=args.epochs)
 
     calibrated = score(tuned, data)  # as the callback left it
+    seen_only = DataLoader(keep_classes(data.target_train, seen), 64)
+    calibrate(tuned, seen_only, estimator="pseudo_absent", pretrained=pretrained, progress=False)
+    pseudo_absent = score(tuned, data)
     logits = {"pre-trained": predict(pretrained, data), "fine-tuned": predict(set_gamma(tuned, 0.0, seen), data)}
     oracle = best_gamma(logits["fine-tuned"], data.target_test.tensors[1], seen).item()
     rows = {
         "pre-trained": score(pretrained, data),
         "fine-tuned": score(set_gamma(tuned, 0.0, seen), data),
         "fine-tuned + ALG": calibrated,
+        "fine-tuned + pseudo-absent": pseudo_absent,
         "oracle gamma": score(set_gamma(tuned, oracle, seen), data),
         "all-class fine-tuning": score(tuned_on_all, data),
     }
@@ -180,13 +184,11 @@ def spread(values: list[float], digits: int) -> str:
 def draw_curve(run: Run, file: Path) -> None:
     """Draw what every gamma would give, before and after fine-tuning, and mark the one that the callback found."""
     figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    colors = ["0.6", "0.6", "tab:blue", "tab:red", "tab:orange", "tab:green"]  # each curve, then its points
-    ax.set_prop_cycle(color=colors, markersize=[10] * 6, markeredgecolor=["white"] * 6)
+    colors = ["0.6", "0.6", "tab:blue", "tab:red", "tab:orange", "tab:purple", "tab:green"]  # each curve, its points
+    ax.set_prop_cycle(color=colors, markersize=[10] * 7, markeredgecolor=["white"] * 7)
     seen, target = run.data.seen_classes, run.data.target_test.tensors[1]
-    points = {
-        "pre-trained": {"pre-trained": 0.0},
-        "fine-tuned": {name: run.rows[name]["gamma"] for name in ("fine-tuned", "fine-tuned + ALG", "oracle gamma")},
-    }
+    names = ("fine-tuned", "fine-tuned + ALG", "fine-tuned + pseudo-absent", "oracle gamma")
+    points = {"pre-trained": {"pre-trained": 0.0}, "fine-tuned": {name: run.rows[name]["gamma"] for name in names}}
     for name, gammas in points.items():
         logits = run.logits[name]
         curve, area = seen_unseen_curve(logits, target, seen), ausuc(logits, target, seen)

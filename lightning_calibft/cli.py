@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from timm.utils import ParseKwargs
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_calibft.calibration import calibrate
@@ -21,6 +22,7 @@ from lightning_calibft.entries import versions
 from lightning_calibft.estimators import ESTIMATORS
 from lightning_calibft.export import check_destination, write_model
 from lightning_calibft.folders import data_config, open_folder, rows_of_folders
+from lightning_calibft.split import shorten
 from lightning_calibft.timm_models import load_folded, load_raw
 
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is that of argparse
@@ -80,9 +82,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    model = load_raw(
-        args.model, args.weights, num_classes=args.num_classes, weights_only=not args.unsafe, **args.model_args
-    ).to(args.device)
+    model = _load(args, args.weights)
     config = data_config(
         model,
         img_size=args.img_size,
@@ -102,6 +102,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             seen_classes=sorted(set(rows.values())),
             estimator=args.estimator,
             max_samples=args.max_samples,
+            pretrained=None if args.pretrained is None else _load(args, args.pretrained),
             progress=not args.quiet,
         )
     facts = {**result.as_dict(), "model": args.model, "model_args": args.model_args, **versions()}
@@ -111,9 +112,24 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(args: argparse.Namespace, path: Path) -> nn.Module:
+    return load_raw(args.model, path, num_classes=args.num_classes, weights_only=not args.unsafe, **args.model_args).to(
+        args.device
+    )
+
+
 def _as_flags(message: str) -> str:
     """Let a message of the Python functions name the flags of the command."""
-    for argument in ("add_bias", "class_map", "label_names", "max_samples", "model", "num_classes", "prefix"):
+    for argument in (
+        "add_bias",
+        "class_map",
+        "label_names",
+        "max_samples",
+        "model",
+        "num_classes",
+        "prefix",
+        "pretrained",
+    ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     return message.replace("`weights_only=False`", "`--unsafe`")
 
@@ -133,7 +149,7 @@ def _described(path: Path, info: dict[str, Any]) -> str:
     absent, seen = info["absent_classes"], info.get("seen_classes", [])
     lines["classes"] = f"{info['num_classes']}: {len(seen) or 'unknown'} seen, {len(absent)} absent"
     if seen:
-        lines["seen"] = _shorten(seen)
+        lines["seen"] = shorten(seen)
     if info.get("heads"):
         lines["head"] = ", ".join(info["heads"])
     names = {"version": "lightning-calibft", "torch_version": "torch", "lightning_version": "lightning"}
@@ -142,10 +158,6 @@ def _described(path: Path, info: dict[str, Any]) -> str:
         lines["made with"] = ", ".join(known)
     state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
     return "\n".join([f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())])
-
-
-def _shorten(ids: list[int], limit: int = 12) -> str:
-    return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,6 +229,7 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--estimator", choices=ESTIMATORS, default="alg", help="how gamma is found (%(default)s)")
+    command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     command.add_argument(

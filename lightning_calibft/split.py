@@ -58,7 +58,7 @@ class ClassSplit:
             if both := sorted(set(seen).intersection(absent)):
                 raise ValueError(
                     f"Expected arguments `seen_classes` and `absent_classes` to share no class, but both hold"
-                    f" {_shorten(both)}. Remove them from one of the two."
+                    f" {shorten(both)}. Remove them from one of the two."
                 )
         object.__setattr__(self, "num_classes", int(num_classes))
         object.__setattr__(self, "seen_classes", seen)
@@ -122,16 +122,16 @@ def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...
         raise ValueError(f"Expected argument `{name}` to name at least one class, but it is empty.")
     if outside := [value for value in values if not 0 <= value < num_classes]:
         raise ValueError(
-            f"Expected argument `{name}` to hold class ids in [0, {num_classes}), but got {_shorten(outside)}."
+            f"Expected argument `{name}` to hold class ids in [0, {num_classes}), but got {shorten(outside)}."
             " Ids are rows of the classification head."
         )
     ids = sorted({int(value) for value in values})
     if len(ids) < len(values):
         twice = sorted(value for value, count in Counter(map(int, values)).items() if count > 1)
-        raise ValueError(f"Expected argument `{name}` to hold each class once, but {_shorten(twice)} repeat.")
+        raise ValueError(f"Expected argument `{name}` to hold each class once, but {shorten(twice)} repeat.")
     return tuple(ids)
 
 
-def _shorten(ids: list[int], limit: int = 10) -> str:
+def shorten(ids: list[int], limit: int = 10) -> str:
     """List at most ``limit`` ids, so that an error about thousands of classes stays readable."""
     return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")

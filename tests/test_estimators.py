@@ -70,7 +70,9 @@ def test_what_is_an_estimator():
 
 @pytest.mark.parametrize("value", ["ALG", "", "median"])
 def test_unknown_names(value):
-    with pytest.raises(ValueError, match=f"`estimator` to be one of 'alg' or a metric, but got '{value}'"):
+    with pytest.raises(
+        ValueError, match=f"`estimator` to be one of 'alg', 'pseudo_absent' or a metric, but got '{value}'"
+    ):
         check_estimator(value)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
 from lightning_calibft.calibration.loaders import all_reduce
 from lightning_calibft.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
-from lightning_calibft.split import ClassSplit, _shorten
+from lightning_calibft.split import ClassSplit, shorten
 
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 
@@ -95,7 +95,7 @@ def target_error(num_classes: int, label: int, met: str = "got") -> ValueError:
 
 def empty_error(met: Sequence[int] = (), hint: str = "") -> ValueError:
     """Return the error for data without a sample of the seen classes, which has those that were ``met``."""
-    others = f": its labels are the rows {_shorten(list(met))}" if met else ""
+    others = f": its labels are the rows {shorten(list(met))}" if met else ""
     return ValueError(
         f"Expected the calibration data to hold samples of the seen classes, but got none{others}. Check the loader and"
         f" `seen_classes`.{hint}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.batch import BatchReader, call_forward
@@ -23,8 +24,8 @@ from lightning_calibft.calibration.faults import Faults, empty_error, target_err
 from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.class_map import IGNORE_INDEX
-from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator
-from lightning_calibft.head import attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
+from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator, needs_pretrained_logits
+from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 8
@@ -41,6 +42,7 @@ class Pass:
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
     progress: bool = True
+    pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
     device: torch.device = field(init=False)
@@ -51,6 +53,7 @@ class Pass:
         self.device = next(head.buffers()).device  # the calibration's own, if it has no others
         self.num_classes = head_width(self.model)
         check_estimator_width(self.estimator, self.num_classes)
+        check_pretrained(self.estimator, self.pretrained, self.model)
 
     def read_classes(self) -> list[int]:
         """Return the classes in the data. The standard error needs them before the first sample."""
@@ -101,6 +104,7 @@ class Pass:
     def _feed(self, estimator: Estimator, split: ClassSplit) -> None:
         """Run the model over the data."""
         forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps)
+        before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
                 if index == 0:
@@ -109,8 +113,29 @@ class Pass:
                 target = self.reader.rows(batch)
                 logits = self._logits(forward, batch, target)
                 faults.count(index, logits, target)
-                estimator.update(logits, target)
+                if before is None:
+                    estimator.update(logits, target)
+                else:
+                    logits_before = self._logits(before, batch, target)
+                    faults.count(index, logits_before, target)
+                    estimator.update(logits, target, logits_before)
         faults.raise_or_warn()
+
+    def _forward_before(self, forward: nn.Module) -> Callable[..., Any]:
+        """Return the forward with the weights from before fine-tuning."""
+        assert self.pretrained is not None
+        prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is forward)
+        weights = {
+            key.removeprefix(prefix): value.to(self.device)
+            for key, value in self.pretrained.items()
+            if key.startswith(prefix) and CHILD_NAME not in key
+        }
+
+        @wraps(forward.forward)  # by whose arguments the inputs are found in a batch
+        def forward_before(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(forward, weights, args, kwargs)
+
+        return forward_before
 
     def _logits(self, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
         with record_logits(self.model) as records, self.context():
@@ -129,7 +154,30 @@ def head_width(model: nn.Module) -> int:
     return num_classes(next(iter(attached_heads(model).values())))
 
 
-def forward_of(model: nn.Module) -> Callable[..., Any]:
+def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    """Refuse an estimator that needs the weights from before fine-tuning without them, or with others.
+
+    Raises:
+        ValueError: If they are missing, not needed, or do not fit the model.
+    """
+    name = estimator if isinstance(estimator, str) else type(estimator).__name__
+    if needs_pretrained_logits(estimator) != (pretrained is not None):
+        needed = "the model before fine-tuning" if pretrained is None else "None"
+        raise ValueError(
+            f"Expected argument `pretrained` to be {needed} beside the estimator {name!r}, but got"
+            f" {'None' if pretrained is None else 'weights'}."
+        )
+    if pretrained is None:
+        return
+    shapes = {key: value.shape for key, value in model.state_dict().items() if CHILD_NAME not in key}
+    if wrong := [key for key, shape in shapes.items() if key not in pretrained or pretrained[key].shape != shape]:
+        raise ValueError(
+            f"Expected argument `pretrained` to hold the weights of the same model before fine-tuning, but {wrong[0]!r}"
+            " is missing or has another shape."
+        )
+
+
+def forward_of(model: nn.Module) -> nn.Module:
     """Return what maps inputs to logits: the model, or in a LightningModule without ``forward`` the part with the head.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -31,6 +31,7 @@ def calibrate(
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
     max_samples: int | None = None,
+    pretrained: nn.Module | Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> CalibrationResult:
     r"""Find gamma on the fine-tuning data and put it into the head of the model.
@@ -52,13 +53,16 @@ def calibrate(
         seen_classes: Rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
         absent_classes: Rows of the absent classes. ``None``: all that are not seen.
         head: The module that gives the logits, or its dotted name, where it is not found by itself.
-        estimator: A name in ``lightning_calibft.estimators.ESTIMATORS``, or such a metric made for its own classes.
+        estimator: ``"alg"``, ``"pseudo_absent"`` (better; needs ``pretrained``), or such a metric made for its own
+            classes.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional, a mapping the keyword arguments of ``model``.
         class_map: The head's row of each target in ``loader``, where they differ, as in folders that number their
             classes from 0. See :func:`~lightning_calibft.class_map.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many samples, drawn at random with a fixed seed.
+        pretrained: The model before fine-tuning, or its state dict, for the estimators that need it
+            (``"pseudo_absent"``).
         progress: Whether to show a progress bar (on the first process).
 
     Returns:
@@ -95,7 +99,9 @@ def calibrate(
         with isolate_rng():
             rows = resolve_class_map(class_map, label_names, head_width(model))
             reader, loaders = BatchReader(unpack_batch, rows), calibration_loaders(loader, max_samples)
-            reading = Pass(model, loaders, estimator, reader, max_samples, progress=progress)
+            reading = Pass(
+                model, loaders, estimator, reader, max_samples, progress=progress, pretrained=_weights(pretrained)
+            )
             if not isinstance(estimator, str):
                 split = estimator.split
             else:
@@ -108,3 +114,7 @@ def calibrate(
         raise
     set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
     return result
+
+
+def _weights(model: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    return model.state_dict() if isinstance(model, nn.Module) else model

@@ -10,8 +10,15 @@ from typing_extensions import override
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.callback.pretrained import PretrainedWeights
 from lightning_calibft.class_map import ClassMap, resolve_class_map
-from lightning_calibft.estimators import Estimator, check_estimator, check_estimator_width, make_estimator
+from lightning_calibft.estimators import (
+    Estimator,
+    check_estimator,
+    check_estimator_width,
+    make_estimator,
+    needs_pretrained_logits,
+)
 from lightning_calibft.head import HeadNotFoundError, attach, find_head, num_classes
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
@@ -46,6 +53,7 @@ class HeadAttachment(Callback):
         self.class_map = class_map
         self.label_names = label_names
         self._reader = self._make_reader(None)
+        self._before = PretrainedWeights()
         self._split: ClassSplit | None = None  # where the arguments tell it
         self._late: RemovableHandle | None = None
 
@@ -54,6 +62,8 @@ class HeadAttachment(Callback):
         check_trainer(trainer, pl_module)
         if stage == TrainerFn.FITTING:
             check_averaging_order(trainer, pl_module, self)
+            if needs_pretrained_logits(self.estimator):
+                self._before.watch(pl_module)
         try:
             self._attach(pl_module)
         except HeadNotFoundError:
@@ -64,6 +74,8 @@ class HeadAttachment(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach_late(trainer, pl_module)
         check_averaged_copies(trainer, pl_module)
+        if needs_pretrained_logits(self.estimator):
+            self._before.start(pl_module, resumed=trainer.ckpt_path is not None)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,6 +92,7 @@ class HeadAttachment(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_late()
+        self._before.forget()
 
     def _attach_late(self, trainer: Trainer, model: LightningModule) -> None:
         if self._late is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft.calibration import CalibrationResult, Pass, UnpackBatch, check_max_samples, head_width
@@ -48,7 +49,8 @@ class AbsentClassCalibration(EvaluationMetrics):
         seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.
         absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
-        estimator: How gamma is found: a name in ``lightning_calibft.estimators.ESTIMATORS``, or such a metric.
+        estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (better; keeps a copy of the weights that the fit
+            begins with), or such a metric.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
         class_map: The head's row of each target in the batches, where they differ, as in folders that number their
@@ -81,7 +83,7 @@ class AbsentClassCalibration(EvaluationMetrics):
         absent_classes: list[int] | None = None,
         *,
         head: str | None = None,
-        estimator: str | Estimator = "alg",
+        estimator: str | Metric = "alg",
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
@@ -90,7 +92,8 @@ class AbsentClassCalibration(EvaluationMetrics):
         calibrate_checkpoints: bool = True,
     ) -> None:
         check_max_samples(max_samples)
-        super().__init__(seen_classes, absent_classes, head, estimator, unpack_batch, class_map, label_names)
+        checked = cast("str | Estimator", estimator)  # the protocol is more than LightningCLI can tell of a metric
+        super().__init__(seen_classes, absent_classes, head, checked, unpack_batch, class_map, label_names)
         self.max_samples = max_samples
         self.log_metrics = log_metrics
         self.calibrate_checkpoints = calibrate_checkpoints
@@ -156,6 +159,7 @@ class AbsentClassCalibration(EvaluationMetrics):
             if self.calibrate_checkpoints:
                 self._calibrate_kept(trainer, pl_module, self.result)
             self._report(trainer, self.result)
+        self._before.forget()
         pl_module.cpu()
 
     @override
@@ -188,7 +192,7 @@ class AbsentClassCalibration(EvaluationMetrics):
                     set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
 
     def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
-        return calibration_pass(trainer, model, self.estimator, self._reader, self.max_samples)
+        return calibration_pass(trainer, model, self.estimator, self._reader, self.max_samples, self._before.weights)
 
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         assert self._kept is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from lightning_calibft.calibration import BatchReader, Pass, calibration_loaders, check_head, empty_error
 from lightning_calibft.class_map import check_mapped
@@ -75,6 +77,7 @@ def calibration_pass(
     estimator: str | Estimator,
     reader: BatchReader,
     max_samples: int | None,
+    pretrained: Mapping[str, Tensor] | None,
 ) -> Pass | None:
     """Prepare the pass over the calibration data or else the training data; ``None``, with a warning, for neither."""
     clean = calibration_dataloader(trainer)
@@ -92,6 +95,7 @@ def calibration_pass(
         max_samples=max_samples,
         max_batches=max_batches,
         progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
+        pretrained=pretrained,
         transfer=partial(move_batch, trainer),
         context=trainer.precision_plugin.forward_context,
     )

@@ -7,16 +7,31 @@ from typing import Any, Protocol
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_calibft.estimators.pseudo_absent import PseudoAbsent
 from lightning_calibft.metrics import AverageLogitGap
 from lightning_calibft.split import ClassSplit
 
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "PseudoAbsent",
+    "check_estimator",
+    "check_estimator_width",
+    "make_estimator",
+    "needs_pretrained_logits",
+]
+
 
 class Estimator(Protocol):
-    """What a torchmetrics ``Metric`` must offer to choose gamma: it is fed with fine-tuning samples."""
+    """What a torchmetrics ``Metric`` must offer to choose gamma: it is fed with fine-tuning samples.
+
+    One with an attribute ``needs_pretrained_logits`` that is true gets a third argument in ``update``: the logits of
+    the same samples from the model before fine-tuning.
+    """
 
     split: ClassSplit
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, logits: Tensor, target: Tensor, *pretrained_logits: Tensor) -> None:
         """Take a batch: raw logits ``(N, C)`` and class ids ``(N,)``; ids that are not seen classes do not count."""
 
     def compute(self) -> Tensor:
@@ -39,7 +54,13 @@ class Estimator(Protocol):
 
 _ATTRIBUTES = {"split", "standard_error", "num_samples"}
 
-ESTIMATORS: dict[str, type[AverageLogitGap]] = {"alg": AverageLogitGap}
+ESTIMATORS: dict[str, Any] = {"alg": AverageLogitGap, "pseudo_absent": PseudoAbsent}
+
+
+def needs_pretrained_logits(estimator: str | Estimator) -> bool:
+    """Tell whether an estimator, or one of a known name, asks for the model before fine-tuning."""
+    kind = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    return bool(getattr(kind, "needs_pretrained_logits", False))
 
 
 def check_estimator(estimator: str | Estimator, seen_classes: Any = None, absent_classes: Any = None) -> None:

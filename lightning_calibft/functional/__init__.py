@@ -8,6 +8,7 @@ from lightning_calibft.functional.nearest_mean import (
     nearest_class_mean_accuracy,
     nearest_class_mean_logits,
 )
+from lightning_calibft.functional.pseudo_absent import pseudo_absent_gamma
 
 __all__ = [
     "ausuc",
@@ -18,6 +19,7 @@ __all__ = [
     "harmonic_mean_accuracy",
     "nearest_class_mean_accuracy",
     "nearest_class_mean_logits",
+    "pseudo_absent_gamma",
     "seen_unseen_curve",
     "split_accuracy",
 ]

@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.datasets import ImageFolder
 
 from lightning_calibft import attach, calibrate, get_gamma, inspect_checkpoint
+from lightning_calibft.functional import pseudo_absent_gamma
 from tests.cli.running import READ, X, plain, run
 from tests.runs import quiet
 from tests.shipping.consumer import NUM_CLASSES
@@ -163,3 +164,19 @@ def test_arguments_of_the_model(photos, tmp_path):
     assert exported(X).shape == (2, NUM_CLASSES)
     assert run("export", tmp_path / "calibrated.pth", tmp_path / "model.pt2", "--img-size", "32") == 0
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(X), exported(X))
+
+
+def test_the_weights_from_before_fine_tuning(raw, photos, tmp_path, capsys):
+    before = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    torch.save(before.state_dict(), tmp_path / "before.pth")
+    out, words = tmp_path / "out.pth", ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ]
+    assert run(*words, "--estimator", "pseudo_absent") == 1
+    assert "`--pretrained` to be the model before fine-tuning" in capsys.readouterr().err
+    assert run(*words, "--estimator", "pseudo_absent", "--pretrained", tmp_path / "before.pth") == 0
+    model = plain(raw)
+    dataset = ImageFolder(photos, create_transform(**resolve_model_data_config(model, {"img_size": 32})))
+    images, target = next(iter(torch.utils.data.DataLoader(dataset, 64)))
+    with torch.no_grad():
+        gamma = pseudo_absent_gamma(model(images), torch.tensor(SEEN)[target], before.eval()(images), SEEN)
+    assert inspect_checkpoint(out)["gamma"] == pytest.approx(gamma.item(), rel=1e-4)
+    assert inspect_checkpoint(out)["estimator"] == "pseudo_absent"

@@ -193,12 +193,10 @@ def test_the_auxiliary_head_that_a_pretrained_config_names_is_no_head():
 
 def test_a_classifier_that_gives_the_logits_of_each_position():
     """Attention pooling projects all positions, here 5, and returns the first."""
-    model, x, shapes = _timm("resnet50_clip", img_size=64), _images(64), []
-    handle = model.get_classifier().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    model, x = _timm("resnet50_clip", img_size=64), _images(64)
     raw = model(x).detach()
-    handle.remove()
-    if shapes == [raw.shape]:
-        pytest.skip("this timm projects the first position alone")
+    if head_names(model, find_head(model)) == ("head",):
+        pytest.skip("this timm fails to name the projection, and what is found instead is right")
     attach(model)
     with pytest.raises(ValueError, match=r'shape \(2, 5, 5\) .* pass `head="head"`'):
         probe(lambda: model(x), model)

@@ -1,0 +1,180 @@
+"""Gamma that best tells seen samples from pseudo-absent copies of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import rank_zero_warn
+
+from lightning_calibft.functional._inputs import (
+    _SEEN,
+    Groups,
+    check_inputs,
+    prepare,
+    real_dtype,
+    top_classes,
+    warn_if_probabilities,
+)
+from lightning_calibft.functional.logit_gap import check_seen_classes
+from lightning_calibft.split import ClassIds
+
+_STEPS = 80  # of bisection: from any range of logits to the last bit of float64
+
+
+@overload
+def pseudo_absent_gamma(
+    logits: Tensor,
+    target: Tensor,
+    pretrained_logits: Tensor,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    return_standard_error: Literal[False] = False,
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor: ...
+
+
+@overload
+def pseudo_absent_gamma(
+    logits: Tensor,
+    target: Tensor,
+    pretrained_logits: Tensor,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    return_standard_error: Literal[True],
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def pseudo_absent_gamma(
+    logits: Tensor,
+    target: Tensor,
+    pretrained_logits: Tensor,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    return_standard_error: bool = False,
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Estimate gamma by what it must separate: seen samples from pseudo-absent copies of them.
+
+    A sample :math:`(x, y)` decides for the seen classes by the margin :math:`m = \max_S z - \max_U z`. Its
+    pseudo-absent copy is the same sample as if :math:`y` had been absent: the class leaves :math:`S`, and stands among
+    the absent ones with the logit :math:`t` that it had before fine-tuning, carried over to the scale that the absent
+    logits have now:
+
+    .. math::
+        t = \operatorname{mean}_U z + \frac{\operatorname{std}_U z}{\operatorname{std}_U z^0}
+        \big(z^0_y - \operatorname{mean}_U z^0\big), \qquad
+        m' = \max_{S \setminus y} z - \max(t, \textstyle\max_U z)
+
+    Gamma is where as many seen samples are expected to fall to the absent classes as pseudo-absent copies to the seen
+    ones, by the softmax between the two best logits and with as many samples of each class:
+
+    .. math:: |S| \, \operatorname{mean} \sigma(\gamma - m) = |U| \, \operatorname{mean} \sigma(m' - \gamma)
+
+    This is the maximum likelihood estimate of the threshold of a logistic regression of "seen or absent" on the margin,
+    of slope 1, the softmax's own. No model is trained for it, and no constant was tuned.
+
+    Its limits: it trusts that a class that fine-tuning did not see keeps its place among the other absent ones, and
+    that absent classes will be met as often as seen ones.
+
+    Args:
+        logits: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
+        target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
+        pretrained_logits: Logits of the same samples, ``(N, C)``, from the model before fine-tuning.
+        seen_classes: Ids of the at least two classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        return_standard_error: Whether to return the standard error as well.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+
+    Returns:
+        Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with
+        ``return_standard_error`` the pair of gamma and its standard error, that of an M-estimator (the sandwich).
+
+    Raises:
+        ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
+        TypeError: If ``logits``, ``pretrained_logits`` or ``target`` has the wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.functional import pseudo_absent_gamma
+        >>> pretrained = torch.tensor([[2.0, 0.0, 0.0, -1.0], [0.0, 2.0, 0.0, -1.0]])
+        >>> logits = torch.tensor([[6.0, 0.0, -3.0, -4.0], [0.0, 6.0, -3.0, -4.0]])
+        >>> pseudo_absent_gamma(logits, torch.tensor([0, 1]), pretrained, seen_classes=[0, 1])
+        tensor(5., dtype=torch.float64)
+    """
+    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    check_seen_classes(len(groups.seen))
+    if validate_args:
+        check_inputs(pretrained_logits, target, logits.shape[1], ignore_index)
+        warn_if_probabilities(logits)
+        warn_if_probabilities(pretrained_logits)
+    margins = pseudo_absent_update(logits, target, pretrained_logits, groups, ignore_index)
+    gamma, standard_error, _ = pseudo_absent_compute(margins, len(groups.seen), len(groups.absent))
+    return (gamma, standard_error) if return_standard_error else gamma
+
+
+def pseudo_absent_update(
+    logits: Tensor, target: Tensor, pretrained_logits: Tensor, groups: Groups, ignore_index: int | None
+) -> Tensor:
+    """Margins of the samples and of their pseudo-absent copies, ``(N, 2)``; NaN where a sample does not count."""
+    dtype = real_dtype(logits.device)
+    counted = groups.of_samples(target, ignore_index) == _SEEN
+    target = target.long().clamp(0, logits.shape[1] - 1)
+    best, classes = top_classes(logits, groups.seen, 2)
+    best = best.to(dtype)
+    without_own = torch.where(classes[:, 0] == target, best[:, 1], best[:, 0])
+    absent = top_classes(logits, groups.absent)[0].squeeze(1).to(dtype)
+    mean, std = _mean_and_std(logits, groups.absent, dtype)
+    mean_before, std_before = _mean_and_std(pretrained_logits, groups.absent, dtype)
+    own_before = pretrained_logits.detach().gather(1, target.unsqueeze(1)).squeeze(1).to(dtype)
+    # One absent class, or equal ones, have no spread to carry over.
+    scale = torch.where((std > 0) & (std_before > 0), std / std_before, 1.0)
+    own = mean + scale * (own_before - mean_before)
+    margins = torch.stack([best[:, 0] - absent, without_own - torch.maximum(own, absent)], 1)
+    return torch.where(counted.unsqueeze(1), margins, torch.nan)
+
+
+def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gamma, its standard error and the number of samples."""
+    seen, pseudo = margins[~margins.isnan().any(1)].to(real_dtype(margins.device)).unbind(1)
+    count = torch.tensor(len(seen), device=margins.device)
+    if not len(seen):
+        rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
+        return margins.new_tensor(torch.nan, dtype=seen.dtype), margins.new_tensor(torch.nan, dtype=seen.dtype), count
+
+    def surplus(gamma: Tensor) -> Tensor:
+        return num_seen * torch.sigmoid(gamma - seen) - num_absent * torch.sigmoid(pseudo - gamma)
+
+    reach = abs(math.log(num_seen / num_absent)) + 1  # beyond all margins by this much, one side has won
+    low, high = torch.minimum(seen, pseudo).min() - reach, torch.maximum(seen, pseudo).max() + reach
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        above = surplus(middle).mean() > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    gamma = (low + high) / 2
+    slope = num_seen * _slope(gamma - seen) + num_absent * _slope(pseudo - gamma)
+    error = surplus(gamma).std() / slope.mean() / math.sqrt(len(seen)) if len(seen) > 1 else gamma * torch.nan
+    return gamma, error, count
+
+
+def _slope(value: Tensor) -> Tensor:
+    """Derivative of the sigmoid."""
+    return torch.sigmoid(value) * torch.sigmoid(-value)
+
+
+def _mean_and_std(logits: Tensor, classes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation over some classes, of shape ``(N,)``, a bounded part at a time."""
+    rows = max(1, 2**22 // logits.shape[1])
+    parts = [chunk.index_select(1, classes).to(dtype) for chunk in logits.detach().split(rows)]
+    means, stds = zip(*((part.mean(1), part.std(1, unbiased=False)) for part in parts), strict=True)
+    return torch.cat(means), torch.cat(stds)
