@@ -84,8 +84,10 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
         if key.endswith(OFFSET)
     }
     if not heads or not all(mask.any() for _, mask in heads.values()):
+        key = state_key(checkpoint)
+        inside = "" if key in (None, "state_dict") else f" in its {key!r}, which counts before other weights"
         raise ValueError(
-            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma. Train with the"
+            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Train with the"
             " `AbsentClassCalibration` callback, or calibrate the loaded model with `calibrate(model, loader)`."
         )
     return heads

@@ -44,7 +44,8 @@ def export(
     ``.pt2``                       for ``torch.export.load``
     ============================= ===================================================================================
 
-    Each holds the facts of the calibration beside the weights. ``model`` stays as it is.
+    Each holds the facts of the calibration beside the weights. ``model`` stays as it is. A head that cannot be folded,
+    as one without bias, goes into ``.onnx`` and ``.pt2`` with its calibration, and into none of the others.
 
     Args:
         model: A calibrated model, in eval mode or not. Of a LightningModule pass the model in it.
@@ -68,7 +69,13 @@ def export(
     check_destination(model, destination, inputs)
     facts = {} if result is None else result.as_dict()
     facts = folded_facts(facts, calibrated_heads(model.state_dict(), "the model"))
-    write_model(fold(copy.deepcopy(model)).eval(), destination, facts, inputs)
+    copied = copy.deepcopy(model).eval()
+    try:
+        copied = fold(copied)
+    except ValueError:  # no bias takes gamma up: only a graph can hold the calibration as it is
+        if Path(destination).suffix not in _GRAPHS:
+            raise
+    write_model(copied, destination, facts, inputs)
 
 
 def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> None:

@@ -17,8 +17,9 @@ UNPACK_REMEDY = (
     "Pass `unpack_batch`, a function (or its import path) that takes a batch and returns `(inputs, target)`."
 )
 CLEAN_LABELS_REMEDY = (
-    "If the training loader mixes labels (mixup, cutmix), give the LightningModule or its datamodule a method"
-    " `calibration_dataloader()` that returns the fine-tuning data with one class id a sample."
+    "If the training loader mixes labels (mixup, cutmix), pass `calibrate` one that does not, or give the"
+    " LightningModule or its datamodule a method `calibration_dataloader()` that returns the fine-tuning data with one"
+    " class id a sample."
 )
 
 UnpackBatch = Callable[[Any], tuple[Any, Tensor]]

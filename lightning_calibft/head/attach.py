@@ -26,6 +26,9 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     The state dict gains the keys ``<head>.absent_class_calibration.offset`` and ``.mask`` and keeps all others. State
     dicts without them still load strictly. A head that has the calibration already keeps it as it is.
 
+    Attach before making averages of the weights: timm's ``ModelEmaV3`` goes through the state dicts of both models in
+    step, and one that was made without these keys would mix up the entries behind them.
+
     Args:
         model: The model, or its head.
         head: As in :func:`find_head`.
@@ -34,7 +37,8 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: If gamma was folded into the head already, or as in :func:`find_head`.
+        ValueError: If gamma was folded into the head already, if another head of ``model`` carries a calibration, or as
+            in :func:`find_head`.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)))
@@ -43,6 +47,12 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     """
     heads = as_tuple(find_head(model, head))
     width = num_classes(heads)
+    if others := [name or "forward" for name, module in attached_heads(model).items() if module not in heads]:
+        names = ", ".join(map(repr, others))
+        raise ValueError(
+            f"Expected a {type(model).__name__} without a calibration at another head, but {names} has one: both"
+            " would count. Call `detach(model)` first."
+        )
     for module, name in zip(heads, head_names(model, heads), strict=True):
         parts = name.split(".")
         check_not_folded(module, [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))])

@@ -97,3 +97,17 @@ def test_gamma_goes_to_the_named_head_only():
     set_gamma(model, GAMMA, SEEN, head="student.fc")
     assert list(attached_heads(model)) == ["student.fc"]
     assert find_head(model) is model["student"].fc
+
+
+def test_a_second_head_would_count_gamma_twice():
+    model = Plain().eval()
+    model.num_classes = NUM_CLASSES
+    set_gamma(model, GAMMA, SEEN)
+    expected = model(inputs())
+    with pytest.raises(ValueError, match=r"at another head, but 'fc' has one.*`detach\(model\)` first"):
+        set_gamma(model, GAMMA, SEEN, head="forward")
+    assert torch.equal(model(inputs()), expected)
+    set_gamma(detach(model), GAMMA, SEEN, head="forward")
+    torch.testing.assert_close(model(inputs()), expected)
+    with pytest.raises(ValueError, match=r"but 'forward' has one"):
+        attach(model, "fc")

@@ -173,3 +173,12 @@ def test_a_folder_of_transformers_is_not_calibrated_again(shipped):
     model = transformers.AutoModelForImageClassification.from_pretrained(shipped[0] / "transformers_folder")
     with pytest.raises(ValueError, match="into which no gamma was folded, but its bias holds one already"):
         set_gamma(model, 1.0, SEEN)
+
+
+def test_a_head_that_does_not_fold_goes_into_a_graph(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    model.fc = nn.Linear(model.fc.in_features, NUM_CLASSES, bias=False)
+    set_gamma(model.eval(), 2.5, SEEN)
+    export(model, tmp_path / "model.pt2", INPUTS)
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(INPUTS), model(INPUTS))
+    assert inspect_checkpoint(tmp_path / "model.pt2")["gamma"] == 2.5
