@@ -132,6 +132,7 @@ class PseudoAbsent(AbsentClassMetric):
         return self._uncertainty
 
     def _append_nothing(self) -> None:
-        # A process without samples has an empty tensor to share, of the right shape and dtype.
-        if not self._get("margins"):
-            self._get("margins").append(torch.empty(0, 2, device=self.device))
+        # A process without samples has an empty tensor to share, of the right shape. Gathered, it is no list.
+        margins = self._get("margins")
+        if isinstance(margins, list) and not margins:
+            margins.append(torch.empty(0, 2, device=self.device))
