@@ -128,7 +128,7 @@ class Pass:
         weights = {
             key.removeprefix(prefix): value.to(self.device)
             for key, value in self.pretrained.items()
-            if key.startswith(prefix) and CHILD_NAME not in key
+            if key.startswith(prefix) and CHILD_NAME not in key and isinstance(value, Tensor)
         }
 
         @wraps(forward.forward)  # by whose arguments the inputs are found in a batch
@@ -169,7 +169,9 @@ def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor
         )
     if pretrained is None:
         return
-    shapes = {key: value.shape for key, value in model.state_dict().items() if CHILD_NAME not in key}
+    # Besides tensors, a state dict may hold what modules tell as their extra state.
+    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    shapes = {key: value.shape for key, value in tensors.items() if CHILD_NAME not in key}
     if wrong := [key for key, shape in shapes.items() if key not in pretrained or pretrained[key].shape != shape]:
         raise ValueError(
             f"Expected argument `pretrained` to hold the weights of the same model before fine-tuning, but {wrong[0]!r}"

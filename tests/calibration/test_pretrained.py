@@ -79,3 +79,22 @@ def test_wrong_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         calibrate(model, loader(), progress=False, **arguments)
     assert get_gamma(model) is None
+
+
+@pytest.mark.parametrize("kind", ["model", "state dict"])
+def test_modules_with_extra_state(kind):
+    """Not all that a state dict holds is a tensor."""
+
+    class Extra(nn.Identity):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    before, after = fine_tuned()
+    gamma = expected(before, after)[0].item()
+    before, after = nn.Sequential(before, Extra()), nn.Sequential(after, Extra())
+    given = before if kind == "model" else before.state_dict()
+    result = calibrate(after, loader(), estimator="pseudo_absent", pretrained=given, progress=False)
+    assert result.gamma == pytest.approx(gamma, rel=1e-5)
