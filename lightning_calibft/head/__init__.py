@@ -2,17 +2,16 @@
 
 from lightning_calibft.head.attach import attach, detach, get_gamma, reset_gamma, set_gamma
 from lightning_calibft.head.find import HeadNotFoundError, find_head
-from lightning_calibft.head.fold import fold, mark_folded
+from lightning_calibft.head.fold import fold
 from lightning_calibft.head.layers import head_names, is_layer, num_classes
 from lightning_calibft.head.modes import eval_mode
-from lightning_calibft.head.offset import CHILD_NAME, FOLDED_NAME, attached_heads, is_folded
+from lightning_calibft.head.offset import CHILD_NAME, attached_heads, is_folded
 from lightning_calibft.head.probe import probe
 from lightning_calibft.head.record import record_logits
 from lightning_calibft.head.zero_shot import ZeroShotHead
 
 __all__ = [
     "CHILD_NAME",
-    "FOLDED_NAME",
     "HeadNotFoundError",
     "ZeroShotHead",
     "attach",
@@ -25,7 +24,6 @@ __all__ = [
     "head_names",
     "is_folded",
     "is_layer",
-    "mark_folded",
     "num_classes",
     "probe",
     "record_logits",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft.head.attach import detach
-from lightning_calibft.head.find import find_head
-from lightning_calibft.head.layers import as_tuple, base_layer
+from lightning_calibft.head.layers import base_layer
 from lightning_calibft.head.offset import attached_heads, check_not_folded, mark_head_folded, offset_of
 
 Linear = nn.Linear | nn.Conv2d
@@ -60,28 +59,6 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
             bias.copy_(bias + shift)
         mark_head_folded(module)
     return detach(model)
-
-
-def mark_folded(model: nn.Module) -> nn.Module:
-    """Say that gamma is in the bias of a model already, as of one that was loaded from a folded file.
-
-    Args:
-        model: The model, or its head.
-
-    Returns:
-        ``model``, which refuses to be calibrated from now on.
-
-    Raises:
-        ValueError: As in :func:`find_head`.
-
-    Example:
-        >>> from lightning_calibft.head import is_folded
-        >>> is_folded(mark_folded(nn.Linear(16, 5)))
-        True
-    """
-    for head in as_tuple(find_head(model)):
-        mark_head_folded(head)
-    return model
 
 
 def _foldable(name: str, head: nn.Module, add_bias: bool) -> Linear:

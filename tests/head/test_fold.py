@@ -6,16 +6,13 @@ import torch
 from torch import nn
 
 from lightning_calibft.head import (
-    FOLDED_NAME,
     ZeroShotHead,
     attach,
     attached_heads,
     detach,
-    find_head,
     fold,
     get_gamma,
     is_folded,
-    mark_folded,
     set_gamma,
 )
 
@@ -180,20 +177,6 @@ def test_another_head_of_a_folded_model_may_be_calibrated():
     fold(set_gamma(model, GAMMA, SEEN, head="student.fc"))
     set_gamma(model, GAMMA, SEEN, head="teacher.fc")
     assert get_gamma(model["teacher"]) == GAMMA
-
-
-@pytest.mark.parametrize("part", [lambda model: model, find_head])
-def test_a_model_from_a_folded_file_can_be_marked(part):
-    model = Plain()
-    assert mark_folded(part(model)) is part(model)
-    assert is_folded(model)
-    assert vars(model.fc)[FOLDED_NAME] is True
-    with pytest.raises(ValueError, match="would count twice"):
-        attach(model)
-    attached = mark_folded(attach(Distilled()))
-    assert all(FOLDED_NAME in vars(head) for head in (attached.head, attached.head_dist))
-    with pytest.raises(ValueError, match="would count twice"):
-        set_gamma(attached, GAMMA, SEEN)
 
 
 def test_detaching_does_not_mark():
