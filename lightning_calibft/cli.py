@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.utils import ParseKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_calibft.calibration import calibrate
 from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, write_weights
+from lightning_calibft.cli_arguments import EPILOG, add_classes, add_command, add_files, add_model, add_reading
 from lightning_calibft.entries import versions
-from lightning_calibft.estimators import ESTIMATORS
 from lightning_calibft.export import check_destination, write_model
 from lightning_calibft.folders import data_config, open_folder, rows_of_folders
 from lightning_calibft.split import shorten
@@ -28,8 +26,6 @@ from lightning_calibft.timm_models import load_folded, load_raw
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is that of argparse
 
 _DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
-_EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
-gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +97,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             loader,
             seen_classes=sorted(set(rows.values())),
             estimator=args.estimator,
+            estimator_kwargs=args.estimator_kwargs,
             max_samples=args.max_samples,
             pretrained=None if args.pretrained is None else _load(args, args.pretrained),
             progress=not args.quiet,
@@ -123,6 +120,7 @@ def _as_flags(message: str) -> str:
     for argument in (
         "add_bias",
         "class_map",
+        "estimator_kwargs",
         "label_names",
         "max_samples",
         "model",
@@ -161,87 +159,32 @@ def _described(path: Path, info: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="calibft", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = argparse.ArgumentParser(prog="calibft", description=_DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {versions()['version']}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    inspect = _command(commands, "inspect", _inspect, "tell whether a file is calibrated, and how")
+    inspect = add_command(commands, "inspect", _inspect, "tell whether a file is calibrated, and how")
     inspect.add_argument("file", type=Path)
 
-    fold = _command(commands, "fold", _fold, "add gamma to the bias: a file that loads anywhere")
-    _add_files(fold)
+    fold = add_command(commands, "fold", _fold, "add gamma to the bias: a file that loads anywhere")
+    add_files(fold)
     fold.add_argument("--add-bias", action="store_true", help="give a head without bias a new one: one key more")
     fold.add_argument("--prefix", help="what the model's keys begin with, as 'model.' (not for a .ckpt file)")
 
-    export = _command(commands, "export", _export, "write a timm model for onnxruntime, torch.export or timm itself")
-    _add_files(export)
+    export = add_command(commands, "export", _export, "write a timm model for onnxruntime, torch.export or timm itself")
+    add_files(export)
     export.add_argument("--model", help="name of the model in timm, where the file does not tell it")
-    _add_model(export)
+    add_model(export)
 
-    calibrate = _command(commands, "calibrate", _calibrate, "find gamma of a fine-tuned timm model")
+    calibrate = add_command(commands, "calibrate", _calibrate, "find gamma of a fine-tuned timm model")
     calibrate.add_argument("model", help="name of the model in timm")
     calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
     calibrate.add_argument("data", type=Path, help="the fine-tuning data: a folder with one folder of images a class")
     calibrate.add_argument("destination", type=Path, help="the calibrated file to write, .pth or .safetensors")
-    _add_classes(calibrate)
-    _add_model(calibrate)
-    _add_reading(calibrate)
+    add_classes(calibrate)
+    add_model(calibrate)
+    add_reading(calibrate)
     return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG)
-    command.set_defaults(run=run)
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--unsafe", action="store_true", help="unpickle any object: only for files that you trust")
-    return command
-
-
-def _add_files(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help="a calibrated file")
-    command.add_argument("destination", type=Path, help="what to write; its name decides the format")
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--img-size", type=int, help="height and width of the images; the model's own by default")
-    command.add_argument(
-        "--model-kwargs",
-        dest="model_args",
-        nargs="*",
-        default={},
-        action=ParseKwargs,
-        metavar="NAME=VALUE",
-        help="arguments of timm.create_model",
-    )
-
-
-def _add_classes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--num-classes", type=int, help="rows of the head, where the weights do not tell it")
-    command.add_argument(
-        "--class-map",
-        help="the head's row of each folder: a JSON file (a list in the folders' order, or folder: row),"
-        " or a name such as imagenet-r",
-    )
-    command.add_argument(
-        "--label-names", help="the name of each row, to match folders with: a file, or a label set such as imagenet-1k"
-    )
-
-
-def _add_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--estimator", choices=ESTIMATORS, default="alg", help="how gamma is found (%(default)s)")
-    command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
-    command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
-    command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
-    command.add_argument(
-        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (%(default)s)"
-    )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    command.add_argument("--amp", action="store_true", help="run the model under autocast")
-    command.add_argument("--crop-pct", type=float, help="as timm's own scripts; the model's own by default")
-    command.add_argument("--mean", type=float, nargs="+", help="likewise")
-    command.add_argument("--std", type=float, nargs="+", help="likewise")
-    command.add_argument("--interpolation", help="likewise")
-    command.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
 from lightning_calibft.calibration.faults import empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.one_pass import Pass, check_head, head_width
-from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.run import calibrate
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_max_samples",
     "empty_error",
     "head_width",
+    "result_of",
     "target_error",
     "warn_if_positions",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,6 +14,8 @@ from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
 from lightning_calibft.calibration.loaders import all_reduce
 from lightning_calibft.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
 from lightning_calibft.split import ClassSplit, shorten
+
+AbsentSamples = Literal["accident", "expected", "needed"]
 
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 
@@ -24,11 +27,13 @@ class Faults:
         split: The seen and the absent classes.
         device: Where the logits are.
         mapped: Whether a ``class_map`` has made rows of the labels.
+        absent: What samples of absent classes are: an ``"accident"``, ``"expected"`` or ``"needed"``.
     """
 
-    def __init__(self, split: ClassSplit, device: torch.device, mapped: bool) -> None:
+    def __init__(self, split: ClassSplit, device: torch.device, mapped: bool, absent: AbsentSamples) -> None:
         self._split = split
         self._mapped = mapped
+        self._absent = absent
         self._bad_batch = torch.full((), -1, device=device)
         self._outside = torch.full((), NO_LABEL, device=device)
         self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
@@ -61,7 +66,13 @@ class Faults:
         not_seen = total - sum(samples[row] for row in self._split.seen_classes)
         if not_seen == total:
             raise empty_error(met, _positions_hint(met) if not self._mapped else "")
-        if not_seen:
+        if self._absent == "needed" and not any(samples[row] for row in self._split.absent_classes):
+            raise ValueError(
+                "Expected the calibration data to hold labelled samples of the absent classes, which this `estimator`"
+                " compares with those of the seen ones, but got none. Give it validation data that has both, or choose"
+                " an `estimator` that needs none."
+            )
+        if not_seen and self._absent == "accident":
             hint = _positions_hint(met) if not self._mapped and _few(met, num_classes) else ""
             warnings.warn(
                 f"{not_seen} of {total} samples in the calibration pass are not of the `seen_classes` and were left"

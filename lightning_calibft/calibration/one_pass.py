@@ -20,11 +20,17 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.batch import BatchReader, call_forward
-from lightning_calibft.calibration.faults import Faults, empty_error, target_error, warn_if_positions
+from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
-from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.class_map import IGNORE_INDEX
-from lightning_calibft.estimators import Estimator, check_estimator_width, make_estimator, needs_pretrained_logits
+from lightning_calibft.estimators import (
+    Estimator,
+    check_estimator_width,
+    make_estimator,
+    needs_absent_samples,
+    needs_pretrained_logits,
+)
 from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
 from lightning_calibft.split import ClassSplit
 
@@ -38,9 +44,11 @@ class Pass:
     model: nn.Module
     loaders: list[Iterable[Any]]
     estimator: str | Estimator = "alg"
+    estimator_kwargs: Mapping[str, Any] | None = None
     reader: BatchReader = field(default_factory=BatchReader)
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
+    validation: bool = False  # whether these are samples of all classes
     progress: bool = True
     pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
@@ -75,15 +83,9 @@ class Pass:
 
     def run(self, split: ClassSplit) -> CalibrationResult:
         """Run the model over the data and return the result; nothing about the model changes."""
-        estimator = make_estimator(self.estimator, split).to(self.device)
+        estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
         self._feed(estimator, split)
-        return CalibrationResult(
-            gamma=float(estimator.compute()),
-            standard_error=float(estimator.standard_error),
-            num_samples=int(estimator.num_samples),
-            split=split,
-            estimator=self.estimator if isinstance(self.estimator, str) else type(self.estimator).__name__,
-        )
+        return result_of(estimator, self.estimator)
 
     def _batches(self, what: str) -> Iterator[Any]:
         """Yield this process' batches on the device, of each loader up to its share of ``max_samples``."""
@@ -103,7 +105,7 @@ class Pass:
 
     def _feed(self, estimator: Estimator, split: ClassSplit) -> None:
         """Run the model over the data."""
-        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps)
+        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
         before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
@@ -120,6 +122,11 @@ class Pass:
                     faults.count(index, logits_before, target)
                     estimator.update(logits, target, logits_before)
         faults.raise_or_warn()
+
+    def _absent_samples(self) -> AbsentSamples:
+        if needs_absent_samples(self.estimator):
+            return "needed"
+        return "expected" if self.validation else "accident"
 
     def _forward_before(self, forward: nn.Module) -> Callable[..., Any]:
         """Return the forward with the weights from before fine-tuning."""

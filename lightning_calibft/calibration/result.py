@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_calibft.estimators import Estimator
 from lightning_calibft.split import ClassSplit
 
 
@@ -43,3 +45,24 @@ class CalibrationResult:
             "seen_classes": list(self.split.seen_classes),
             "absent_classes": list(self.split.absent_classes),
         }
+
+
+def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResult:
+    """Return what an estimator found, under the name by which it was chosen, on all processes alike.
+
+    Raises:
+        ValueError: If its gamma is not a finite number.
+    """
+    result = CalibrationResult(
+        gamma=float(estimator.compute()),
+        standard_error=float(estimator.standard_error),
+        num_samples=int(estimator.num_samples),
+        split=estimator.split,
+        estimator=choice if isinstance(choice, str) else type(choice).__name__,
+    )
+    if not math.isfinite(result.gamma):
+        raise ValueError(
+            f"Expected the estimator {result.estimator!r} to find a finite gamma, but got {result.gamma} from"
+            f" {result.num_samples} samples. The model is as it was. Look at the logits, or choose another `estimator`."
+        )
+    return result

@@ -13,7 +13,7 @@ from lightning_calibft.calibration.loaders import calibration_loaders, check_max
 from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.class_map import ClassMap, resolve_class_map
-from lightning_calibft.estimators import Estimator, check_estimator
+from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
 from lightning_calibft.head import attach, attached_heads, detach, set_gamma
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
@@ -27,6 +27,7 @@ def calibrate(
     absent_classes: Iterable[int] | Tensor | None = None,
     head: str | nn.Module | None = None,
     estimator: str | Estimator = "alg",
+    estimator_kwargs: Mapping[str, Any] | None = None,
     unpack_batch: UnpackBatch | str | None = None,
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
@@ -53,8 +54,11 @@ def calibrate(
         seen_classes: Rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
         absent_classes: Rows of the absent classes. ``None``: all that are not seen.
         head: The module that gives the logits, or its dotted name, where it is not found by itself.
-        estimator: ``"alg"``, ``"pseudo_absent"`` (better; needs ``pretrained``), or such a metric made for its own
-            classes.
+        estimator: ``"alg"``, ``"pseudo_absent"`` (better; needs ``pretrained``), another of
+            :data:`~lightning_calibft.estimators.ESTIMATORS`, or such a metric made for its own classes.
+            ``"operating_point"`` takes a ``loader`` of validation data that have absent classes.
+        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
+            ``"operating_point"``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional, a mapping the keyword arguments of ``model``.
         class_map: The head's row of each target in ``loader``, where they differ, as in folders that number their
@@ -86,13 +90,10 @@ def calibrate(
         >>> abs(get_gamma(model) - result.gamma) < 1e-6  # the head keeps it in float32
         True
     """
-    check_estimator(estimator, seen_classes, absent_classes)
+    check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
     check_max_samples(max_samples)
-    if seen_classes is None and isinstance(estimator, str) and isinstance(loader, Iterator):
-        raise ValueError(
-            f"Expected argument `seen_classes` to name the classes beside a `loader` that can be read only once, but"
-            f" got None and a {type(loader).__name__}. Name them, or pass a list or a DataLoader."
-        )
+    if seen_classes is None and isinstance(estimator, str):
+        _check_classes_can_be_read(loader, estimator)
     fresh = not attached_heads(model)
     attach(model, head)
     try:
@@ -100,7 +101,14 @@ def calibrate(
             rows = resolve_class_map(class_map, label_names, head_width(model))
             reader, loaders = BatchReader(unpack_batch, rows), calibration_loaders(loader, max_samples)
             reading = Pass(
-                model, loaders, estimator, reader, max_samples, progress=progress, pretrained=_weights(pretrained)
+                model,
+                loaders,
+                estimator,
+                estimator_kwargs,
+                reader,
+                max_samples,
+                progress=progress,
+                pretrained=_weights(pretrained),
             )
             if not isinstance(estimator, str):
                 split = estimator.split
@@ -118,3 +126,16 @@ def calibrate(
 
 def _weights(model: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
     return model.state_dict() if isinstance(model, nn.Module) else model
+
+
+def _check_classes_can_be_read(loader: Any, estimator: str) -> None:
+    expected = "Expected argument `seen_classes` to name the classes of the fine-tuning data beside"
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"{expected} a `loader` that can be read only once, but got None and a {type(loader).__name__}. Name them,"
+            " or pass a list or a DataLoader."
+        )
+    if needs_absent_samples(estimator):
+        raise ValueError(
+            f"{expected} the estimator {estimator!r}, whose `loader` has absent classes as well, but got None."
+        )

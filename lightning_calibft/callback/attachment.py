@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
@@ -10,6 +12,7 @@ from typing_extensions import override
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.pretrained import PretrainedWeights
 from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import (
@@ -17,8 +20,10 @@ from lightning_calibft.estimators import (
     check_estimator,
     check_estimator_width,
     make_estimator,
+    needs_absent_samples,
     needs_pretrained_logits,
 )
+from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.head import HeadNotFoundError, attach, find_head, num_classes
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
@@ -36,19 +41,26 @@ class HeadAttachment(Callback):
         absent_classes: list[int] | None,
         head: str | None,
         estimator: str | Estimator,
+        estimator_kwargs: dict[str, Any] | None,
+        source: Source,
         unpack_batch: UnpackBatch | str | None,
         class_map: ClassMap | None,
         label_names: LabelNames | None,
     ) -> None:
-        check_estimator(estimator, seen_classes, absent_classes)
+        check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
+        check_choice("source", source, get_args(Source))
         if absent_classes is not None and seen_classes is None:
             raise ValueError(
                 "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
             )
+        if source == "training_steps":
+            _check_steps(estimator, seen_classes)
         self.seen_classes = seen_classes
         self.absent_classes = absent_classes
         self.head = head
         self.estimator = estimator
+        self.estimator_kwargs = estimator_kwargs
+        self.source = source
         self.unpack_batch = unpack_batch
         self.class_map = class_map
         self.label_names = label_names
@@ -112,8 +124,23 @@ class HeadAttachment(Callback):
             self._split = self.estimator.split
         elif self.seen_classes is not None:
             self._split = ClassSplit(width, self.seen_classes, self.absent_classes)
-            make_estimator(self.estimator, self._split)  # it may ask more of the classes than a split does
+            make_estimator(
+                self.estimator, self._split, self.estimator_kwargs
+            )  # it may ask more of the classes than a split does
         attach(model, self.head)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
+
+
+def _check_steps(estimator: str | Estimator, seen_classes: list[int] | None) -> None:
+    if needs_pretrained_logits(estimator) or needs_absent_samples(estimator):
+        raise ValueError(
+            f"Expected argument `source` to be 'train' or 'validation' for the estimator {estimator!r}, but got"
+            " 'training_steps', which have the logits of the fine-tuning data under the present weights alone."
+        )
+    if isinstance(estimator, str) and seen_classes is None:
+        raise ValueError(
+            "Expected argument `seen_classes` beside `source='training_steps'`, but got None. The classes must be known"
+            " before the first step."
+        )

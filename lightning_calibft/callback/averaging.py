@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from lightning_calibft.head import attached_heads
 
@@ -41,6 +41,20 @@ def check_averaged_copies(trainer: Any, model: LightningModule) -> None:
             raise RuntimeError(
                 f"Expected the whole model to exist when {type(other).__name__} copies it, but {', '.join(missing)}"
                 " came later. Build the classification head in the module's `__init__`."
+            )
+
+
+def check_no_averaging(trainer: Any) -> None:
+    """Refuse averaged weights where the logits of training steps are all that is looked at.
+
+    Raises:
+        RuntimeError: If a callback averages the weights.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise RuntimeError(
+                f"Expected argument `source` to be 'train' or 'validation' beside {type(callback).__name__}, but got"
+                " 'training_steps': no training step runs the averaged weights."
             )
 
 

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_calibft.calibration import CalibrationResult, Pass, UnpackBatch, check_max_samples, head_width
-from lightning_calibft.callback.averaging import averaged_copies
-from lightning_calibft.callback.checks import check_not_folded, order_callbacks
-from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, check_first_batch
-from lightning_calibft.callback.evaluation import EvaluationMetrics
-from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files, put_calibration_of
-from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
-from lightning_calibft.callback.monitor import LogitMonitor
-from lightning_calibft.callback.report import report
+from lightning_calibft.calibration import UnpackBatch, check_max_samples, head_width
+from lightning_calibft.callback.checks import check_not_folded
+from lightning_calibft.callback.data import Source
+from lightning_calibft.callback.fitting import FitCalibration
+from lightning_calibft.callback.kept import put_calibration_of
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.head import reset_gamma, set_gamma
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
-class AbsentClassCalibration(EvaluationMetrics):
+class AbsentClassCalibration(FitCalibration):
     r"""Brings the classes that the fine-tuning data lacks back into the model's predictions.
 
     At the end of fitting it finds one number, gamma, in one eval-mode pass over the training data, and registers it in
@@ -50,7 +42,14 @@ class AbsentClassCalibration(EvaluationMetrics):
         absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (better; keeps a copy of the weights that the fit
-            begins with), or such a metric.
+            begins with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, or such a metric.
+        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
+            ``"operating_point"``.
+        source: On what gamma is found. ``"train"``: one more pass over the training data, in eval mode.
+            ``"validation"``: such a pass over the validation data, of which only an ``"operating_point"`` looks at the
+            samples of absent classes. ``"training_steps"``: the logits of each epoch's own training steps, for data
+            where a pass is too dear; validation and checkpoints then have the gamma of the steps before them. It needs
+            ``seen_classes``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
         class_map: The head's row of each target in the batches, where they differ, as in folders that number their
@@ -84,6 +83,8 @@ class AbsentClassCalibration(EvaluationMetrics):
         *,
         head: str | None = None,
         estimator: str | Metric = "alg",
+        estimator_kwargs: dict[str, Any] | None = None,
+        source: Source = "train",
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
@@ -93,128 +94,21 @@ class AbsentClassCalibration(EvaluationMetrics):
     ) -> None:
         check_max_samples(max_samples)
         checked = cast("str | Estimator", estimator)  # the protocol is more than LightningCLI can tell of a metric
-        super().__init__(seen_classes, absent_classes, head, checked, unpack_batch, class_map, label_names)
+        super().__init__(
+            seen_classes,
+            absent_classes,
+            head,
+            checked,
+            estimator_kwargs,
+            source,
+            unpack_batch,
+            class_map,
+            label_names,
+        )
         self.max_samples = max_samples
         self.log_metrics = log_metrics
         self.calibrate_checkpoints = calibrate_checkpoints
         self._start_afresh()
-
-    def _start_afresh(self) -> None:
-        self._monitor = LogitMonitor()
-        self.result: CalibrationResult | None = None
-        self.checkpoint_results: dict[str, CalibrationResult] = {}
-        self._finished = False
-        self._batch_checked = False
-        self._labels: LabelsMet | None = None
-        self._restored_classes: list[int] = []
-        self._kept: KeptCheckpoints | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == TrainerFn.FITTING:
-            order_callbacks(trainer, self)
-            self._start_afresh()
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        reset_gamma(pl_module)  # what is saved from now on until the end has other weights
-        for _ in averaged_copies(trainer, pl_module):
-            reset_gamma(pl_module)
-        self._kept = KeptCheckpoints(trainer)
-        if self._split is None:
-            self._labels = LabelsMet(head_width(pl_module), self._reader.maps)
-            self._labels.add_classes(self._restored_classes)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert self._kept is not None
-        self._kept.note()
-        for part in training_batches(batch, trainer.train_dataloader):
-            if not self._batch_checked:
-                check_first_batch(trainer, pl_module, part, self._reader)
-                self._batch_checked = True
-            if self._labels is not None:
-                self._count_labels(trainer, part)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._kept is not None
-        self._kept.note()
-        if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
-            self._labels.end_epoch(trainer.strategy)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._calibrate(trainer, pl_module, trained=True)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The strategy has moved the model to the CPU, and asynchronous writers have finished.
-        pl_module.to(trainer.strategy.root_device)
-        if not self._finished:  # nothing was left to train, so `on_train_end` was not called
-            self._calibrate(trainer, pl_module, trained=False)
-        if self.result is not None:
-            if self.calibrate_checkpoints:
-                self._calibrate_kept(trainer, pl_module, self.result)
-            self._report(trainer, self.result)
-        self._before.forget()
-        pl_module.cpu()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt) and self.result is None:
-            rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
-
-    def _count_labels(self, trainer: Trainer, batch: Any) -> None:
-        assert self._labels is not None
-        try:
-            self._labels.add(self._reader.rows(batch))
-        except (TypeError, ValueError):
-            if calibration_dataloader(trainer) is None:
-                raise
-            self._labels = None  # mixed labels: those of the calibration data are read at the end
-
-    def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
-        self._finished = True
-        with isolate_rng():
-            reading = self._pass(trainer, model)
-            if reading is None:
-                return
-            split = self._split or split_of_data(self._labels, trainer.strategy, reading)
-            if split is not None:
-                self.result = reading.run(split)
-                set_gamma(model, self.result.gamma, split.seen_classes, split.absent_classes)
-                for _ in averaged_copies(trainer, model):
-                    result = self.result if trained else reading.run(split)  # training ends with the averaged weights
-                    set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
-
-    def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
-        return calibration_pass(trainer, model, self.estimator, self._reader, self.max_samples, self._before.weights)
-
-    def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
-        assert self._kept is not None
-        files = trainer.strategy.broadcast(self._kept.files() if trainer.is_global_zero else None)
-        if not files:
-            return
-        with isolate_rng():
-            reading = self._pass(trainer, model)
-            assert reading is not None
-            run = partial(reading.run, live.split)
-            self.checkpoint_results = calibrate_files(files, trainer, model, live, run)
-
-    def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
-        before, after = {}, {}
-        if trainer.strategy.reduce_boolean_decision(self._monitor.counted, all=False):
-            before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
-        report(trainer, result, before, after, self._monitor.step, self.checkpoint_results)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._kept is not None:
-            self._kept.note()
 
     @override
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lightning_calibft.calibration import BatchReader, Pass, calibration_loaders, check_head, empty_error
 from lightning_calibft.class_map import check_mapped
-from lightning_calibft.estimators import Estimator
+from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head import eval_mode
+
+Source = Literal["train", "validation", "training_steps"]
 
 
 def calibration_dataloader(trainer: Trainer) -> Any:
@@ -26,6 +28,24 @@ def calibration_dataloader(trainer: Trainer) -> Any:
         if (method := getattr(owner, "calibration_dataloader", None)) is not None:
             return method()
     return None
+
+
+def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -> None:
+    """Meet at the start of a fit what would be wrong with its data at the end.
+
+    Raises:
+        ValueError: If there is no validation to take the samples from, or nothing with samples of absent classes.
+    """
+    if source == "validation" and not trainer.enable_validation:
+        raise ValueError(
+            "Expected argument `source` to be 'train' without validation, but got 'validation'. Give the Trainer"
+            " validation data, or leave `source` out."
+        )
+    if source == "train" and needs_absent_samples(estimator) and calibration_dataloader(trainer) is None:
+        raise ValueError(
+            f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got 'train': it needs"
+            " labelled samples of absent classes. A `calibration_dataloader` that has them serves as well."
+        )
 
 
 def move_batch(trainer: Trainer, batch: Any) -> Any:
@@ -74,26 +94,34 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
 def calibration_pass(
     trainer: Trainer,
     model: LightningModule,
+    source: Source,
     estimator: str | Estimator,
+    estimator_kwargs: dict[str, Any] | None,
     reader: BatchReader,
     max_samples: int | None,
     pretrained: Mapping[str, Tensor] | None,
 ) -> Pass | None:
-    """Prepare the pass over the calibration data or else the training data; ``None``, with a warning, for neither."""
-    clean = calibration_dataloader(trainer)
-    loaders = trainer.train_dataloader if clean is None else clean
+    """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
+    clean = None if source == "validation" else calibration_dataloader(trainer)
+    if source == "validation":
+        loaders, max_batches = trainer.val_dataloaders, _max_validation_batches(trainer)
+    else:
+        loaders = trainer.train_dataloader if clean is None else clean
+        max_batches = _max_batches(trainer, of_training=clean is None)
     if loaders is None:
-        rank_zero_warn("AbsentClassCalibration found no training data: the model is not calibrated.")
+        data = "validation" if source == "validation" else "training"
+        rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
         return None
-    max_batches = _max_batches(trainer, of_training=clean is None)
     progress_bar = trainer.progress_bar_callback
     return Pass(
         model,
         calibration_loaders(loaders, max_samples, max_batches),
         estimator,
+        estimator_kwargs,
         reader,
         max_samples=max_samples,
         max_batches=max_batches,
+        validation=source == "validation",
         progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
@@ -108,3 +136,11 @@ def _max_batches(trainer: Trainer, of_training: bool) -> int | None:
         return (trainer.fit_loop.total_batch_idx + 1 or None) if of_training else None
     limit = trainer.limit_train_batches
     return int(trainer.num_training_batches) if isinstance(limit, int) or limit < 1 else None
+
+
+def _max_validation_batches(trainer: Trainer) -> int | None:
+    limit = trainer.limit_val_batches
+    if not (isinstance(limit, int) or limit < 1):
+        return None
+    numbers = [number for number in trainer.num_val_batches if math.isfinite(number)]
+    return int(max(numbers, default=0)) or None

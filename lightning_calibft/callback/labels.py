@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_calibft.calibration import Pass, target_error, warn_if_positions
 from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, place_of
+from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
 
 
@@ -88,8 +89,16 @@ def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: Pass) -
         labels: What training has met, unless its labels are mixed.
         strategy: That of the trainer.
         reading: The pass to come.
+
+    Raises:
+        ValueError: If neither tells it, since training has mixed labels and the pass reads other classes as well.
     """
     classes = [] if labels is None else labels.classes(strategy)
+    if not classes and (reading.validation or needs_absent_samples(reading.estimator)):
+        raise ValueError(
+            "Expected argument `seen_classes` to name the classes of the training data, since neither its own labels"
+            " nor those of the calibration data tell them, but got None."
+        )
     classes = classes or reading.read_classes()
     if 2 <= len(classes) < reading.num_classes:
         return ClassSplit(reading.num_classes, classes)

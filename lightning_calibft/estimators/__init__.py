@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_calibft.estimators.confusion import ConfusionMatched
+from lightning_calibft.estimators.fixed import FixedGamma
+from lightning_calibft.estimators.gaps import LogSumExpGap, MatchedMaxima, Midpoint, QuantileGap
+from lightning_calibft.estimators.kept_samples import KeptSamples
 from lightning_calibft.estimators.pseudo_absent import PseudoAbsent
 from lightning_calibft.metrics import AverageLogitGap
 from lightning_calibft.split import ClassSplit
 
 __all__ = [
     "ESTIMATORS",
+    "ConfusionMatched",
     "Estimator",
+    "FixedGamma",
+    "LogSumExpGap",
+    "MatchedMaxima",
+    "Midpoint",
     "PseudoAbsent",
+    "QuantileGap",
     "check_estimator",
     "check_estimator_width",
     "make_estimator",
+    "needs_absent_samples",
     "needs_pretrained_logits",
 ]
 
@@ -26,7 +39,8 @@ class Estimator(Protocol):
     """What a torchmetrics ``Metric`` must offer to choose gamma: it is fed with fine-tuning samples.
 
     One with an attribute ``needs_pretrained_logits`` that is true gets a third argument in ``update``: the logits of
-    the same samples from the model before fine-tuning.
+    the same samples from the model before fine-tuning. One with ``needs_absent_samples`` is fed with labelled samples
+    of absent classes as well.
     """
 
     split: ClassSplit
@@ -54,7 +68,16 @@ class Estimator(Protocol):
 
 _ATTRIBUTES = {"split", "standard_error", "num_samples"}
 
-ESTIMATORS: dict[str, Any] = {"alg": AverageLogitGap, "pseudo_absent": PseudoAbsent}
+ESTIMATORS: dict[str, Any] = {
+    "alg": AverageLogitGap,
+    "pseudo_absent": PseudoAbsent,
+    "matched_maxima": MatchedMaxima,
+    "quantile_gap": QuantileGap,
+    "log_sum_exp_gap": LogSumExpGap,
+    "midpoint": Midpoint,
+    "confusion_matched": ConfusionMatched,
+    "fixed": FixedGamma,
+}
 
 
 def needs_pretrained_logits(estimator: str | Estimator) -> bool:
@@ -63,19 +86,37 @@ def needs_pretrained_logits(estimator: str | Estimator) -> bool:
     return bool(getattr(kind, "needs_pretrained_logits", False))
 
 
-def check_estimator(estimator: str | Estimator, seen_classes: Any = None, absent_classes: Any = None) -> None:
-    """Refuse what is no estimator, and classes beside a metric that has its own.
+def needs_absent_samples(estimator: str | Estimator) -> bool:
+    """Tell whether an estimator, or one of a known name, asks for labelled samples of absent classes."""
+    kind = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    return bool(getattr(kind, "needs_absent_samples", False))
+
+
+def check_estimator(
+    estimator: str | Estimator,
+    estimator_kwargs: Mapping[str, Any] | None = None,
+    seen_classes: Any = None,
+    absent_classes: Any = None,
+) -> None:
+    """Refuse what is no estimator, and classes or options beside a metric that has its own.
 
     Raises:
-        ValueError: If a name is not in ``ESTIMATORS``, if classes are given beside a metric, or if it maps targets.
+        ValueError: If a name is not in ``ESTIMATORS``, if an option is unknown, missing or out of its range, if
+            classes or options are given beside a metric, or if it maps targets.
         TypeError: If an object is not a ``Metric`` with a ``split``, a ``standard_error`` and ``num_samples``.
     """
     if isinstance(estimator, str):
+        if estimator == "pcv":
+            raise ValueError(
+                "Expected argument `estimator` to read the fine-tuned model, but got 'pcv', which fine-tunes others."
+                " Call `pseudo_cross_validation`, and `set_gamma` with its result."
+            )
         if estimator not in ESTIMATORS:
             raise ValueError(
                 f"Expected argument `estimator` to be one of {', '.join(map(repr, ESTIMATORS))} or a metric, but got"
                 f" {estimator!r}."
             )
+        _check_options(estimator, estimator_kwargs or {})
     elif not (isinstance(estimator, Metric) and _ATTRIBUTES.issubset(dir(estimator))):  # `hasattr` would compute them
         raise TypeError(
             f"Expected argument `estimator` to be a name or a torchmetrics Metric with `split`, `standard_error` and"
@@ -85,6 +126,11 @@ def check_estimator(estimator: str | Estimator, seen_classes: Any = None, absent
         raise ValueError(
             f"Expected arguments `seen_classes` and `absent_classes` to be None beside an `estimator` that was made for"
             f" its own classes, but got {seen_classes!r} and {absent_classes!r}. Leave them out."
+        )
+    elif estimator_kwargs:
+        raise ValueError(
+            f"Expected argument `estimator_kwargs` to be None beside an `estimator` that is a metric, but got"
+            f" {estimator_kwargs!r}. Give them to the metric."
         )
     elif getattr(estimator, "class_map", None) is not None:
         raise ValueError(
@@ -106,9 +152,29 @@ def check_estimator_width(estimator: str | Estimator, num_classes: int) -> None:
         )
 
 
-def make_estimator(estimator: str | Estimator, split: ClassSplit) -> Estimator:
+def make_estimator(
+    estimator: str | Estimator, split: ClassSplit, estimator_kwargs: Mapping[str, Any] | None = None
+) -> Estimator:
     """Return an estimator by its name, made for ``split``, or the given one with its state reset."""
     if isinstance(estimator, str):
-        return ESTIMATORS[estimator](split.num_classes, split.seen_classes, split.absent_classes, validate_args=False)
+        return ESTIMATORS[estimator](
+            split.num_classes, split.seen_classes, split.absent_classes, validate_args=False, **(estimator_kwargs or {})
+        )
     estimator.reset()
     return estimator
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    own, common = (inspect.signature(kind).parameters for kind in (ESTIMATORS[name], KeptSamples))
+    known = {key: value for key, value in own.items() if key not in common and key != "configuration"}
+    if unknown := options.keys() - known.keys():
+        raise ValueError(
+            f"Expected argument `estimator_kwargs` to hold {' or '.join(map(repr, known)) or 'nothing'} for the"
+            f" estimator {name!r}, but got {sorted(unknown)[0]!r}."
+        )
+    if missing := [key for key, value in known.items() if value.default is value.empty and key not in options]:
+        raise ValueError(
+            f"Expected argument `estimator_kwargs` to hold {missing[0]!r} for the estimator {name!r}, but got"
+            f" {dict(options)!r}."
+        )
+    ESTIMATORS[name](3, [0, 1], **options)  # refuses values that are out of range

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
-from lightning_calibft.class_map import ClassMap
-from lightning_calibft.functional._inputs import check_inputs
-from lightning_calibft.functional.logit_gap import check_seen_classes
-from lightning_calibft.functional.pseudo_absent import pseudo_absent_compute, pseudo_absent_update
-from lightning_calibft.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.split import ClassIds
+from lightning_calibft.estimators.kept_samples import KeptSamples
+from lightning_calibft.functional.pseudo_absent import pseudo_absent_compute, pseudo_absent_margins
 
 
-class PseudoAbsent(AbsentClassMetric):
+class PseudoAbsent(KeptSamples):
     r"""Where seen samples part from copies of themselves whose class plays an absent one.
 
     .. math:: |S| \, \operatorname{mean} \sigma(\gamma - m) = |U| \, \operatorname{mean} \sigma(m' - \gamma)
@@ -61,78 +52,19 @@ class PseudoAbsent(AbsentClassMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
-    higher_is_better: bool | None = None
     needs_pretrained_logits = True
-
-    def __init__(
-        self,
-        num_classes: int,
-        seen_classes: ClassIds,
-        absent_classes: ClassIds | None = None,
-        *,
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            seen_classes,
-            absent_classes,
-            ignore_index,
-            validate_args,
-            class_map,
-            label_names,
-            **kwargs,
-        )
-        check_seen_classes(len(self.split.seen_classes))
-        self._uncertainty: tuple[Tensor, Tensor] | None = None
-        self._name_states("pseudo-absent")
-        self._add("margins", [], "cat")
 
     def update(self, logits: Tensor, target: Tensor, pretrained_logits: Tensor) -> None:
         """Add a batch of logits ``(N, C)``, class ids ``(N,)`` and logits from before fine-tuning ``(N, C)``."""
         target = self._rows(logits, target, probabilities=True)
-        if self.validate_args:
-            check_inputs(pretrained_logits, target, self.split.num_classes, self._ignored_row)
-        margins = pseudo_absent_update(logits, target, pretrained_logits, self._groups, self._ignored_row)
-        self._get("margins").append(margins.float())
+        self._check_pretrained_logits(pretrained_logits, target)
+        self._keep(pseudo_absent_margins(logits, target, pretrained_logits, self._groups), target)
 
-    def compute(self) -> Tensor:
-        """Return gamma of all samples so far."""
-        self._append_nothing()
-        margins = dim_zero_cat(self._get("margins"))
-        gamma, error, count = pseudo_absent_compute(
-            margins, len(self.split.seen_classes), len(self.split.absent_classes)
-        )
-        # Kept because here, and only here, the states are those of all processes.
-        self._uncertainty = error, count
-        return gamma
+    def _gamma(self, samples: Tensor) -> Tensor:
+        return self._gamma_and_error(samples)[0]
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes."""
-        self._append_nothing()
-        super().sync(*args, **kwargs)
+    def _gamma_error(self, samples: Tensor) -> Tensor:
+        return self._gamma_and_error(samples)[1]
 
-    @property
-    def standard_error(self) -> Tensor:
-        """Standard error of gamma, NaN for fewer than two samples."""
-        return self._error()[0].to(self.device)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples that gamma rests on."""
-        return int(self._error()[1])
-
-    def _error(self) -> tuple[Tensor, Tensor]:
-        self.compute()
-        assert self._uncertainty is not None
-        return self._uncertainty
-
-    def _append_nothing(self) -> None:
-        # A process without samples has an empty tensor to share, of the right shape. Gathered, it is no list.
-        margins = self._get("margins")
-        if isinstance(margins, list) and not margins:
-            margins.append(torch.empty(0, 2, device=self.device))
+    def _gamma_and_error(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        return pseudo_absent_compute(samples, len(self.split.seen_classes), len(self.split.absent_classes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -149,3 +149,10 @@ def top_classes(logits: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor
         values.append(best.values)
         indices.append(best.indices)
     return torch.cat(values), classes[torch.cat(indices)]
+
+
+def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
+    rows = max(1, 2**22 // tensors[0].shape[1])
+    parts = [function(*chunks) for chunks in zip(*(tensor.detach().split(rows) for tensor in tensors), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype, warn_if_probabilities
+from lightning_calibft.functional._inputs import (
+    _SEEN,
+    Groups,
+    in_row_chunks,
+    prepare,
+    real_dtype,
+    warn_if_probabilities,
+)
 from lightning_calibft.split import ClassIds
 
 
@@ -85,14 +92,8 @@ def average_logit_gap(
     check_seen_classes(len(groups.seen))
     if validate_args:
         warn_if_probabilities(logits)
-    # Row chunks bound the float64 copies.
-    rows = max(1, 2**22 // logits.shape[1])
-    parts = [
-        gap_update(part, labels, groups, ignore_index)
-        for part, labels in zip(logits.split(rows), target.split(rows), strict=True)
-    ]
-    count, total, squares = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
-    gamma, standard_error = gap_compute(count, total, squares)
+    counted = groups.of_samples(target, ignore_index) == _SEEN
+    gamma, standard_error = gap_compute(*gap_sums(average_gaps(logits, target, groups), counted))
     return (gamma, standard_error) if return_standard_error else gamma
 
 
@@ -100,29 +101,34 @@ def check_seen_classes(num_seen_classes: int) -> None:
     """Raise if no seen class is left once the true class is taken out."""
     if num_seen_classes < 2:
         raise ValueError(
-            "Expected argument `seen_classes` to hold at least 2 classes, but got 1. The average logit gap compares"
-            " the absent classes with the seen classes other than the true one: choose gamma in another way."
+            "Expected argument `seen_classes` to hold at least 2 classes, but got 1. Gamma compares the absent classes"
+            " with the seen classes other than the true one: choose it in another way."
         )
 
 
-def gap_update(
-    logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of samples, sum of their gaps and sum of the squares."""
-    logits, dtype = logits.detach(), real_dtype(logits.device)
-    counted = groups.of_samples(target, ignore_index) == _SEEN
-    own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
-    seen = logits.index_select(1, groups.seen).sum(1, dtype=dtype)
-    absent = logits.index_select(1, groups.absent).sum(1, dtype=dtype)
-    gap = (seen - own) / (len(groups.seen) - 1) - absent / len(groups.absent)
-    gap = torch.where(counted, gap, 0.0)
-    return counted.sum(), gap.sum(), gap.square().sum()
+def average_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    """The gap of each sample, ``(N,)``, of seen samples the average logit gap."""
+    dtype = real_dtype(logits.device)
+
+    def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
+        seen = logits.index_select(1, groups.seen).sum(1, dtype=dtype)
+        absent = logits.index_select(1, groups.absent).sum(1, dtype=dtype)
+        return ((seen - own) / (len(groups.seen) - 1) - absent / len(groups.absent),)
+
+    return in_row_chunks(gaps, logits, target)[0]
+
+
+def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of samples that count, sum of their gaps and sum of the squares."""
+    gaps = torch.where(counted, gaps, 0.0)
+    return counted.sum(), gaps.sum(), gaps.square().sum()
 
 
 def gap_compute(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of the gaps and its standard error."""
     if not count:
-        rank_zero_warn("The average logit gap met no sample of a seen class, so gamma is NaN.")
+        rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
     gamma = total / count
     variance = (squares - total * gamma).clamp(min=0) / (count - 1)
     return gamma, torch.where(count > 1, (variance / count).sqrt(), torch.nan)

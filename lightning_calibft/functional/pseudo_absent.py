@@ -13,6 +13,7 @@ from lightning_calibft.functional._inputs import (
     _SEEN,
     Groups,
     check_inputs,
+    in_row_chunks,
     prepare,
     real_dtype,
     top_classes,
@@ -118,17 +119,17 @@ def pseudo_absent_gamma(
         check_inputs(pretrained_logits, target, logits.shape[1], ignore_index)
         warn_if_probabilities(logits)
         warn_if_probabilities(pretrained_logits)
-    margins = pseudo_absent_update(logits, target, pretrained_logits, groups, ignore_index)
-    gamma, standard_error, _ = pseudo_absent_compute(margins, len(groups.seen), len(groups.absent))
+    margins = pseudo_absent_margins(logits, target, pretrained_logits, groups)
+    margins = margins[groups.of_samples(target, ignore_index) == _SEEN]
+    if not len(margins):
+        rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
+    gamma, standard_error = pseudo_absent_compute(margins, len(groups.seen), len(groups.absent))
     return (gamma, standard_error) if return_standard_error else gamma
 
 
-def pseudo_absent_update(
-    logits: Tensor, target: Tensor, pretrained_logits: Tensor, groups: Groups, ignore_index: int | None
-) -> Tensor:
-    """Margins of the samples and of their pseudo-absent copies, ``(N, 2)``; NaN where a sample does not count."""
+def pseudo_absent_margins(logits: Tensor, target: Tensor, pretrained_logits: Tensor, groups: Groups) -> Tensor:
+    """Margins of the samples and of their pseudo-absent copies, ``(N, 2)``; of samples that are not seen anything."""
     dtype = real_dtype(logits.device)
-    counted = groups.of_samples(target, ignore_index) == _SEEN
     target = target.long().clamp(0, logits.shape[1] - 1)
     best, classes = top_classes(logits, groups.seen, 2)
     best = best.to(dtype)
@@ -140,17 +141,14 @@ def pseudo_absent_update(
     # One absent class, or equal ones, have no spread to carry over.
     scale = torch.where((std > 0) & (std_before > 0), std / std_before, 1.0)
     own = mean + scale * (own_before - mean_before)
-    margins = torch.stack([best[:, 0] - absent, without_own - torch.maximum(own, absent)], 1)
-    return torch.where(counted.unsqueeze(1), margins, torch.nan)
+    return torch.stack([best[:, 0] - absent, without_own - torch.maximum(own, absent)], 1)
 
 
-def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gamma, its standard error and the number of samples."""
-    seen, pseudo = margins[~margins.isnan().any(1)].to(real_dtype(margins.device)).unbind(1)
-    count = torch.tensor(len(seen), device=margins.device)
-    if not len(seen):
-        rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
-        return margins.new_tensor(torch.nan, dtype=seen.dtype), margins.new_tensor(torch.nan, dtype=seen.dtype), count
+def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor]:
+    """Gamma and its standard error from the margins ``(N, 2)``; NaN if there are none or one is not finite."""
+    seen, pseudo = margins.unbind(1)
+    if not len(margins) or not margins.isfinite().all():
+        return margins.new_tensor(torch.nan), margins.new_tensor(torch.nan)
 
     def surplus(gamma: Tensor) -> Tensor:
         return num_seen * torch.sigmoid(gamma - seen) - num_absent * torch.sigmoid(pseudo - gamma)
@@ -164,7 +162,7 @@ def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tu
     gamma = (low + high) / 2
     slope = num_seen * _slope(gamma - seen) + num_absent * _slope(pseudo - gamma)
     error = surplus(gamma).std() / slope.mean() / math.sqrt(len(seen)) if len(seen) > 1 else gamma * torch.nan
-    return gamma, error, count
+    return gamma, error
 
 
 def _slope(value: Tensor) -> Tensor:
@@ -172,9 +170,12 @@ def _slope(value: Tensor) -> Tensor:
     return torch.sigmoid(value) * torch.sigmoid(-value)
 
 
-def _mean_and_std(logits: Tensor, classes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation over some classes, of shape ``(N,)``, a bounded part at a time."""
-    rows = max(1, 2**22 // logits.shape[1])
-    parts = [chunk.index_select(1, classes).to(dtype) for chunk in logits.detach().split(rows)]
-    means, stds = zip(*((part.mean(1), part.std(1, unbiased=False)) for part in parts), strict=True)
-    return torch.cat(means), torch.cat(stds)
+def _mean_and_std(logits: Tensor, classes: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Mean and population standard deviation over some classes, both of shape ``(N,)``."""
+
+    def moments(chunk: Tensor) -> tuple[Tensor, ...]:
+        values = chunk.index_select(1, classes).to(dtype)
+        mean = values.mean(1)
+        return mean, (values - mean.unsqueeze(1)).square().mean(1).sqrt()
+
+    return in_row_chunks(moments, logits)

@@ -90,6 +90,10 @@ class AbsentClassMetric(Metric):
             warn_if_probabilities(logits)
         return rows
 
+    def _check_pretrained_logits(self, pretrained_logits: Tensor, rows: Tensor) -> None:
+        if self.validate_args:
+            check_inputs(pretrained_logits, rows, self.split.num_classes, self._ignored_row)
+
     @property
     def _ignored_row(self) -> int | None:
         # The number of an ignored target may also be that of a row.

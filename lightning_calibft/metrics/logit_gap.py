@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from lightning_calibft.class_map import ClassMap
-from lightning_calibft.functional.logit_gap import check_seen_classes, gap_compute, gap_update
-from lightning_calibft.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.split import ClassIds
+from lightning_calibft.functional.logit_gap import average_gaps
+from lightning_calibft.metrics.mean_gap import MeanGap
 
 
-class AverageLogitGap(AbsentClassMetric):
+class AverageLogitGap(MeanGap):
     r"""How far the absent logits lie below the seen ones on the fine-tuning data: the paper's estimate of gamma.
 
     .. math::
@@ -57,65 +51,5 @@ class AverageLogitGap(AbsentClassMetric):
         (tensor(0., dtype=torch.float64), 2)
     """
 
-    is_differentiable: bool = False
-    higher_is_better: bool | None = None
-
-    def __init__(
-        self,
-        num_classes: int,
-        seen_classes: ClassIds,
-        absent_classes: ClassIds | None = None,
-        *,
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            seen_classes,
-            absent_classes,
-            ignore_index,
-            validate_args,
-            class_map,
-            label_names,
-            **kwargs,
-        )
-        check_seen_classes(len(self.split.seen_classes))
-        self._computed_error: tuple[Tensor, Tensor] | None = None
-        self._name_states("gap")
-        self._add("count", torch.tensor(0), "sum")
-        self._add("total", torch.tensor(0.0, dtype=torch.float64), "sum")
-        self._add("squares", torch.tensor(0.0, dtype=torch.float64), "sum")
-
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        count, total, squares = gap_update(logits, target, self._groups, self._ignored_row)
-        self._increase("count", count)
-        self._increase("total", total)
-        self._increase("squares", squares)
-
-    def compute(self) -> Tensor:
-        """Return gamma, the mean gap of all samples so far."""
-        count = self._get("count")
-        gamma, standard_error = gap_compute(count, self._get("total"), self._get("squares"))
-        # Kept because here, and only here, the states are those of all processes.
-        self._computed_error = standard_error, count.clone()
-        return gamma
-
-    @property
-    def standard_error(self) -> Tensor:
-        """Standard error of gamma, NaN for fewer than two samples."""
-        return self._error()[0].to(self.device)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples that gamma is the mean of."""
-        return int(self._error()[1])
-
-    def _error(self) -> tuple[Tensor, Tensor]:
-        self.compute()
-        assert self._computed_error is not None
-        return self._computed_error
+    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
+        return average_gaps(logits, target, self._groups)

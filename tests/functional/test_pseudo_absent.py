@@ -6,24 +6,8 @@ import pytest
 import torch
 
 from lightning_calibft.functional import pseudo_absent_gamma
+from tests.estimators.references import _reference_margins
 from tests.references import random_case
-
-
-def _reference_margins(logits, target, before, seen, absent):
-    """One sample at a time, from the definition."""
-    margins = []
-    for z, label, z0 in zip(logits.double().tolist(), target.tolist(), before.double().tolist(), strict=True):
-        if label not in seen:
-            continue
-        mean, mean0 = (sum(row[c] for c in absent) / len(absent) for row in (z, z0))
-        std = math.sqrt(sum((z[c] - mean) ** 2 for c in absent) / len(absent))
-        std0 = math.sqrt(sum((z0[c] - mean0) ** 2 for c in absent) / len(absent))
-        scale = std / std0 if std > 0 and std0 > 0 else 1.0
-        own = mean + scale * (z0[label] - mean0)
-        highest = max(z[c] for c in absent)
-        others = max(z[c] for c in seen if c != label)
-        margins.append((max(z[c] for c in seen) - highest, others - max(own, highest)))
-    return margins
 
 
 def _surplus(gamma, margins, num_seen, num_absent):

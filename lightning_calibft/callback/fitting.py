@@ -1,0 +1,211 @@
+"""The part of the callback that follows a fit, from its first batch to the calibrated model and files."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightning_calibft.calibration import CalibrationResult, Pass, head_width
+from lightning_calibft.callback.averaging import averaged_copies, check_no_averaging
+from lightning_calibft.callback.checks import order_callbacks
+from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, check_first_batch, check_source
+from lightning_calibft.callback.evaluation import EvaluationMetrics
+from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files
+from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
+from lightning_calibft.callback.monitor import LogitMonitor
+from lightning_calibft.callback.report import report
+from lightning_calibft.callback.steps import TrainingSteps
+from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
+from lightning_calibft.split import ClassSplit
+
+
+class FitCalibration(EvaluationMetrics):
+    """Finds gamma when a fit ends, and puts it into the model and its kept checkpoints."""
+
+    max_samples: int | None
+    calibrate_checkpoints: bool
+
+    def _start_afresh(self) -> None:
+        self._monitor = LogitMonitor()
+        self.result: CalibrationResult | None = None
+        self.checkpoint_results: dict[str, CalibrationResult] = {}
+        self._finished = False
+        self._batch_checked = False
+        self._labels: LabelsMet | None = None
+        self._restored_classes: list[int] = []
+        self._kept: KeptCheckpoints | None = None
+        self._steps: TrainingSteps | None = None
+        self._of_steps: list[CalibrationResult] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            if self.source == "training_steps":
+                check_no_averaging(trainer)
+            order_callbacks(trainer, self)
+            self._start_afresh()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_source(trainer, self.source, self.estimator)
+        reset_gamma(pl_module)  # what is saved from now on until the end has other weights
+        for _ in averaged_copies(trainer, pl_module):
+            reset_gamma(pl_module)
+        self._kept = KeptCheckpoints(trainer)
+        if self._split is None:
+            self._labels = LabelsMet(head_width(pl_module), self._reader.maps)
+            self._labels.add_classes(self._restored_classes)
+        if self.source == "training_steps":
+            assert self._split is not None
+            self._steps = TrainingSteps(pl_module, self._reader, self.estimator, self.estimator_kwargs, self._split)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:
+            self._steps.start_epoch()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._kept is not None
+        self._kept.note()
+        for part in training_batches(batch, trainer.train_dataloader):
+            if not self._batch_checked:
+                check_first_batch(trainer, pl_module, part, self._reader)
+                self._batch_checked = True
+            if self._labels is not None:
+                self._count_labels(trainer, part)
+        if self._steps is not None:
+            self._steps.start_step(batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps is not None:
+            self._steps.end_step()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._use_steps(trainer, pl_module)
+        super().on_validation_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._kept is not None
+        self._kept.note()
+        self._use_steps(trainer, pl_module)
+        if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
+            self._labels.end_epoch(trainer.strategy)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._calibrate(trainer, pl_module, trained=True)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The strategy has moved the model to the CPU, and asynchronous writers have finished.
+        pl_module.to(trainer.strategy.root_device)
+        if not self._finished:  # nothing was left to train, so `on_train_end` was not called
+            self._calibrate(trainer, pl_module, trained=False)
+        if self.result is not None:
+            if self.calibrate_checkpoints:
+                self._calibrate_kept(trainer, pl_module, self.result)
+            self._report(trainer, self.result)
+        self._before.forget()
+        pl_module.cpu()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._stop_steps()
+        if isinstance(exception, KeyboardInterrupt) and self.result is None:
+            rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
+
+    def _count_labels(self, trainer: Trainer, batch: Any) -> None:
+        assert self._labels is not None
+        try:
+            self._labels.add(self._reader.rows(batch))
+        except (TypeError, ValueError):
+            if calibration_dataloader(trainer) is None:
+                raise
+            self._labels = None  # mixed labels: those of the calibration data are read at the end
+
+    def _use_steps(self, trainer: Trainer, model: LightningModule, last: bool = False) -> None:
+        """Put gamma of the steps so far into the model: validation and what is saved from now on have it."""
+        if self._steps is None or not trainer.strategy.reduce_boolean_decision(self._steps.counted, all=False):
+            return
+        try:
+            self.result = self._steps.result()
+        except ValueError:  # logits that are not finite; training may recover from them
+            if last:
+                raise
+            return
+        self._of_steps.append(self.result)
+        set_gamma(model, self.result.gamma, self.result.split.seen_classes, self.result.split.absent_classes)
+
+    def _stop_steps(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+
+    def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
+        self._finished = True
+        self._use_steps(trainer, model, last=True)
+        self._stop_steps()
+        if self.result is not None:
+            return
+        with isolate_rng():
+            reading = self._pass(trainer, model)
+            if reading is None:
+                return
+            split = self._split or split_of_data(self._labels, trainer.strategy, reading)
+            if split is not None:
+                self.result = reading.run(split)
+                set_gamma(model, self.result.gamma, split.seen_classes, split.absent_classes)
+                for _ in averaged_copies(trainer, model):
+                    result = self.result if trained else reading.run(split)  # training ends with the averaged weights
+                    set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
+
+    def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
+        return calibration_pass(
+            trainer,
+            model,
+            self.source,
+            self.estimator,
+            self.estimator_kwargs,
+            self._reader,
+            self.max_samples,
+            self._before.weights,
+        )
+
+    def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
+        assert self._kept is not None
+        files = trainer.strategy.broadcast(self._kept.files() if trainer.is_global_zero else None)
+        if not files:
+            return
+        with isolate_rng():
+            reading = self._pass(trainer, model)
+            assert reading is not None
+            run = partial(self._result_of_file, model, reading, live.split)
+            self.checkpoint_results = calibrate_files(files, trainer, model, live, run)
+
+    def _result_of_file(self, model: LightningModule, reading: Pass, split: ClassSplit) -> CalibrationResult:
+        """Return what the training steps found when the file in ``model`` was written, or else what a pass finds."""
+        gamma = get_gamma(model) or 0.0
+        found = (result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6))
+        return next(found, None) or reading.run(split)
+
+    def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
+        before, after = {}, {}
+        if trainer.strategy.reduce_boolean_decision(self._monitor.counted, all=False):
+            before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
+        report(trainer, result, before, after, self._monitor.step, self.checkpoint_results)

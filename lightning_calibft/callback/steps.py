@@ -1,0 +1,81 @@
+"""Gamma of the logits that the training steps produce anyway, without a pass over the data."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_calibft.calibration import BatchReader, CalibrationResult, result_of
+from lightning_calibft.estimators import Estimator, make_estimator
+from lightning_calibft.head import record_logits
+from lightning_calibft.split import ClassSplit
+
+
+class TrainingSteps:
+    """Feeds an estimator with the raw logits of each training step of the present epoch.
+
+    They are those of train mode and of the weights as they were at each step.
+
+    Args:
+        model: The module in training, its head attached and on its device.
+        reader: Finds the labels in a batch.
+        estimator: As the callback takes it.
+        estimator_kwargs: Likewise.
+        split: The seen and the absent classes.
+    """
+
+    def __init__(
+        self,
+        model: LightningModule,
+        reader: BatchReader,
+        estimator: str | Estimator,
+        estimator_kwargs: dict[str, Any] | None,
+        split: ClassSplit,
+    ) -> None:
+        self._reader = reader
+        self._choice = estimator
+        self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
+        self._num_classes = split.num_classes
+        self._recording = ExitStack()
+        self._records = self._recording.enter_context(record_logits(model))
+        self._target: Tensor | None = None
+        self.counted = False  # whether any step was, in this process
+
+    def start_epoch(self) -> None:
+        """Forget the steps so far."""
+        self._estimator.reset()
+
+    def start_step(self, batch: Any) -> None:
+        """Read the labels of a batch; now, since the step may change it."""
+        self._records.clear()
+        self._target = self._reader.rows(batch).clone()
+
+    def end_step(self) -> None:
+        """Count the logits of the step.
+
+        Raises:
+            ValueError: If the step ran the head more or less than once on its batch.
+        """
+        assert self._target is not None
+        if [logits.shape for logits in self._records] != [(len(self._target), self._num_classes)]:
+            raise ValueError(
+                f"Expected argument `source` to be 'train' or 'validation' for this module, but got 'training_steps':"
+                f" a training step with {len(self._target)} labels gave logits of the shapes"
+                f" {[tuple(logits.shape) for logits in self._records]}, not one of"
+                f" {(len(self._target), self._num_classes)}."
+            )
+        with torch.no_grad():
+            self._estimator.update(self._records.pop(), self._target)
+        self.counted = True
+
+    def result(self) -> CalibrationResult:
+        """Return gamma of the steps since the last :meth:`start_epoch`, of all processes."""
+        return result_of(self._estimator, self._choice)
+
+    def stop(self) -> None:
+        """Record no more."""
+        self._recording.close()

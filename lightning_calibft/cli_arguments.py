@@ -1,0 +1,82 @@
+"""The arguments of the command ``calibft``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs
+
+from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
+
+EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
+gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """Add a subcommand that calls ``run``, with the options of all of them."""
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EPILOG)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--unsafe", action="store_true", help="unpickle any object: only for files that you trust")
+    return command
+
+
+def add_files(command: argparse.ArgumentParser) -> None:
+    """Add a file to read and one to write."""
+    command.add_argument("source", type=Path, help="a calibrated file")
+    command.add_argument("destination", type=Path, help="what to write; its name decides the format")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add what builds a timm model."""
+    command.add_argument("--img-size", type=int, help="height and width of the images; the model's own by default")
+    command.add_argument(
+        "--model-kwargs",
+        dest="model_args",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="arguments of timm.create_model",
+    )
+
+
+def add_classes(command: argparse.ArgumentParser) -> None:
+    """Add which row of the head each folder is."""
+    command.add_argument("--num-classes", type=int, help="rows of the head, where the weights do not tell it")
+    command.add_argument(
+        "--class-map",
+        help="the head's row of each folder: a JSON file (a list in the folders' order, or folder: row),"
+        " or a name such as imagenet-r",
+    )
+    command.add_argument(
+        "--label-names", help="the name of each row, to match folders with: a file, or a label set such as imagenet-1k"
+    )
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """Add how gamma is found and images are read."""
+    names = [name for name in ESTIMATORS if not needs_absent_samples(name)]
+    command.add_argument("--estimator", choices=names, default="alg", help="how gamma is found (%(default)s)")
+    command.add_argument(
+        "--estimator-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE", help="its arguments"
+    )
+    command.add_argument(
+        "--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent and midpoint"
+    )
+    command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
+    command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    command.add_argument(
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (%(default)s)"
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    command.add_argument("--amp", action="store_true", help="run the model under autocast")
+    command.add_argument("--crop-pct", type=float, help="as timm's own scripts; the model's own by default")
+    command.add_argument("--mean", type=float, nargs="+", help="likewise")
+    command.add_argument("--std", type=float, nargs="+", help="likewise")
+    command.add_argument("--interpolation", help="likewise")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")

@@ -1,0 +1,64 @@
+"""A gamma that is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.functional._inputs import real_dtype
+from lightning_calibft.metrics.mean_gap import MeanGap
+from lightning_calibft.split import ClassIds
+
+
+class FixedGamma(MeanGap):
+    """A gamma that is known, from an earlier run or a sweep; the samples are only counted.
+
+    Input and output are those of :class:`~lightning_calibft.metrics.AverageLogitGap`. The standard error is 0.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the at least two classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        gamma: The number, in logits.
+        kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
+
+    Raises:
+        ValueError: If there are fewer than two seen classes, or ``gamma`` is not finite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.estimators import FixedGamma
+        >>> metric = FixedGamma(3, seen_classes=[0, 1], gamma=2.5)
+        >>> metric.update(torch.tensor([[4.0, 1.0, -2.0]]), torch.tensor([0]))
+        >>> metric.compute(), metric.num_samples
+        (tensor(2.5000, dtype=torch.float64), 1)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        *,
+        gamma: float,
+        **kwargs: Any,
+    ) -> None:
+        if not math.isfinite(gamma):
+            raise ValueError(f"Expected argument `gamma` to be finite, but got {gamma}.")
+        super().__init__(num_classes, seen_classes, absent_classes, configuration=(gamma,), **kwargs)
+        self.gamma = gamma
+
+    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
+        return torch.full((len(logits),), self.gamma, dtype=real_dtype(logits.device), device=logits.device)
+
+    def compute(self) -> Tensor:
+        """Return gamma."""
+        return torch.full_like(super().compute(), self.gamma)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(self.compute())

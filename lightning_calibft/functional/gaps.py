@@ -1,0 +1,91 @@
+"""Gaps between seen and absent logits that look at the large logits, as the prediction does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.functional._inputs import Groups, in_row_chunks, real_dtype
+
+
+def matched_maxima_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    """Expected maximum of ``k`` other seen logits less that of ``k`` absent ones, ``(N,)``."""
+    size = min(len(groups.seen) - 1, len(groups.absent))
+
+    def gaps(others: Tensor, absent: Tensor) -> Tensor:
+        return _expected_maximum(others, size) - _expected_maximum(absent, size)
+
+    return _sorted_gaps(gaps, logits, target, groups)
+
+
+def quantile_gaps(logits: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
+    """Quantile of the other seen logits less that of the absent ones, ``(N,)``."""
+
+    def gaps(others: Tensor, absent: Tensor) -> Tensor:
+        return _quantile(others, quantile) - _quantile(absent, quantile)
+
+    return _sorted_gaps(gaps, logits, target, groups)
+
+
+def log_sum_exp_gaps(logits: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
+    """Soft maximum of the other seen logits less that of the absent ones, both per class, ``(N,)``."""
+
+    def soft_maximum(values: Tensor) -> Tensor:
+        return temperature * ((values / temperature).logsumexp(1) - math.log(values.shape[1]))
+
+    def gaps(others: Tensor, absent: Tensor) -> Tensor:
+        return soft_maximum(others) - soft_maximum(absent)
+
+    return _sorted_gaps(gaps, logits, target, groups)
+
+
+def confusions(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    """By how much the true class outranks the absent ones, and how many other seen classes outrank it, ``(N, 2)``."""
+    dtype = real_dtype(logits.device)
+
+    def compare(logits: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1))
+        lead = own.squeeze(1).to(dtype) - logits.index_select(1, groups.absent).amax(1).to(dtype)
+        seen = logits.index_select(1, groups.seen)
+        above = (seen > own).sum(1).to(dtype) + 0 * seen.amax(1)  # NaN, which no comparison shows, stays NaN
+        return (torch.stack([lead, above], 1),)
+
+    return in_row_chunks(compare, logits, target)[0]
+
+
+def _sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    dtype = real_dtype(logits.device)
+
+    def of_rows(logits: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = groups.seen == target.unsqueeze(1)
+        seen = logits.index_select(1, groups.seen).masked_fill(own, torch.inf)
+        others = seen.sort(1).values[:, :-1]
+        absent = logits.index_select(1, groups.absent).sort(1).values
+        return (gaps(others.to(dtype), absent.to(dtype)),)
+
+    return in_row_chunks(of_rows, logits, target)[0]
+
+
+def _expected_maximum(values: Tensor, size: int) -> Tensor:
+    """Mean, over all subsets of ``size`` columns, of their maximum. ``values (N, n)`` increase along the row."""
+    return values[:, size - 1 :] @ values.new_tensor(_shares_of_subsets(values.shape[1], size))
+
+
+@lru_cache
+def _shares_of_subsets(count: int, size: int) -> list[float]:
+    """Share of the subsets of ``size`` whose largest rank is ``size - 1``, ..., ``count - 1``: the others lie below."""
+    total = math.comb(count, size)
+    return [math.comb(rank, size - 1) / total for rank in range(size - 1, count)]
+
+
+def _quantile(values: Tensor, quantile: float) -> Tensor:
+    """Interpolate linearly between the columns of ``values (N, n)``, which increase along the row."""
+    # `torch.quantile` would sort again, and takes 16 million numbers at most.
+    place = quantile * (values.shape[1] - 1)
+    below = math.floor(place)
+    above = min(below + 1, values.shape[1] - 1)
+    return values[:, below].lerp(values[:, above], place - below)

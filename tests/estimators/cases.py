@@ -1,0 +1,46 @@
+"""Each estimator with its reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_calibft.estimators import ESTIMATORS, Estimator, needs_pretrained_logits
+from tests.estimators.references import (
+    _reference_confusion_matched,
+    _reference_log_sum_exp_gap,
+    _reference_matched_maxima,
+    _reference_midpoint,
+    _reference_quantile_gap,
+    pretrained_logits,
+)
+from tests.references import _reference_gap, random_case
+
+CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "alg": ("alg", {}, lambda *args: _reference_gap(*args)[:2]),
+    "matched_maxima": ("matched_maxima", {}, _reference_matched_maxima),
+    "quantile_gap": ("quantile_gap", {}, _reference_quantile_gap),
+    "median_gap": ("quantile_gap", {"quantile": 0.5}, _reference_quantile_gap),
+    "maximum_gap": ("quantile_gap", {"quantile": 1.0}, _reference_quantile_gap),
+    "log_sum_exp_gap": ("log_sum_exp_gap", {}, _reference_log_sum_exp_gap),
+    "log_sum_exp_gap_hot": ("log_sum_exp_gap", {"temperature": 3.0}, _reference_log_sum_exp_gap),
+    "midpoint": ("midpoint", {}, _reference_midpoint),
+    "confusion_matched": ("confusion_matched", {}, _reference_confusion_matched),
+    "fixed": ("fixed", {"gamma": 2.1}, lambda *args, gamma: (gamma, 0.0)),
+}
+
+
+def make(case: str, num_classes: int, seen: list[int], absent: list[int] | None = None, **kwargs: Any) -> Estimator:
+    name, options, _ = CASES[case]
+    return ESTIMATORS[name](num_classes, seen, absent, **options, **kwargs)
+
+
+def inputs(case: str, seed: int = 0, num_samples: int = 60) -> tuple[Tensor, ...]:
+    logits, target, *_ = random_case(seed, num_samples)
+    return (logits, target, pretrained_logits(logits)) if needs_pretrained_logits(CASES[case][0]) else (logits, target)
+
+
+def reference(case: str, batch: tuple[Tensor, ...], seen: list[int], absent: list[int]) -> tuple[float, float | None]:
+    _, options, function = CASES[case]
+    return function(*batch[:2], seen, absent, *batch[2:], **options)

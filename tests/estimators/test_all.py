@@ -1,0 +1,270 @@
+"""What every estimator promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
+from tests.estimators.cases import CASES, inputs, make, reference
+from tests.processes import hand_over
+from tests.references import random_case
+
+CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none
+_, _, SEEN, ABSENT = random_case(0)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return request.param
+
+
+def statistics(metric):
+    return metric.compute().item(), metric.standard_error.item(), metric.num_samples
+
+
+def whole(case, batch=None):
+    metric = make(case, 9, SEEN, ABSENT)
+    metric.update(*(batch or inputs(case)))
+    return statistics(metric)
+
+
+def test_all_of_them_are_here():
+    # Those that are not have tests of their own.
+    assert {name for name, *_ in CASES.values()} == ESTIMATORS.keys() - {"pseudo_absent", "operating_point"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_equals_the_reference(case, seed, dtype):
+    *_, seen, absent = random_case(seed)
+    batch = inputs(case, seed)
+    gamma, error = reference(case, batch, seen, absent)
+    metric = make(case, 9, seen, absent)
+    metric.update(*(part.to(dtype) if part.is_floating_point() else part for part in batch))
+    precise = dtype == torch.float64 or not case.startswith("log_sum_exp")
+    assert metric.compute().item() == pytest.approx(gamma, rel=1e-9 if precise else 1e-6)
+    assert metric.compute().dtype == torch.float64
+    assert metric.num_samples == int(torch.isin(batch[1], torch.tensor(seen)).sum())
+    if error is not None:
+        assert metric.standard_error.item() == pytest.approx(error, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("seen", "absent"),
+    [([0, 1], [2]), ([0, 1], list(range(2, 9))), (list(range(8)), [8]), ([0, 1], [8]), ([2, 5, 7], [0, 1, 3, 8])],
+)
+def test_extreme_splits(case, seen, absent):
+    """Two seen classes; one absent class; all but one are seen."""
+    batch = inputs(case, 3)
+    gamma, _ = reference(case, batch, seen, absent)
+    metric = make(case, 9, seen, absent)
+    metric.update(*batch)
+    assert metric.compute().item() == pytest.approx(gamma, rel=1e-6, abs=1e-9)
+
+
+def test_one_sample_of_each_class(case):
+    logits, _, *before = inputs(case, 1, 9)
+    batch = (logits, torch.arange(9), *before)
+    metric = make(case, 9, SEEN, ABSENT)
+    metric.update(*batch)
+    assert metric.compute().item() == pytest.approx(reference(case, batch, SEEN, ABSENT)[0], rel=1e-6)
+    assert metric.num_samples == 4
+    metric.reset()
+    metric.update(*(part[SEEN[:1]] for part in batch))
+    assert metric.compute().isfinite()
+    assert metric.num_samples == 1
+    assert metric.standard_error.item() == 0 if case == "fixed" else metric.standard_error.isnan()
+
+
+def test_constant_logits_need_no_gamma(case):
+    if case == "fixed":
+        return
+    _, target, *before = inputs(case)
+    metric = make(case, 9, SEEN, ABSENT)
+    metric.update(torch.full((60, 9), 3.25), target, *(torch.zeros_like(part) for part in before))
+    assert metric.compute().item() == pytest.approx(0, abs=1e-12)
+    assert metric.standard_error.item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [SEEN[1], ABSENT[0]])
+def test_no_number_comes_of_what_is_none(case, value, where):
+    if case == "fixed":
+        return
+    logits, target, *before = inputs(case)
+    expected = whole(case)[0]
+    sample = int((target == SEEN[0]).nonzero()[0])
+    logits[sample, where] = value
+    metric = make(case, 9, SEEN, ABSENT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric.update(logits, target, *before)
+        gamma = metric.compute().item()
+        error = metric.standard_error.item()
+    # Of minus infinity a maximum or a soft maximum may know nothing; else there is no gamma.
+    if math.isfinite(gamma):
+        assert value == -math.inf
+        assert gamma == pytest.approx(expected, abs=2)
+    else:
+        assert not math.isfinite(error)
+
+
+def test_nothing_to_count(case):
+    metric = make(case, 9, SEEN, ABSENT, ignore_index=-100)
+    logits, target, *before = inputs(case)
+    metric.update(logits, torch.full_like(target, -100), *before)
+    with pytest.warns(UserWarning, match="met no sample of a seen class, so gamma is NaN"):
+        gamma = metric.compute()
+    assert gamma == 2.1 if case == "fixed" else gamma.isnan()
+    assert metric.num_samples == 0
+
+
+@pytest.mark.parametrize("sizes", [[60], [1, 30, 0, 29], [7] * 8 + [4]])
+def test_however_the_data_is_cut(case, sizes):
+    metric = make(case, 9, SEEN, ABSENT)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    for parts in zip(*(part[order].split(sizes) for part in inputs(case)), strict=True):
+        metric.update(*parts)
+    assert statistics(metric) == pytest.approx(whole(case), rel=1e-9, abs=1e-9)
+
+
+def test_samples_of_other_classes_do_not_count(case):
+    logits, target, *before = inputs(case)
+    expected = whole(case)
+    for part in (logits, *before):
+        part[~torch.isin(target, torch.tensor(SEEN))] = torch.nan
+    metric = make(case, 9, SEEN, ABSENT, ignore_index=-100)
+    metric.update(logits, torch.where(torch.isin(target, torch.tensor(SEEN)), target, -100), *before)
+    assert statistics(metric) == expected
+
+
+def test_copies_reset_casts_and_no_state_dict(case):
+    first, second = ([part[rows] for part in inputs(case)] for rows in (slice(0, 30), slice(30, None)))
+    metric = make(case, 9, SEEN, ABSENT)
+    metric.update(*first)
+    metric.compute()
+    twins = [metric.clone(), pickle.loads(pickle.dumps(metric)), nn.ModuleList([metric.clone()]).half()[0]]
+    for twin in twins:
+        twin.update(*second)
+        assert statistics(twin) == pytest.approx(whole(case), rel=1e-9, abs=1e-9)
+        assert twin.state_dict() == {}
+    metric.reset()
+    metric.update(*inputs(case))
+    assert statistics(metric) == whole(case)
+
+
+def test_targets_that_are_mapped(case):
+    logits, target, *before = inputs(case)
+    metric = make(case, 9, SEEN, ABSENT, class_map=list(range(8, -1, -1)))
+    metric.update(logits, 8 - target, *before)
+    assert statistics(metric) == whole(case)
+
+
+def test_state(case):
+    metric = make(case, 9, SEEN, ABSENT)
+    metric.update(*inputs(case))
+    state = [part for value in metric.metric_state.values() for part in (value if isinstance(value, list) else [value])]
+    assert sum(part.nbytes for part in state) <= 8 * 60
+
+
+def test_configurations_do_not_share_states():
+    """MetricCollection merges metrics whose states have the same names and values."""
+    metrics = [make(case, 9, SEEN, ABSENT) for case in CASES]
+    for one, other in itertools.combinations(metrics, 2):
+        assert not one.metric_state.keys() & other.metric_state.keys()
+
+
+def test_the_random_state_is_left_alone(case):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    whole(case)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_seen_class_is_refused(case):
+    with pytest.raises(ValueError, match="at least 2 classes, but got 1"):
+        make(case, 9, [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("quantile_gap", {"quantile": 1.5}, "`quantile` to be in .0, 1., but got 1.5"),
+        ("log_sum_exp_gap", {"temperature": 0.0}, "`temperature` to be positive, but got 0"),
+        ("fixed", {"gamma": math.inf}, "`gamma` to be finite, but got inf"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        ESTIMATORS[name](9, SEEN, **options)
+
+
+def test_none_of_these_needs_labels_of_absent_classes():
+    assert not any(needs_absent_samples(name) for name, *_ in CASES.values())
+
+
+def test_a_thousand_classes():
+    """The shares of subsets are exact where binomial coefficients have hundreds of digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 1000, generator=generator, dtype=torch.float64)
+    metric = ESTIMATORS["matched_maxima"](1000, range(301))
+    metric.update(logits, torch.arange(4))
+    expected = []
+    for row, label in zip(logits, range(4), strict=True):
+        others = torch.cat([row[:label], row[label + 1 : 301]])
+        # All 300 others are one subset; of the 699 absent classes, many random subsets of 300.
+        draws = torch.rand(20_000, 699, generator=generator).argsort(1)[:, :300]
+        expected.append(others.max() - row[301:][draws].amax(1).mean())
+    assert metric.compute().item() == pytest.approx(torch.stack(expected).mean().item(), abs=3e-3)
+
+
+def test_bootstrap_standard_error():
+    """That of the confusion-matched estimator is the spread over samples drawn anew."""
+    gammas, errors = [], []
+    for seed in range(40):
+        metric = make("confusion_matched", 9, SEEN, ABSENT)
+        logits, target, *_ = random_case(seed, 400)
+        metric.update(logits + 0.1 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)), target)
+        gammas.append(metric.compute())
+        errors.append(metric.standard_error)
+    assert torch.stack(gammas).std().item() == pytest.approx(torch.stack(errors).mean().item(), rel=0.25)
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for case in CASES:
+        for cut in CUTS:
+            mine = slice(0, cut) if rank == 0 else slice(cut, None)
+            metric = make(case, 9, SEEN, ABSENT)
+            batch = [part[mine] for part in inputs(case)]
+            if len(batch[0]):
+                metric.update(*batch)
+            gamma = metric.compute().item()
+            if rank == 0:  # after `compute` on all processes, one may read on by itself
+                results[case, cut] = gamma, metric.standard_error.item(), metric.num_samples
+            else:
+                results[case, cut] = gamma
+    hand_over(results, Path(folder), rank)
+
+
+def test_two_processes(tmp_path):
+    mp.spawn(_work, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for case in CASES:
+        for cut in CUTS:
+            assert first[case, cut] == pytest.approx(whole(case), rel=1e-12, abs=1e-12)
+            assert second[case, cut] == first[case, cut][0]
