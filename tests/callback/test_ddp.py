@@ -106,6 +106,16 @@ def test_kept_files_hold_the_gamma_of_their_weights(one, two, folders, name):
             assert_calibrated(read(file)["state_dict"], kept, make=Scheduled)
 
 
+def test_gamma_of_the_steps_of_all_processes(two):
+    first, second = (rank["steps"] for rank in two)
+    gaps = [*first["gaps"], *second["gaps"]]
+    assert first["gaps"] != second["gaps"]
+    assert first["result"] == second["result"]
+    assert first["result"]["gamma"] == pytest.approx(sum(gaps) / len(gaps), **EXACT)
+    assert first["result"]["num_samples"] == len(gaps) == 102  # the sampler gives one of the 101 twice
+    assert first["live"] == second["live"] == pytest.approx(first["result"]["gamma"])
+
+
 def test_the_first_process_alone_writes(two):
     first, second = (rank["written"] for rank in two)
     assert second == []

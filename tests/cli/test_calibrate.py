@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.datasets import ImageFolder
 
 from lightning_calibft import attach, calibrate, get_gamma, inspect_checkpoint
+from lightning_calibft.estimators import QuantileGap
 from lightning_calibft.functional import pseudo_absent_gamma
 from tests.cli.running import READ, X, plain, run
 from tests.runs import quiet
@@ -180,3 +181,23 @@ def test_the_weights_from_before_fine_tuning(raw, photos, tmp_path, capsys):
         gamma = pseudo_absent_gamma(model(images), torch.tensor(SEEN)[target], before.eval()(images), SEEN)
     assert inspect_checkpoint(out)["gamma"] == pytest.approx(gamma.item(), rel=1e-4)
     assert inspect_checkpoint(out)["estimator"] == "pseudo_absent"
+
+
+def test_another_estimator_and_its_arguments(raw, photos, tmp_path, capsys):
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--estimator", "quantile_gap"]
+    assert run(*words, "--estimator-kwargs", "quantile=1.5") == 1
+    assert "`quantile` to be in [0, 1], but got 1.5" in capsys.readouterr().err
+    assert run(*words, "--estimator-kwargs", "q=0.5") == 1
+    assert "`--estimator-kwargs` to hold 'quantile' for the estimator 'quantile_gap'" in capsys.readouterr().err
+    gammas = []
+    for quantile in ("0.5", "1.0"):
+        assert run(*words, "--estimator-kwargs", f"quantile={quantile}") == 0
+        gammas.append(inspect_checkpoint(tmp_path / "out.pth")["gamma"])
+    model = plain(raw)
+    dataset = ImageFolder(photos, create_transform(**resolve_model_data_config(model, {"img_size": 32})))
+    images, target = next(iter(torch.utils.data.DataLoader(dataset, 64)))
+    for quantile, gamma in zip((0.5, 1.0), gammas, strict=True):
+        metric = QuantileGap(NUM_CLASSES, SEEN, quantile=quantile)
+        with torch.no_grad():
+            metric.update(model(images), torch.tensor(SEEN)[target])
+        assert gamma == pytest.approx(metric.compute().item(), rel=1e-4)

@@ -1,0 +1,258 @@
+"""On what gamma is found: the training data, the validation data, or the training steps themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
+from lightning_calibft.functional import split_accuracy
+from lightning_calibft.metrics import AverageLogitGap
+from tests.references import _reference_gap
+from tests.runs import (
+    ABSENT,
+    NUM_CLASSES,
+    SEEN,
+    TRAIN,
+    VAL,
+    Plain,
+    blobs,
+    loader,
+    no_warnings,
+    pretrained,
+    quiet,
+    raw_logits,
+    read,
+    split_state,
+    trainer_of,
+)
+
+pytestmark = quiet
+
+
+class Watched(Plain):
+    """Keeps what its own training steps saw."""
+
+    def __init__(self):
+        super().__init__(dropout=0.5)
+        self.steps = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        self.steps.append((self.current_epoch, logits.detach().clone(), y.clone()))
+        return nn.functional.cross_entropy(logits, y)
+
+    def of_epoch(self, epoch, first=0):
+        steps = [step for step in self.steps if step[0] == epoch][first:]
+        return torch.cat([step[1] for step in steps]), torch.cat([step[2] for step in steps])
+
+
+def gap(logits, target):
+    return _reference_gap(logits, target, SEEN, ABSENT)
+
+
+def steps(**kwargs):
+    return AbsentClassCalibration(SEEN, source="training_steps", **kwargs)
+
+
+class Counted(Dataset):
+    """How many samples are read."""
+
+    def __init__(self, data):
+        self.data, self.read = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.data[index]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_training_steps(tmp_path, weights_only):
+    """Model and files have the gamma of their own epoch's steps, dropout and all, and no sample is read again."""
+    module, callback, data = pretrained(Watched), steps(), Counted(TRAIN)
+    checkpoints = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_weights_only=weights_only)
+    trainer_of(tmp_path, callback, checkpoints, max_epochs=3).fit(module, loader(data), loader(VAL, shuffle=False))
+    assert data.read == 3 * len(TRAIN)
+    gamma, error, count = gap(*module.of_epoch(2))
+    result = callback.result
+    assert (result.gamma, result.standard_error, result.num_samples) == pytest.approx((gamma, error, count), rel=1e-9)
+    assert result.estimator == "alg"
+    assert get_gamma(module) == pytest.approx(gamma, rel=1e-6)
+    gammas = []
+    for epoch in range(3):
+        info = inspect_checkpoint(tmp_path / f"epoch={epoch}.ckpt")
+        gammas.append(info["gamma"])
+        gamma, error, count = gap(*module.of_epoch(epoch))
+        assert info["gamma"] == pytest.approx(gamma, rel=1e-6)
+        assert info["standard_error"] == pytest.approx(error, rel=1e-6)
+        assert (info["num_samples"], info["absent_classes"]) == (count, ABSENT)
+    assert len(set(gammas)) == 3
+
+
+def test_validation_has_the_gamma_of_the_steps_before_it(tmp_path):
+    module, met = pretrained(Watched), []
+
+    class Logged(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            met.append((len(pl_module.steps), trainer.callback_metrics["val_acc"].item(), dict(module.state_dict())))
+
+    trainer = trainer_of(tmp_path, steps(), Logged(), max_epochs=1, val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(module, loader(), loader(VAL, shuffle=False))
+    assert [number for number, *_ in met] == [2, 4, 6]
+    x, y = VAL.tensors
+    for number, accuracy, state in met[-1:]:  # the state dicts share the memory of the weights, which went on
+        logits, target = (torch.cat([step[i] for step in module.steps[:number]]) for i in (1, 2))
+        assert split_state(state)[1] == pytest.approx(gap(logits, target)[0], rel=1e-6)
+        logits = raw_logits(state, x, make=Watched)
+        logits[:, ABSENT] += gap(*(torch.cat([step[i] for step in module.steps[:number]]) for i in (1, 2)))[0]
+        assert accuracy == pytest.approx(split_accuracy(logits, y, SEEN, ABSENT).item())
+
+
+def test_files_from_before_the_first_gamma_are_calibrated_by_a_pass(tmp_path):
+    module = pretrained(Watched)
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    trainer_of(tmp_path, steps(), checkpoints, max_epochs=2).fit(module, loader())
+    state = read(tmp_path / "step=2.ckpt")["state_dict"]
+    x, y = TRAIN.tensors
+    assert split_state(state)[1] == pytest.approx(gap(raw_logits(state, x, make=Watched), y)[0], rel=1e-5)
+    # In the second epoch, until its end, files have the gamma of the first.
+    for step in (8, 10):
+        assert split_state(read(tmp_path / f"step={step}.ckpt")["state_dict"])[1] == pytest.approx(
+            gap(*module.of_epoch(0))[0], rel=1e-6
+        )
+
+
+def test_training_goes_as_it_would_without(tmp_path):
+    weights = []
+    for callbacks in ((), (steps(),)):
+        torch.manual_seed(3)
+        module = pretrained(Watched)
+        trainer_of(tmp_path, *callbacks).fit(module, loader(), loader(VAL, shuffle=False))
+        state = module.state_dict()
+        weights.append([state[key] for key in pretrained(Plain).state_dict()] + [torch.get_rng_state()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_an_estimator_and_its_arguments(tmp_path):
+    module = pretrained(Watched)
+    callback = steps(estimator="quantile_gap", estimator_kwargs={"quantile": 0.5})
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
+    logits, target = module.of_epoch(0)
+    others = [[c for c in SEEN if c != y] for y in target.tolist()]
+    gaps = [z[c].mean() - z[ABSENT].median() for z, c in zip(logits.double(), others, strict=True)]
+    assert callback.result.gamma == pytest.approx(torch.stack(gaps).mean().item(), rel=1e-6)
+    metric = AverageLogitGap(NUM_CLASSES, SEEN)
+    callback = AbsentClassCalibration(estimator=metric, source="training_steps")
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module := pretrained(Watched), loader())
+    assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0], rel=1e-9)
+
+
+def test_a_resumed_fit_with_nothing_left_to_do(tmp_path):
+    first = pretrained(Watched)
+    trainer = trainer_of(tmp_path, steps(), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
+    trainer.fit(first, loader())
+    module, callback = pretrained(Watched), steps()
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+    x, y = TRAIN.tensors
+    assert callback.result.gamma == pytest.approx(gap(raw_logits(module.state_dict(), x, make=Watched), y)[0], rel=1e-5)
+
+
+def test_a_step_that_runs_the_model_twice(tmp_path):
+    class Twice(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch) + self.loss(batch)
+
+    with pytest.raises(ValueError, match=r"`source` to be 'train' .* logits of the shapes \[\(8, 6\), \(8, 6\)\], not"):
+        trainer_of(tmp_path, steps()).fit(pretrained(Twice), loader())
+
+
+def test_steps_that_diverge(tmp_path):
+    """Training goes on; what is found at the end is no number."""
+
+    class Diverged(Plain):
+        def forward(self, x):
+            return super().forward(x) * (torch.nan if self.training else 1.0)
+
+    module, callback = pretrained(Diverged), steps()
+    with pytest.raises(ValueError, match="'alg' to find a finite gamma, but got nan from 45 samples"):
+        trainer_of(tmp_path, callback).fit(module, loader(), loader(VAL, shuffle=False))
+    assert get_gamma(module) is None
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.01)])
+def test_averaged_weights_are_in_no_step(tmp_path, averaging):
+    with pytest.raises(RuntimeError, match=r"to be 'train' or 'validation' beside .*WeightAveraging"):
+        trainer_of(tmp_path, steps(), averaging()).fit(pretrained(), loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "steps"}, "`source` to be one of 'train', 'validation', 'training_steps', but got 'steps'"),
+        ({"source": "training_steps"}, "`seen_classes` beside `source='training_steps'`, but got None"),
+        (
+            {"source": "training_steps", "estimator": "pseudo_absent", "seen_classes": SEEN},
+            "for the estimator 'pseudo_absent', but got 'training_steps'",
+        ),
+        ({"estimator": "quantile_gap", "estimator_kwargs": {"q": 0.5}}, "to hold 'quantile' for .*, but got 'q'"),
+        ({"estimator_kwargs": {"quantile": 0.5}}, "`estimator_kwargs` to hold nothing for the estimator 'alg'"),
+        ({"estimator": "fixed"}, "`estimator_kwargs` to hold 'gamma' for the estimator 'fixed', but got {}"),
+        ({"estimator": "quantile_gap", "estimator_kwargs": {"quantile": 2}}, "`quantile` to be in .0, 1., but got 2"),
+        (
+            {"estimator": AverageLogitGap(6, [0, 1]), "estimator_kwargs": {"quantile": 2}},
+            "`estimator_kwargs` to be None beside an `estimator` that is a metric",
+        ),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AbsentClassCalibration(**arguments)
+
+
+def validation_gap(module, data=VAL):
+    x, y = data.tensors
+    return gap(raw_logits(module.state_dict(), x), y)
+
+
+def test_validation_data(tmp_path):
+    """Their samples of seen classes, and no word about the others."""
+    module, callback = pretrained(), AbsentClassCalibration(source="validation")
+    with no_warnings():
+        trainer_of(tmp_path, callback).fit(module, loader(), loader(VAL, shuffle=False))
+    gamma, error, count = validation_gap(module)
+    result = callback.result
+    assert (result.gamma, result.standard_error, result.num_samples) == pytest.approx((gamma, error, count), rel=1e-5)
+    assert count == 24
+
+
+@pytest.mark.parametrize("limit", [2, 1 / 3])
+def test_a_part_of_the_validation_data(tmp_path, limit):
+    module, callback = pretrained(), AbsentClassCalibration(source="validation")
+    trainer_of(tmp_path, callback, limit_val_batches=limit).fit(module, loader(), loader(VAL, shuffle=False))
+    part = TensorDataset(*(part[:16] for part in VAL.tensors))
+    assert callback.result.gamma == pytest.approx(validation_gap(module, part)[0], rel=1e-5)
+    assert callback.result.num_samples == validation_gap(module, part)[2]
+
+
+def test_several_validation_loaders(tmp_path):
+    module, callback, more = (
+        pretrained(),
+        AbsentClassCalibration(source="validation"),
+        blobs([*SEEN, *ABSENT], each=3, seed=9),
+    )
+    loaders = [loader(VAL, shuffle=False), loader(more, shuffle=False)]
+    trainer_of(tmp_path, callback).fit(module, loader(), loaders)
+    both = TensorDataset(*map(torch.cat, zip(VAL.tensors, more.tensors, strict=True)))
+    assert callback.result.gamma == pytest.approx(validation_gap(module, both)[0], rel=1e-5)
+
+
+def test_no_validation_data(tmp_path):
+    with pytest.raises(ValueError, match="`source` to be 'train' without validation, but got 'validation'"):
+        trainer_of(tmp_path, AbsentClassCalibration(source="validation")).fit(pretrained(), loader())
