@@ -10,7 +10,7 @@ from recorded import Run
 from torch import Tensor
 
 from lightning_calibft.estimators import ConfusionMatched, Midpoint
-from lightning_calibft.functional import pseudo_absent_gamma
+from lightning_calibft.functional import pseudo_absent_gamma, weight_aligning
 
 
 def root(function: Callable[[float], float], low: float = -300.0, high: float = 300.0) -> float:
@@ -192,12 +192,11 @@ IDEAS: dict[str, Callable[[Run], float]] = {
 }
 
 
-def weight_aligning(run: Run) -> Tensor:
-    """Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning", CVPR 2020, equation 8."""
-    logits, bias, norms = (run.arrays[key].clone() for key in ("test_logits", "bias", "row_norms"))
-    scale = norms[run.seen].mean() / norms[run.absent].mean()
-    logits[:, run.absent] = (logits - bias)[:, run.absent] * scale + bias[run.absent]
-    return logits
+def aligned(run: Run) -> Tensor:
+    """Weight aligning, which scales the absent logits less their bias."""
+    logits, bias, norms = (run.arrays[key] for key in ("test_logits", "bias", "row_norms"))
+    scale = weight_aligning(norms.unsqueeze(1), run.seen).squeeze(1) / norms
+    return (logits - bias) * scale + bias
 
 
 def class_offsets(run: Run, share: float, to_pretrained: bool) -> Tensor:
@@ -238,7 +237,7 @@ def moments(run: Run) -> Tensor:
 
 
 BEYOND_A_NUMBER: dict[str, Callable[[Run], Tensor]] = {
-    "weight aligning (norms of the head's rows)": weight_aligning,
+    "weight aligning (norms of the head's rows)": aligned,
     "mean and spread of absent logits as of other seen ones": moments,
     "pseudo-absent, spread of the other seen logits": lambda run: spread(run, to_pretrained=False),
     "pseudo-absent, spread of before": lambda run: spread(run, to_pretrained=True),

@@ -116,7 +116,7 @@ class LogSumExpGap(MeanGap):
     temperature :math:`T` makes it the average logit gap, a low one the gap of the maxima. This estimator is the
     project's own, with the limits of the average logit gap: it looks at no sample of an absent class.
 
-    The state is three numbers; an update sorts the logits of its batch. Input and output are those of
+    The state is three numbers; an update needs all logits of its batch at once. Input and output are those of
     :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Args:

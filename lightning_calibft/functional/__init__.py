@@ -9,6 +9,7 @@ from lightning_calibft.functional.nearest_mean import (
     nearest_class_mean_logits,
 )
 from lightning_calibft.functional.pseudo_absent import pseudo_absent_gamma
+from lightning_calibft.functional.weight_aligning import weight_aligning
 
 __all__ = [
     "ausuc",
@@ -22,4 +23,5 @@ __all__ = [
     "pseudo_absent_gamma",
     "seen_unseen_curve",
     "split_accuracy",
+    "weight_aligning",
 ]

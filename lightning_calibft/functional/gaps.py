@@ -33,14 +33,18 @@ def quantile_gaps(logits: Tensor, target: Tensor, groups: Groups, quantile: floa
 
 def log_sum_exp_gaps(logits: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
     """Soft maximum of the other seen logits less that of the absent ones, both per class, ``(N,)``."""
+    dtype = real_dtype(logits.device)
 
-    def soft_maximum(values: Tensor) -> Tensor:
-        return temperature * ((values / temperature).logsumexp(1) - math.log(values.shape[1]))
+    def soft_maximum(values: Tensor, count: int) -> Tensor:
+        return temperature * ((values.to(dtype) / temperature).logsumexp(1) - math.log(count))
 
-    def gaps(others: Tensor, absent: Tensor) -> Tensor:
-        return soft_maximum(others) - soft_maximum(absent)
+    def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = groups.seen == target.unsqueeze(1)
+        others = logits.index_select(1, groups.seen).masked_fill(own, -torch.inf)
+        absent = logits.index_select(1, groups.absent)
+        return (soft_maximum(others, len(groups.seen) - 1) - soft_maximum(absent, len(groups.absent)),)
 
-    return _sorted_gaps(gaps, logits, target, groups)
+    return in_row_chunks(gaps, logits, target)[0]
 
 
 def confusions(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:

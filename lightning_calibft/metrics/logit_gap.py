@@ -15,8 +15,9 @@ class AverageLogitGap(MeanGap):
         \gamma = \frac{1}{n} \sum_{i=1}^n \Big[ \frac{1}{|S| - 1} \sum_{c \in S, c \neq y_i} z_{ic}
         - \frac{1}{|U|} \sum_{c \in U} z_{ic} \Big]
 
-    See :func:`lightning_calibft.functional.average_logit_gap`. The state is three numbers. After ``compute`` on all
-    processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.
+    See :func:`lightning_calibft.functional.average_logit_gap`. The state is three numbers. (For gamma alone the
+    sums of each class would do; its standard error needs the gap of each sample.) After ``compute`` on all processes,
+    :attr:`standard_error` and :attr:`num_samples` need no further communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
 

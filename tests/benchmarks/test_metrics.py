@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples, needs_pretrained_logits
 from lightning_calibft.metrics import (
     AUSUC,
     AverageLogitGap,
@@ -43,6 +44,27 @@ def test_ausuc_against_one_max_per_group(ratio, device):
         return logits[:, seen].max(1), logits[:, absent].max(1)
 
     assert ratio(ours, floor, rounds=9, budget="2") > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimator_against_one_max_per_group(ratio, name, device):
+    """The update alone: what it costs beside the forward that the logits come from."""
+    logits, target = logits_and_target(20_000, 1000, device)
+    seen, absent = torch.tensor(SEEN, device=device), torch.tensor(ABSENT, device=device)
+    options = {"gamma": 1.0} if name == "fixed" else {}
+    metric = ESTIMATORS[name](1000, SEEN, ABSENT, validate_args=False, **options).to(device)
+    target = seen[target // 2] if not needs_absent_samples(name) else target
+    before = [logits.flip(0)] if needs_pretrained_logits(name) else []
+
+    def ours():
+        metric.reset()
+        metric.update(logits, target, *before)
+
+    def floor():
+        return logits[:, seen].max(1), logits[:, absent].max(1)
+
+    assert ratio(ours, floor, rounds=5, budget="none") > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -80,10 +80,11 @@ def fit(module: Classifier, data: DataLoader, callback: list[pl.Callback], devic
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_step_of_resnet18(ratio, device):
+@pytest.mark.parametrize("source", ["train", "training_steps"])
+def test_training_step_of_resnet18(ratio, source, device):
     data, module = loader((3, 32, 32), 60, 32, 10), Classifier(timm.create_model("resnet18", num_classes=NUM_CLASSES))
     assert ratio(
-        lambda: fit(module, data, [AbsentClassCalibration()], device),
+        lambda: fit(module, data, [AbsentClassCalibration(list(range(10)), source=source)], device),
         lambda: fit(module, data, [], device),
         rounds=9,
         budget="1.01",

@@ -1,0 +1,49 @@
+"""Weight aligning: an alternative to gamma that scales the head's rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_calibft.functional._inputs import Groups, check_matrix
+from lightning_calibft.split import ClassIds, ClassSplit
+
+
+def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None) -> Tensor:
+    r"""Scale the rows of the absent classes so that their mean norm is that of the seen ones.
+
+    .. math:: w'_c = w_c \, \frac{\operatorname{mean}_{k \in S} \lVert w_k \rVert}
+        {\operatorname{mean}_{k \in U} \lVert w_k \rVert} \quad (c \in U)
+
+    The rows of the seen classes and all biases stay. Zhao et al., "Maintaining Discrimination and Fairness in Class
+    Incremental Learning", CVPR 2020, section 4.2, where it balances classes that came early with those that came late.
+
+    It is a rival of gamma, not an estimator of it: no one number added to the logits does the same. It uses no data.
+    Its limits: it finds a bias only where training has changed the norms. Fine-tuning lowers the absent logits and
+    hardly touches the norms, so it changes little.
+
+    Args:
+        weight: Weight of the head, one row a class, of shape ``(C, D)``.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+
+    Returns:
+        The new weight, of the same shape and dtype.
+
+    Raises:
+        ValueError: If ``weight`` is not two-dimensional, or the classes do not fit it.
+        TypeError: If ``weight`` is no floating point tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.functional import weight_aligning
+        >>> weight_aligning(torch.tensor([[3.0, 4.0], [0.0, 5.0], [2.0, 0.0]]), seen_classes=[0, 1])
+        tensor([[3., 4.],
+                [0., 5.],
+                [5., 0.]])
+    """
+    check_matrix("weight", weight)
+    groups = Groups.from_split(ClassSplit(len(weight), seen_classes, absent_classes), weight.device)
+    norms = weight.detach().float().norm(dim=1)
+    scale = norms.new_ones(len(weight), 1)
+    scale[groups.absent] = norms[groups.seen].mean() / norms[groups.absent].mean()
+    return (weight.detach() * scale).to(weight.dtype)
