@@ -48,3 +48,15 @@ def _words(line):
 def _numbers(line):
     cells = line.split("|")[2:-1]
     return [float(number.replace(",", "")) for cell in cells for number in re.findall(r"-?\d[\d,]*\.?\d*", cell)]
+
+
+def test_the_readme_says_the_same(tables):
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    shown = dict(re.findall(r'^\| `"(\w+)"` \|.*\| (\d+\.\d\d) \|$', readme, re.MULTILINE))
+    rows = {line.split("|")[1].strip(): _numbers(line)[-4] for line in tables["methods"][2:]}
+    rows["`pcv`"] = rows["pseudo cross-validation over S"]
+    rows["`quantile_gap`"] = rows["`quantile_gap`, 0.9"]
+    rows["`operating_point`"] = next(_numbers(line)[-4] for line in tables["labelled"] if "100 labelled" in line)
+    assert len(shown) == 9
+    for name, value in shown.items():
+        assert abs(float(value) - rows[f"`{name}`"]) < 0.03
