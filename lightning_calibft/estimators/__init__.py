@@ -13,6 +13,7 @@ from lightning_calibft.estimators.confusion import ConfusionMatched
 from lightning_calibft.estimators.fixed import FixedGamma
 from lightning_calibft.estimators.gaps import LogSumExpGap, MatchedMaxima, Midpoint, QuantileGap
 from lightning_calibft.estimators.kept_samples import KeptSamples
+from lightning_calibft.estimators.operating_point import OperatingPoint
 from lightning_calibft.estimators.pseudo_absent import PseudoAbsent
 from lightning_calibft.metrics import AverageLogitGap
 from lightning_calibft.split import ClassSplit
@@ -25,6 +26,7 @@ __all__ = [
     "LogSumExpGap",
     "MatchedMaxima",
     "Midpoint",
+    "OperatingPoint",
     "PseudoAbsent",
     "QuantileGap",
     "check_estimator",
@@ -76,19 +78,20 @@ ESTIMATORS: dict[str, Any] = {
     "log_sum_exp_gap": LogSumExpGap,
     "midpoint": Midpoint,
     "confusion_matched": ConfusionMatched,
+    "operating_point": OperatingPoint,
     "fixed": FixedGamma,
 }
 
 
 def needs_pretrained_logits(estimator: str | Estimator) -> bool:
     """Tell whether an estimator, or one of a known name, asks for the model before fine-tuning."""
-    kind = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_pretrained_logits", False))
 
 
 def needs_absent_samples(estimator: str | Estimator) -> bool:
     """Tell whether an estimator, or one of a known name, asks for labelled samples of absent classes."""
-    kind = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+    kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_absent_samples", False))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +23,33 @@ from lightning_calibft.functional._inputs import (
 )
 from lightning_calibft.functional.accuracy import harmonic_mean
 
-Criterion = Literal["accuracy", "harmonic_mean"]
+Criterion = Literal["accuracy", "harmonic_mean", "equal_accuracies"]
+
+_TOLERANCE = 1e-12  # sums of macro weights differ in the last bits
+_RESAMPLES = 200
+
+
+class UnreachableAccuracyError(ValueError):
+    """No gamma reaches the accuracy that was asked for."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of gamma: the best criterion among those with at least these accuracies."""
+
+    criterion: Criterion = "accuracy"
+    min_seen_accuracy: float | None = None
+    min_absent_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, ("accuracy", "harmonic_mean", "equal_accuracies"))
+        for name in ("min_seen_accuracy", "min_absent_accuracy"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) <= 1):
+                raise ValueError(
+                    f"Expected argument `{name}` to be a number in [0, 1], but got {value!r}. Accuracies are fractions,"
+                    " not percentages."
+                )
 
 
 class Curve(NamedTuple):
@@ -64,17 +94,26 @@ def curve_update(logits: Tensor, target: Tensor, groups: Groups, ignore_index: i
 
 def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:
     """Build the curve, in float64 on the CPU: CUDA has no deterministic cumulative sum, and mps no float64."""
-    margin, code, of_class = margin.cpu(), code.cpu(), of_class.cpu()
-    margin, code = margin[code >= 0], code[code >= 0]
+    curve = _build(*counted_samples(margin, code), of_class.cpu(), average, torch.unique)
+    warn_if_empty(seen=bool(curve.seen[-1].isnan()), absent=bool(curve.absent[0].isnan()))
+    return curve
+
+
+def counted_samples(margin: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins and codes of the samples that count, on the CPU."""
+    margin, code = margin.cpu(), code.cpu()
+    return margin[code >= 0], code[code >= 0]
+
+
+def _build(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, unique: Callable[..., Any]) -> Curve:
     counts = (code >> 1).long().bincount(minlength=len(of_class))
     mass = (counts if average == "micro" else counts > 0).double()  # of a class in its group's accuracy
     weight = mass / counts.clamp(min=1)  # of a sample
     seen_mass, absent_mass = mass[of_class == _SEEN].sum(), mass[of_class == _ABSENT].sum()
-    warn_if_empty(seen=not seen_mass, absent=not absent_mass)
 
     right = (code & 1).bool()
     label = (code >> 1)[right].long()
-    gamma, step = margin[right].unique(return_inverse=True)
+    gamma, step = unique(margin[right], return_inverse=True)
     in_seen = of_class[label] == _SEEN
     zeros = torch.zeros(len(gamma), dtype=torch.float64)
     lost = zeros.index_add(0, step[in_seen], weight[label[in_seen]])
@@ -90,22 +129,71 @@ def curve_area(seen: Tensor, absent: Tensor) -> Tensor:
     return seen[-1] * absent[0] + torch.trapezoid(seen, absent)
 
 
-def curve_best_gamma(curve: Curve, criterion: Criterion) -> Tensor:
-    """Middle of the first best interval of a curve."""
-    check_choice("criterion", criterion, ("accuracy", "harmonic_mean"))
-    score = curve.overall() if criterion == "accuracy" else harmonic_mean(curve.seen, curve.absent)
+def curve_best_gamma(curve: Curve, goal: Goal) -> Tensor:
+    """Middle of the first best interval of a curve.
+
+    Raises:
+        UnreachableAccuracyError: If no gamma has the accuracies that the goal asks for.
+    """
     if (curve.seen + curve.absent).isnan().any():
         return torch.tensor(torch.nan, dtype=torch.float64)
     infinity = torch.tensor([torch.inf], dtype=torch.float64)
     lower, upper = torch.cat([-infinity, curve.gamma]), torch.cat([curve.gamma, infinity])
-    score = score.masked_fill(lower == upper, -torch.inf)  # infinite margins leave intervals without any gamma
-    first = (score >= score.max() - 1e-12).nonzero()[0, 0]  # sums of macro weights differ in the last bits
+    allowed = lower < upper  # infinite margins leave intervals without any gamma
+    allowed = _at_least("min_seen_accuracy", goal, curve.seen, allowed)
+    allowed = _at_least("min_absent_accuracy", goal, curve.absent, allowed)
+    score = _score(curve, goal.criterion).masked_fill(~allowed, -torch.inf)
+    first = (score >= score.max() - _TOLERANCE).nonzero()[0, 0]
     low, high = lower[first], upper[first]
     if low.isfinite() and high.isfinite():
         return (low + high) / 2
     if low < 0 < high:
         return torch.zeros_like(low)
     return high - 1 if high.isfinite() else low + 1
+
+
+def _score(curve: Curve, criterion: Criterion) -> Tensor:
+    if criterion == "accuracy":
+        return curve.overall()
+    if criterion == "harmonic_mean":
+        return harmonic_mean(curve.seen, curve.absent)
+    return -(curve.seen - curve.absent).abs()
+
+
+def _at_least(name: str, goal: Goal, accuracy: Tensor, allowed: Tensor) -> Tensor:
+    """Which of the allowed intervals have the accuracy that the goal asks for."""
+    least = getattr(goal, name)
+    if least is None:
+        return allowed
+    enough = allowed & (accuracy >= least - _TOLERANCE)
+    if not enough.any():
+        other = goal.min_seen_accuracy if name == "min_absent_accuracy" else None
+        beside = "" if other is None else f" beside `min_seen_accuracy` {other}"
+        raise UnreachableAccuracyError(
+            f"Expected argument `{name}` to be an accuracy that some gamma reaches, but got {least}, and the best"
+            f"{beside} is {accuracy[allowed].max().item()}. Ask for less."
+        )
+    return enough
+
+
+def best_gamma_error(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, goal: Goal) -> Tensor:
+    """Standard deviation of the best gamma of bootstrap samples of counted samples, one at a time in memory.
+
+    Those that lack a group, or where no gamma has the accuracies asked for, are left out.
+    """
+    order = code.argsort()
+    order = order[margin[order].argsort(stable=True)]  # by themselves: neither batches nor processes matter
+    margin, code = margin[order], code[order]
+    of_class, draws, gammas = of_class.cpu(), torch.Generator().manual_seed(0), []
+    for _ in range(_RESAMPLES):
+        times = torch.randint(len(code), (len(code),), generator=draws).bincount(minlength=len(code))
+        index = torch.arange(len(code)).repeat_interleave(times)  # in order, so no resample needs a sort
+        curve = _build(margin[index], code[index], of_class, average, torch.unique_consecutive)
+        with suppress(UnreachableAccuracyError):
+            gammas.append(curve_best_gamma(curve, goal).item())
+    found = torch.tensor(gammas, dtype=torch.float64)
+    found = found[~found.isnan()]
+    return found.std() if len(found) > 1 else torch.tensor(torch.nan, dtype=torch.float64)
 
 
 def curve_accuracies(curve: Curve, gamma: float | Tensor) -> dict[str, Tensor]:

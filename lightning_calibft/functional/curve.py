@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,
+    Goal,
     curve_area,
     curve_best_gamma,
     curve_compute,
@@ -113,6 +114,8 @@ def best_gamma(
     absent_classes: ClassIds | None = None,
     *,
     criterion: Criterion = "accuracy",
+    min_seen_accuracy: float | None = None,
+    min_absent_accuracy: float | None = None,
     average: Average = "micro",
     ignore_index: int | None = None,
     validate_args: bool = True,
@@ -126,7 +129,10 @@ def best_gamma(
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        criterion: ``"accuracy"`` of all samples or the ``"harmonic_mean"`` of both groups' accuracies.
+        criterion: ``"accuracy"`` of all samples, the ``"harmonic_mean"`` of both groups' accuracies, or
+            ``"equal_accuracies"``, where those differ least.
+        min_seen_accuracy: Only gammas with at least this accuracy of the seen samples, among all classes, count.
+        min_absent_accuracy: The same for the absent samples.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
@@ -136,7 +142,8 @@ def best_gamma(
         finite end moved outwards by one logit. NaN with a warning if a group has no samples.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of its range, shapes or labels do not fit, or no gamma has the accuracies
+            asked for.
         TypeError: If ``logits`` or ``target`` has the wrong dtype.
 
     Example:
@@ -146,8 +153,9 @@ def best_gamma(
         >>> best_gamma(logits, torch.tensor([0, 2, 1]), seen_classes=[0, 1])
         tensor(1.5000, dtype=torch.float64)
     """
+    goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
     curve = _curve(logits, target, seen_classes, absent_classes, average, ignore_index, validate_args)
-    return to_real(curve_best_gamma(curve, criterion), logits.device)
+    return to_real(curve_best_gamma(curve, goal), logits.device)
 
 
 def _curve(

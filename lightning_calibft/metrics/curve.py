@@ -12,6 +12,7 @@ from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,
+    Goal,
     curve_accuracies,
     curve_area,
     curve_best_gamma,
@@ -127,9 +128,16 @@ class SeenUnseenCurve(AbsentClassMetric):
         values = curve_accuracies(self._computed_curve(), gamma)
         return {name: to_real(value, self.device) for name, value in values.items()}
 
-    def best_gamma(self, criterion: Criterion = "accuracy") -> Tensor:
+    def best_gamma(
+        self,
+        criterion: Criterion = "accuracy",
+        *,
+        min_seen_accuracy: float | None = None,
+        min_absent_accuracy: float | None = None,
+    ) -> Tensor:
         """Gamma of the best criterion, as :func:`lightning_calibft.functional.best_gamma` defines it."""
-        return to_real(curve_best_gamma(self._computed_curve(), criterion), self.device)
+        goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
+        return to_real(curve_best_gamma(self._computed_curve(), goal), self.device)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes."""
