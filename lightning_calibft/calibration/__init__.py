@@ -2,7 +2,7 @@
 
 from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
 from lightning_calibft.calibration.faults import empty_error, target_error, warn_if_positions
-from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
+from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples, sample_indices
 from lightning_calibft.calibration.one_pass import Pass, check_head, head_width
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.run import calibrate
@@ -19,6 +19,7 @@ __all__ = [
     "empty_error",
     "head_width",
     "result_of",
+    "sample_indices",
     "target_error",
     "warn_if_positions",
 ]

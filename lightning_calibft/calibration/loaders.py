@@ -78,7 +78,7 @@ def _sized(loader: DataLoader) -> bool:
 
 def _in_order(loader: DataLoader, max_samples: int | None, max_batches: int | None) -> DataLoader:
     rank, world_size = rank_and_world_size()
-    indices, batch_size = _sample_indices(loader), _batch_size(loader)
+    indices, batch_size = sample_indices(loader), _batch_size(loader)
     if max_batches is not None:
         size, sampler = max_batches * (batch_size or 1) * world_size, _batches_of_indices(loader)
         shuffles = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True)
@@ -127,7 +127,7 @@ def _batch_size(loader: DataLoader) -> int | None:
     return getattr(loader.batch_sampler, "batch_size", None)
 
 
-def _sample_indices(loader: DataLoader) -> Sequence[Any]:
+def sample_indices(loader: DataLoader) -> Sequence[Any]:
     """Return the samples that the loader draws from, which can be fewer than its dataset holds."""
     sampler = _batches_of_indices(loader)
     data = getattr(sampler, "data_source", getattr(sampler, "dataset", None))

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.func import functional_call
+from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.batch import BatchReader, call_forward
@@ -84,7 +85,7 @@ class Pass:
     def run(self, split: ClassSplit) -> CalibrationResult:
         """Run the model over the data and return the result; nothing about the model changes."""
         estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
-        self._feed(estimator, split)
+        self.feed(estimator, split)
         return result_of(estimator, self.estimator)
 
     def _batches(self, what: str) -> Iterator[Any]:
@@ -103,8 +104,13 @@ class Pass:
                     yield batch
                     bar.update()
 
-    def _feed(self, estimator: Estimator, split: ClassSplit) -> None:
-        """Run the model over the data."""
+    def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
+        """Run the model over the data and update ``estimator`` with what it gives.
+
+        Raises:
+            ValueError: If the head does not give the logits, one is not finite, a label is no row of it, or there are
+                no samples of the seen classes.
+        """
         forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
         before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):

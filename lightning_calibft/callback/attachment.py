@@ -14,6 +14,7 @@ from lightning_calibft.callback.averaging import check_averaged_copies, check_av
 from lightning_calibft.callback.checks import check_trainer
 from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.pretrained import PretrainedWeights
+from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import (
     Estimator,
@@ -47,14 +48,17 @@ class HeadAttachment(Callback):
         class_map: ClassMap | None,
         label_names: LabelNames | None,
     ) -> None:
-        check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
+        pcv = isinstance(estimator, str) and estimator == "pcv"  # a metric makes something else of `==`
+        self._retraining = Retraining(estimator_kwargs or {}) if pcv else None
+        if self._retraining is None:
+            check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
         check_choice("source", source, get_args(Source))
         if absent_classes is not None and seen_classes is None:
             raise ValueError(
                 "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
             )
         if source == "training_steps":
-            _check_steps(estimator, seen_classes)
+            self._check_steps(estimator, seen_classes)
         self.seen_classes = seen_classes
         self.absent_classes = absent_classes
         self.head = head
@@ -74,7 +78,7 @@ class HeadAttachment(Callback):
         check_trainer(trainer, pl_module)
         if stage == TrainerFn.FITTING:
             check_averaging_order(trainer, pl_module, self)
-            if needs_pretrained_logits(self.estimator):
+            if self._needs_weights_before():
                 self._before.watch(pl_module)
         try:
             self._attach(pl_module)
@@ -86,7 +90,7 @@ class HeadAttachment(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach_late(trainer, pl_module)
         check_averaged_copies(trainer, pl_module)
-        if needs_pretrained_logits(self.estimator):
+        if self._needs_weights_before():
             self._before.start(pl_module, resumed=trainer.ckpt_path is not None)
 
     @override
@@ -124,23 +128,30 @@ class HeadAttachment(Callback):
             self._split = self.estimator.split
         elif self.seen_classes is not None:
             self._split = ClassSplit(width, self.seen_classes, self.absent_classes)
-            make_estimator(
-                self.estimator, self._split, self.estimator_kwargs
-            )  # it may ask more of the classes than a split does
+            self._check_split(self._split)
         attach(model, self.head)
+
+    def _check_split(self, split: ClassSplit) -> None:
+        """Ask of the classes what the estimator asks beyond a split."""
+        if self._retraining is not None:
+            self._retraining.plan.pseudo_splits(split)
+        else:
+            make_estimator(self.estimator, split, self.estimator_kwargs)
+
+    def _needs_weights_before(self) -> bool:
+        return self._retraining is not None or needs_pretrained_logits(self.estimator)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
 
-
-def _check_steps(estimator: str | Estimator, seen_classes: list[int] | None) -> None:
-    if needs_pretrained_logits(estimator) or needs_absent_samples(estimator):
-        raise ValueError(
-            f"Expected argument `source` to be 'train' or 'validation' for the estimator {estimator!r}, but got"
-            " 'training_steps', which have the logits of the fine-tuning data under the present weights alone."
-        )
-    if isinstance(estimator, str) and seen_classes is None:
-        raise ValueError(
-            "Expected argument `seen_classes` beside `source='training_steps'`, but got None. The classes must be known"
-            " before the first step."
-        )
+    def _check_steps(self, estimator: str | Estimator, seen_classes: list[int] | None) -> None:
+        if self._retraining is not None or needs_pretrained_logits(estimator) or needs_absent_samples(estimator):
+            raise ValueError(
+                f"Expected argument `source` to be 'train' or 'validation' for the estimator {estimator!r}, but got"
+                " 'training_steps', which have the logits of the fine-tuning data under the present weights alone."
+            )
+        if isinstance(estimator, str) and seen_classes is None:
+            raise ValueError(
+                "Expected argument `seen_classes` beside `source='training_steps'`, but got None. The classes must be"
+                " known before the first step."
+            )

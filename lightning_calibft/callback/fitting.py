@@ -50,6 +50,8 @@ class FitCalibration(EvaluationMetrics):
         if stage == TrainerFn.FITTING:
             if self.source == "training_steps":
                 check_no_averaging(trainer)
+            if self._retraining is not None:
+                self._retraining.setup(trainer)
             order_callbacks(trainer, self)
             self._start_afresh()
 
@@ -64,9 +66,16 @@ class FitCalibration(EvaluationMetrics):
         if self._split is None:
             self._labels = LabelsMet(head_width(pl_module), self._reader.maps)
             self._labels.add_classes(self._restored_classes)
+        if self._retraining is not None:
+            self._retraining.keep(pl_module)
         if self.source == "training_steps":
             assert self._split is not None
             self._steps = TrainingSteps(pl_module, self._reader, self.estimator, self.estimator_kwargs, self._split)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._retraining is not None:
+            self._retraining.check(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,25 +118,27 @@ class FitCalibration(EvaluationMetrics):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._calibrate(trainer, pl_module, trained=True)
+        if self._retraining is None:  # it waits until all is saved: it takes long
+            self._calibrate(trainer, pl_module, trained=True)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The strategy has moved the model to the CPU, and asynchronous writers have finished.
         pl_module.to(trainer.strategy.root_device)
-        if not self._finished:  # nothing was left to train, so `on_train_end` was not called
+        if not self._finished:  # or nothing was left to train, so `on_train_end` was not called
             self._calibrate(trainer, pl_module, trained=False)
         if self.result is not None:
             if self.calibrate_checkpoints:
                 self._calibrate_kept(trainer, pl_module, self.result)
             self._report(trainer, self.result)
-        self._before.forget()
+        self._forget()
         pl_module.cpu()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._stop_steps()
+        self._forget()
         if isinstance(exception, KeyboardInterrupt) and self.result is None:
             rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
 
@@ -153,6 +164,12 @@ class FitCalibration(EvaluationMetrics):
         self._of_steps.append(self.result)
         set_gamma(model, self.result.gamma, self.result.split.seen_classes, self.result.split.absent_classes)
 
+    def _forget(self) -> None:
+        """Free the memory of what was kept from before the fit."""
+        self._before.forget()
+        if self._retraining is not None:
+            self._retraining.forget()
+
     def _stop_steps(self) -> None:
         if self._steps is not None:
             self._steps.stop()
@@ -169,11 +186,20 @@ class FitCalibration(EvaluationMetrics):
                 return
             split = self._split or split_of_data(self._labels, trainer.strategy, reading)
             if split is not None:
-                self.result = reading.run(split)
+                self.result = self._find(trainer, reading, split)
                 set_gamma(model, self.result.gamma, split.seen_classes, split.absent_classes)
                 for _ in averaged_copies(trainer, model):
-                    result = self.result if trained else reading.run(split)  # training ends with the averaged weights
+                    # Training ends with the averaged weights.
+                    result = self.result if trained else self._find(trainer, reading, split)
                     set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
+
+    def _find(self, trainer: Trainer, reading: Pass, split: ClassSplit) -> CalibrationResult:
+        if self._retraining is None:
+            return reading.run(split)
+        if self.result is not None:
+            return self.result  # all weights of a run have the same
+        assert self._before.weights is not None
+        return self._retraining.run(trainer, self._before.weights, reading, split)
 
     def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
         return calibration_pass(
@@ -184,7 +210,7 @@ class FitCalibration(EvaluationMetrics):
             self.estimator_kwargs,
             self._reader,
             self.max_samples,
-            self._before.weights,
+            None if self._retraining is not None else self._before.weights,
         )
 
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
@@ -195,14 +221,16 @@ class FitCalibration(EvaluationMetrics):
         with isolate_rng():
             reading = self._pass(trainer, model)
             assert reading is not None
-            run = partial(self._result_of_file, model, reading, live.split)
+            run = partial(self._result_of_file, trainer, model, reading, live.split)
             self.checkpoint_results = calibrate_files(files, trainer, model, live, run)
 
-    def _result_of_file(self, model: LightningModule, reading: Pass, split: ClassSplit) -> CalibrationResult:
-        """Return what the training steps found when the file in ``model`` was written, or else what a pass finds."""
+    def _result_of_file(
+        self, trainer: Trainer, model: LightningModule, reading: Pass, split: ClassSplit
+    ) -> CalibrationResult:
+        """Return what the training steps found when the file in ``model`` was written, or else find it."""
         gamma = get_gamma(model) or 0.0
         found = (result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6))
-        return next(found, None) or reading.run(split)
+        return next(found, None) or self._find(trainer, reading, split)
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         before, after = {}, {}

@@ -1,0 +1,138 @@
+"""Fits within a fit, which leave no trace in it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+
+def fit_nested(
+    trainer: Any,
+    module: LightningModule,
+    loaders: Any,
+    share: float,
+    limits: dict[str, Any],
+    accumulate_grad_batches: int,
+    callbacks: list[Callback],
+) -> None:
+    """Fit with the settings of the user's Trainer that shape the training; nothing is written or logged.
+
+    Args:
+        trainer: The user's, whose fit has ended.
+        module: What to train, a copy of the user's.
+        loaders: The training data.
+        share: Their share of the user's.
+        limits: ``max_epochs`` or ``max_steps``.
+        accumulate_grad_batches: That at the start of the user's fit.
+        callbacks: Of this fit.
+
+    Raises:
+        KeyboardInterrupt: If the fit was interrupted.
+    """
+    device, limit = trainer.strategy.root_device, trainer.limit_train_batches
+    with _quiet():
+        nested = Trainer(
+            **limits,
+            accelerator={"cuda": "gpu"}.get(device.type, device.type),
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision=trainer.precision,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=trainer.gradient_clip_val,
+            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            limit_train_batches=max(1, round(limit * share)) if isinstance(limit, int) else limit,
+            limit_val_batches=trainer.limit_val_batches if _watches_validation(trainer) else 0,
+            check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+            callbacks=callbacks,
+            logger=DummyLogger(),  # for modules that use `self.logger`
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=0,
+        )
+        try:
+            nested.fit(module.train(), **_data(trainer, loaders))
+        except SystemExit:
+            if nested.interrupted:  # Lightning leaves the process then, but the user's Trainer has to end first
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _data(trainer: Any, loaders: Any) -> dict[str, Any]:
+    if trainer.datamodule is None:
+        return {"train_dataloaders": loaders, "val_dataloaders": trainer.val_dataloaders}
+    datamodule = copy.copy(trainer.datamodule)  # for its transfer hooks
+    datamodule.train_dataloader = lambda: loaders
+    for hook in ("prepare_data", "setup", "teardown"):  # it is set up already
+        setattr(datamodule, hook, nothing)
+    return {"datamodule": datamodule}
+
+
+class Progress(Callback):
+    """Moves one bar through all fits."""
+
+    def __init__(self, bar: tqdm, remaining: int) -> None:
+        self._bar = bar
+        self._remaining = remaining
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            batches = int(trainer.max_epochs * trainer.num_training_batches)
+        self._bar.total = self._bar.n + self._remaining * batches
+        self._bar.refresh()
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._bar.update()
+
+
+def copy_of(module: LightningModule) -> LightningModule:
+    """Copy a module without the Trainer that it is attached to.
+
+    Raises:
+        TypeError: If it cannot be copied.
+    """
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # there is none
+        trainer = None
+    module.trainer = None
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:  # whatever its attributes raise
+        raise TypeError(
+            f"Expected a module that `copy.deepcopy` can copy for the estimator 'pcv', which fine-tunes copies of it,"
+            f" but {type(module).__name__} gives {error!r}. Choose another `estimator`."
+        ) from error
+    finally:
+        module.trainer = trainer
+
+
+def _watches_validation(trainer: Trainer) -> bool:
+    return any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Stand in for a hook that has run already."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what Lightning tells of each Trainer, such as its devices."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,143 @@
+"""Pseudo cross-validation by the user's own module, data and Trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.callback.nested import Progress, copy_of, fit_nested, nothing
+from lightning_calibft.callback.restricted import RestrictedData, check_loaders
+from lightning_calibft.cross_validation import Plan, cost, cross_validate, of_classes
+from lightning_calibft.head import reset_gamma
+from lightning_calibft.split import ClassSplit
+
+
+@dataclass(frozen=True)
+class RetrainingPlan(Plan):
+    """The ``estimator_kwargs`` of ``"pcv"``.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    epochs: float = 1.0  # as a share of those that the fit has run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.epochs, (int, float)) and 0 < self.epochs < math.inf):
+            raise ValueError(f"Expected argument `epochs` to be a positive share, but got {self.epochs!r}.")
+
+
+class Retraining:
+    """Keeps the module as it is before a fit, and fits copies of it on a part of the classes afterwards.
+
+    Args:
+        options: The fields of :class:`RetrainingPlan`.
+
+    Raises:
+        ValueError: If one of them is unknown or out of its range.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        known = [field.name for field in fields(RetrainingPlan)]
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(
+                f"Expected argument `estimator_kwargs` to hold {' or '.join(map(repr, known))} for the estimator 'pcv',"
+                f" but got {unknown[0]!r}."
+            )
+        self.plan = RetrainingPlan(**options)
+        self._callbacks: list[Callback] = []
+        self._module: LightningModule | None = None
+        self._accumulate = 1
+
+    def setup(self, trainer: Any) -> None:
+        """Look at the Trainer before the fit.
+
+        Raises:
+            RuntimeError: If there are several processes.
+        """
+        if trainer.world_size > 1:
+            raise RuntimeError(
+                f"Expected a Trainer with one device for the estimator 'pcv', which trains in each process by itself,"
+                f" but got {trainer.world_size}. Choose another `estimator`, or call `pseudo_cross_validation`."
+            )
+        # As they are before they have seen the module. Others look at the training or save it, but do not shape it.
+        shaping = (BaseFinetuning, GradientAccumulationScheduler)
+        self._callbacks = [copy.deepcopy(each) for each in trainer.callbacks if isinstance(each, shaping)]
+        self._accumulate = trainer.accumulate_grad_batches
+
+    def keep(self, module: LightningModule) -> None:
+        """Copy the module before it is trained, to the CPU.
+
+        Raises:
+            TypeError: If it cannot be copied.
+        """
+        self._module = copy_of(module).cpu()
+        for hook in ("prepare_data", "setup", "configure_model", "teardown"):
+            setattr(self._module, hook, nothing)  # it is set up already: another setup could build parts of it anew
+        self._module.configure_callbacks = list  # type: ignore[method-assign]
+
+    def check(self, trainer: Trainer) -> None:
+        """Look at the training data when they exist; see :func:`check_loaders` for what is raised."""
+        check_loaders(trainer.train_dataloader)
+
+    def run(
+        self,
+        trainer: Trainer,
+        weights: Mapping[str, Tensor],
+        reading: Pass,
+        split: ClassSplit,
+    ) -> CalibrationResult:
+        """Cross-validate with nested fits; see :func:`~lightning_calibft.cross_validation.cross_validate`.
+
+        Args:
+            trainer: The user's, whose fit has ended.
+            weights: Those from before the fit.
+            reading: A pass over the data that gamma is found on.
+            split: The seen and the absent classes.
+        """
+        assert self._module is not None
+        device, before = trainer.strategy.root_device, self._module
+        before.load_state_dict(weights, strict=before.strict_loading)
+        reset_gamma(before.to(device))
+        data = RestrictedData(trainer.train_dataloader, reading.reader)
+        limits = self._limits(trainer, 1.0)
+        length = ", ".join(f"{value} {name.removeprefix('max_')}" for name, value in limits.items() if value > 0)
+        rank_zero_info(f"{cost(self.plan, split, data.rows)} Each trains as long as {length} of the whole.")
+        progress_bar = trainer.progress_bar_callback
+        shown = progress_bar is not None and getattr(progress_bar, "is_enabled", True)
+
+        def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
+            module = copy_of(before)
+            loaders, share = data.of_classes(pseudo_split.seen_classes)
+            shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
+            fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
+            return reset_gamma(module.to(device))
+
+        def read(module: nn.Module) -> Pass:
+            return replace(reading, model=module, progress=False)
+
+        with tqdm(desc="Cross-validating", unit="step", disable=not shown, leave=False) as bar:
+            number = len(of_classes(data.rows, split.seen_classes))
+            settings = {"epochs": self.plan.epochs, **limits}
+            return cross_validate(self.plan, split, before, fit, read, number, settings)
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self._module = None
+
+    def _limits(self, trainer: Trainer, share: float) -> dict[str, Any]:
+        """How long to train on a share of the samples."""
+        if trainer.max_steps != -1:
+            return {"max_epochs": -1, "max_steps": max(1, round(trainer.global_step * self.plan.epochs * share))}
+        return {"max_epochs": max(1, round(trainer.current_epoch * self.plan.epochs))}

@@ -1,0 +1,175 @@
+"""Pseudo cross-validation without Lightning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from lightning_calibft.calibration import (
+    BatchReader,
+    CalibrationResult,
+    Pass,
+    UnpackBatch,
+    empty_error,
+    head_width,
+    target_error,
+)
+from lightning_calibft.class_map import IGNORE_INDEX, ClassMap, resolve_class_map
+from lightning_calibft.cross_validation.splits import Candidates, Plan, cross_validate
+from lightning_calibft.files import StrPath
+from lightning_calibft.head import attach, reset_gamma
+from lightning_calibft.label_names import LabelNames
+from lightning_calibft.split import ClassIds, ClassSplit
+
+
+def pseudo_cross_validation(
+    model: nn.Module,
+    dataset: Dataset,
+    fit_fn: Callable[[Any, Subset], nn.Module | None],
+    seen_classes: ClassIds | None = None,
+    *,
+    absent_classes: ClassIds | None = None,
+    num_splits: int = 3,
+    candidates: Candidates = "seen",
+    head: str | None = None,
+    unpack_batch: UnpackBatch | str | None = None,
+    class_map: ClassMap | None = None,
+    label_names: LabelNames | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    seed: int = 0,
+    folder: StrPath | None = None,
+    progress: bool = True,
+) -> CalibrationResult:
+    r"""Find gamma by fine-tuning on halves of the seen classes, of which the other halves play absent.
+
+    From the weights before fine-tuning, a copy is fine-tuned on a random half of :math:`S`. On all fine-tuning samples
+    then, with the other half as the absent classes, that gamma is chosen which has the best overall accuracy among
+    those that bring the pseudo-absent classes back to the accuracy that the model had before fine-tuning. The result is
+    the mean over the splits; those without such a gamma are left out. Mai et al., "Fine-Tuning is Fine, if Calibrated",
+    NeurIPS 2024, section 5.
+
+    It costs ``num_splits`` more trainings, on about half of the samples each. Its limits: a model that is fine-tuned on
+    half of the classes, with half of the data, may need another gamma than one that is fine-tuned on all of them.
+
+    Args:
+        model: The classifier before fine-tuning. It is not changed.
+        dataset: The fine-tuning data, a map-style dataset of samples as ``calibrate`` reads batches of.
+        fit_fn: Called as ``fit_fn(copy, subset)`` with a copy of the model and the samples of a split's classes:
+            fine-tunes and returns it (or returns ``None`` and has changed the copy).
+        seen_classes: Rows of the at least three fine-tuning classes. ``None``: the labels in ``dataset``.
+        absent_classes: Rows of the absent classes. ``None``: all that are not seen.
+        num_splits: Number of splits, drawn anew each.
+        candidates: Among which classes predictions are made: ``"seen"``, or ``"all"``, where the absent classes are
+            shifted together with those that play absent.
+        head: Dotted name of the module that gives the logits, where it is not found by itself.
+        unpack_batch: As :func:`~lightning_calibft.calibrate` takes it.
+        class_map: Likewise.
+        label_names: Likewise.
+        batch_size: Samples a batch, for reading the data without training.
+        num_workers: Processes that read them.
+        collate_fn: Makes a batch of samples, as a ``DataLoader`` takes it.
+        seed: Of the splits; the random numbers of training follow from it as well.
+        folder: Where finished splits are kept. A run that was stopped goes on from there.
+        progress: Whether to show a progress bar of the splits.
+
+    Returns:
+        Gamma, its standard error over the splits, the number of samples and the class split.
+
+    Raises:
+        ValueError: If there are fewer than three seen classes, no split has such a gamma, ``folder`` holds the splits
+            of a run with other settings, or what ``calibrate`` refuses.
+        TypeError: If a target does not hold class ids.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_calibft import pseudo_cross_validation, set_gamma
+        >>> _ = torch.manual_seed(0)
+        >>> pretrained = torch.nn.Linear(8, 6)
+        >>> _ = pretrained.weight.data.copy_(torch.eye(6, 8))
+        >>> target = torch.arange(4).repeat(16)
+        >>> dataset = TensorDataset(torch.eye(8)[target] + 0.3 * torch.randn(64, 8), target)
+        >>> def fit(model, data):
+        ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        ...     for inputs, target in DataLoader(data, 8, shuffle=True):
+        ...         optimizer.zero_grad()
+        ...         torch.nn.functional.cross_entropy(model(inputs), target).backward()
+        ...         optimizer.step()
+        >>> result = pseudo_cross_validation(pretrained, dataset, fit, progress=False)
+        >>> result.estimator, result.num_samples, result.split.absent_classes
+        ('pcv', 64, (4, 5))
+        >>> fit(pretrained, dataset)
+        >>> _ = set_gamma(pretrained, result.gamma, result.split.seen_classes, result.split.absent_classes)
+    """
+    plan = Plan(num_splits, candidates, seed, folder)
+    before = reset_gamma(attach(copy.deepcopy(model), head))
+    width = head_width(before)
+    reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, width))
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate_fn)
+    with isolate_rng(), tqdm(total=num_splits, desc="Cross-validating", unit="split", disable=not progress) as bar:
+        rows = read_rows(loader, reader)
+        split = ClassSplit(width, classes_of(rows, width) if seen_classes is None else seen_classes, absent_classes)
+        rank_zero_info(cost(plan, split, rows))
+
+        def fit(_: int, pseudo_split: ClassSplit) -> nn.Module:
+            tuned = copy.deepcopy(before).train()
+            tuned = fit_fn(tuned, Subset(dataset, of_classes(rows, pseudo_split.seen_classes))) or tuned
+            bar.update()
+            return reset_gamma(attach(tuned, head))
+
+        return cross_validate(
+            plan,
+            split,
+            before,
+            fit,
+            lambda net: Pass(net, [loader], reader=reader, progress=False),
+            num_samples=len(of_classes(rows, split.seen_classes)),
+            settings={},
+        )
+
+
+def read_rows(loader: DataLoader, reader: BatchReader) -> Tensor:
+    """Return the head's row of each sample, in the order of the loader.
+
+    Raises:
+        ValueError: If there are no samples.
+    """
+    rows = [reader.rows(batch).cpu() for batch in loader]
+    if not rows:
+        raise empty_error()
+    return torch.cat(rows)
+
+
+def classes_of(rows: Tensor, num_classes: int) -> list[int]:
+    """Return the classes that are met.
+
+    Raises:
+        ValueError: If a label is no row of the head.
+    """
+    rows = rows[rows != IGNORE_INDEX]
+    if len(outside := rows[(rows < 0) | (rows >= num_classes)]):
+        raise target_error(num_classes, int(outside[0]))
+    return rows.unique().tolist()
+
+
+def of_classes(rows: Tensor, classes: Sequence[int]) -> list[int]:
+    """Return which samples are of some classes."""
+    return torch.isin(rows, torch.tensor(classes)).nonzero().flatten().tolist()
+
+
+def cost(plan: Plan, split: ClassSplit, rows: Tensor) -> str:
+    """Say in a line what the trainings cost."""
+    total = len(of_classes(rows, split.seen_classes))
+    parts = [len(of_classes(rows, part.seen_classes)) for part in plan.pseudo_splits(split)]
+    shares = ", ".join(f"{100 * part / max(1, total):.0f} %" for part in parts)
+    return f"Pseudo cross-validation: {len(parts)} more trainings, on {shares} of the {total:,} samples."

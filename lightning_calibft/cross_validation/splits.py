@@ -1,0 +1,153 @@
+"""Pseudo cross-validation of gamma, whatever trains the models."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torchmetrics import MetricCollection
+
+from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.cross_validation.store import SplitStore, digest
+from lightning_calibft.files import StrPath
+from lightning_calibft.functional._curve import UnreachableAccuracyError
+from lightning_calibft.functional._inputs import check_choice
+from lightning_calibft.metrics import SeenUnseenCurve
+from lightning_calibft.split import ClassSplit
+
+Candidates = Literal["seen", "all"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
+
+    Raises:
+        ValueError: If ``num_splits`` is less than 1, or ``candidates`` is neither ``"seen"`` nor ``"all"``.
+    """
+
+    num_splits: int = 3
+    candidates: Candidates = "seen"
+    seed: int = 0
+    folder: StrPath | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_splits < 1:
+            raise ValueError(f"Expected argument `num_splits` to be at least 1, but got {self.num_splits}.")
+        check_choice("candidates", self.candidates, get_args(Candidates))
+
+    def pseudo_splits(self, split: ClassSplit) -> list[ClassSplit]:
+        """Draw the halves of the seen classes: one stays seen, the other plays absent.
+
+        Raises:
+            ValueError: If there are fewer than three seen classes.
+        """
+        seen = split.seen_classes
+        if len(seen) < 3:
+            raise ValueError(
+                f"Expected argument `seen_classes` to hold at least 3 classes, of which a part can play absent, but got"
+                f" {len(seen)}. Choose another `estimator`."
+            )
+        draws = random.Random(self.seed)
+        rest = split.absent_classes if self.candidates == "all" else ()
+        pseudo_splits = []
+        for _ in range(self.num_splits):
+            kept = sorted(draws.sample(seen, math.ceil(len(seen) / 2)))
+            left_out = sorted({*seen, *rest}.difference(kept))
+            pseudo_splits.append(ClassSplit(split.num_classes, kept, left_out))
+        return pseudo_splits
+
+
+def cross_validate(
+    plan: Plan,
+    split: ClassSplit,
+    before: nn.Module,
+    fit: Callable[[int, ClassSplit], nn.Module],
+    reading: Callable[[nn.Module], Pass],
+    num_samples: int,
+    settings: Mapping[str, Any],
+) -> CalibrationResult:
+    """Fine-tune once for each pseudo split, and average the gammas that bring the pseudo-absent classes back.
+
+    Args:
+        plan: How many splits, and among which candidates.
+        split: The seen and the absent classes.
+        before: The model before fine-tuning, its head attached, with gamma 0.
+        fit: Fine-tunes a copy of it on the seen classes of a pseudo split and returns it, its head attached, with
+            gamma 0. It gets the number of the split as well.
+        reading: Prepares a pass of a model over the fine-tuning data of all seen classes.
+        num_samples: How many samples that is.
+        settings: What else the outcome depends on, as plain types.
+
+    Returns:
+        The mean gamma, and its standard error over the splits.
+
+    Raises:
+        ValueError: If there are too few seen classes, no split has a gamma, or ``plan.folder`` holds other runs.
+    """
+    pseudo_splits = plan.pseudo_splits(split)
+    facts = {"candidates": plan.candidates, "seed": plan.seed, "weights": digest(before), "num_samples": num_samples}
+    classes = {"seen_classes": list(split.seen_classes), "absent_classes": list(split.absent_classes)}
+    store = SplitStore(plan.folder, {**facts, **classes, **settings})
+    known = [store.read(index) for index in range(plan.num_splits)]
+    accuracies = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []
+    for index, pseudo_split in enumerate(pseudo_splits):
+        if known[index] is None:
+            _seed(plan.seed + index)  # so that a resumed run goes as one that was not stopped
+            curve = SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
+            read = reading(fit(index, pseudo_split))
+            read.feed(curve.to(read.device), split)
+            outcome = {"gamma": _gamma(curve, accuracies[index]), "pretrained_accuracy": accuracies[index]}
+            store.write(index, {**outcome, "pseudo_seen": list(pseudo_split.seen_classes)})
+            known[index] = outcome
+    return _result([outcome["gamma"] for outcome in known if outcome is not None], split, num_samples)
+
+
+def _accuracies_before(reading: Pass, split: ClassSplit, pseudo_splits: list[ClassSplit]) -> list[float]:
+    """Accuracy of the model before fine-tuning on the pseudo-absent samples of each split."""
+    curves = [
+        SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
+        for pseudo_split in pseudo_splits
+    ]
+    metrics = MetricCollection({str(index): curve for index, curve in enumerate(curves)}, compute_groups=False)
+    reading.feed(metrics.to(reading.device), split)
+    return [float(curve.accuracies(0.0)["absent"]) for curve in curves]
+
+
+def _gamma(curve: SeenUnseenCurve, least: float) -> float | None:
+    try:
+        return float(curve.best_gamma(min_absent_accuracy=least))
+    except UnreachableAccuracyError:
+        return None
+
+
+def _result(gammas: list[float | None], split: ClassSplit, num_samples: int) -> CalibrationResult:
+    found = [gamma for gamma in gammas if gamma is not None]
+    dropped = [str(index) for index, gamma in enumerate(gammas) if gamma is None]
+    if not found:
+        raise ValueError(
+            f"Expected pseudo cross-validation to find a gamma, but in none of {len(gammas)} splits does one bring the"
+            " pseudo-absent classes back to the accuracy that the model had before fine-tuning. Choose another"
+            " `estimator`, or `candidates`."
+        )
+    if dropped:
+        rank_zero_warn(
+            f"Pseudo cross-validation leaves out split {', '.join(dropped)} of {len(gammas)}: there, no gamma brings"
+            " the pseudo-absent classes back to the accuracy that the model had before fine-tuning."
+        )
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return CalibrationResult(statistics.mean(found), error, num_samples, split, "pcv")
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

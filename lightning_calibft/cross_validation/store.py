@@ -1,0 +1,72 @@
+"""Finished splits on disk, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_calibft.files import StrPath, replace_atomically
+from lightning_calibft.head import CHILD_NAME
+
+
+class SplitStore:
+    """One small JSON file for each finished split; without a folder, nothing.
+
+    Args:
+        folder: Where the files are, made if need be.
+        settings: What the outcomes depend on, as plain types.
+    """
+
+    def __init__(self, folder: StrPath | None, settings: Mapping[str, Any]) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._settings = json.loads(json.dumps(settings))  # as it is when read again
+
+    def read(self, index: int) -> dict[str, Any] | None:
+        """Return what a finished split found, or ``None``.
+
+        Raises:
+            ValueError: If the file is of a run with other settings.
+        """
+        if self._folder is None or not (path := self._path(index)).exists():
+            return None
+        try:
+            outcome = json.loads(path.read_text())
+            settings, gamma = outcome.pop("settings"), outcome["gamma"]
+        except (KeyError, TypeError, ValueError):  # not one of ours, or damaged
+            return None
+        if not isinstance(gamma, (float, type(None))):
+            return None
+        if other := [key for key in self._settings if settings.get(key) != self._settings[key]]:
+            raise ValueError(
+                f"Expected argument `folder` to be empty or of the same run, but {str(self._folder)!r} is of one with"
+                f" another `{other[0]}`. Name another folder, or remove this one."
+            )
+        return outcome
+
+    def write(self, index: int, outcome: Mapping[str, Any]) -> None:
+        """Keep what a split has found."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**outcome, "settings": self._settings}, indent=1)
+        replace_atomically(self._path(index), lambda file: file.write(text.encode()))
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"split_{index}.json"
+
+
+def digest(model: nn.Module) -> str:
+    """Tell the weights of a model in a few letters, without its calibration."""
+    hashed = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        if isinstance(value, Tensor) and CHILD_NAME not in key:
+            hashed.update(key.encode())
+            hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
