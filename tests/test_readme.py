@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibft import inspect_checkpoint, set_gamma
+from lightning_calibft import AbsentClassCalibration, inspect_checkpoint, set_gamma
 
 README = Path(__file__).parents[1] / "README.md"
 ROOT = README.parent
@@ -88,17 +88,29 @@ def test_python_blocks(folder):
             names["net"] = make_net()
         exec(compile(block, str(README), "exec"), names)
         outputs.append(dict(names))
-    assert len(outputs) == 6
+    assert len(outputs) == 7
 
     assert "test_acc_absent" in outputs[0]["trainer"].callback_metrics
     module = names["MyLoggingModule"]()
     pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False).validate(module, loader(6))
     inputs = loader(6).dataset.tensors[0]
     calibrated = outputs[0]["model"]  # the test has loaded the best weights into it
-    torch.testing.assert_close(outputs[2]["model"].eval()(inputs), calibrated.eval()(inputs))
+    torch.testing.assert_close(outputs[3]["model"].eval()(inputs), calibrated.eval()(inputs))
     assert {path.name for path in folder.iterdir()} > {"model.ckpt", "model.safetensors", "net.onnx", "net.pt2"}
     assert names["classes"] == ["cat", "cow", "dog"]
     assert names["result"].num_samples == 60
+
+
+def test_ways_to_find_gamma(folder):
+    (block,) = (block for block in blocks("python") if 'estimator="pcv"' in block)
+    callbacks = [eval(line, {"AbsentClassCalibration": AbsentClassCalibration}) for line in block.splitlines()]
+    gammas = set()
+    for callback in callbacks:
+        pl.seed_everything(0, verbose=False)
+        trainer = pl.Trainer(max_epochs=20, callbacks=[callback], logger=False, enable_progress_bar=False)
+        trainer.fit(MyModule(), loader(3), loader(6))
+        gammas.add(round(callback.result.gamma, 3))
+    assert len(gammas) == len(callbacks) == 4
 
 
 def test_shell_blocks(folder):

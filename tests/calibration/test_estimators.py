@@ -57,3 +57,14 @@ def test_an_estimator_that_finds_no_number():
     with pytest.raises(ValueError, match="'Broken' to find a finite gamma, but got nan from 45 samples"):
         calibrate(model, loader(), estimator=Broken(6, SEEN), progress=False)
     assert get_gamma(model) is None
+
+
+def test_an_operating_point_needs_to_know_and_to_meet_the_classes():
+    model = pretrained()
+    with pytest.raises(
+        ValueError, match=r"`seen_classes` to name .* 'operating_point', whose `loader`"
+    ):
+        calibrate(model, loader(VAL), estimator="operating_point", progress=False)
+    with pytest.raises(ValueError, match="to hold labelled samples of the absent classes"):
+        calibrate(model, loader(TRAIN), SEEN, estimator="operating_point", progress=False)
+    assert get_gamma(model) is None

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
-from lightning_calibft.functional import split_accuracy
+from lightning_calibft.functional import best_gamma, split_accuracy
 from lightning_calibft.metrics import AverageLogitGap
 from tests.references import _reference_gap
 from tests.runs import (
@@ -256,3 +256,71 @@ def test_several_validation_loaders(tmp_path):
 def test_no_validation_data(tmp_path):
     with pytest.raises(ValueError, match="`source` to be 'train' without validation, but got 'validation'"):
         trainer_of(tmp_path, AbsentClassCalibration(source="validation")).fit(pretrained(), loader())
+
+
+def operating_point(**kwargs):
+    return AbsentClassCalibration(estimator="operating_point", estimator_kwargs=kwargs or None, source="validation")
+
+
+def test_an_operating_point_on_validation_data(tmp_path):
+    """It looks at the absent classes as well, and at those of the files' own weights."""
+    module, callback, (x, y) = pretrained(), operating_point(min_seen_accuracy=0.8), VAL.tensors
+    checkpoints = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer = trainer_of(tmp_path, callback, checkpoints)
+    with no_warnings():
+        trainer.fit(module, loader(), loader(VAL, shuffle=False))
+    for state in (module.state_dict(), *(read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"] for epoch in range(2))):
+        logits = raw_logits(state, x)
+        expected = best_gamma(logits, y, SEEN, ABSENT, min_seen_accuracy=0.8).item()
+        assert split_state(state)[1] == pytest.approx(expected, rel=1e-5)
+        assert split_accuracy(logits, y, SEEN, ABSENT, samples="seen").item() >= 0.8
+    assert callback.result.num_samples == len(VAL)
+    assert trainer.callback_metrics["val_acc_seen"] >= 0.8
+
+
+def test_an_operating_point_on_calibration_data(tmp_path):
+    class WithClean(Plain):
+        def calibration_dataloader(self):
+            return loader(VAL, shuffle=False)
+
+    module, callback, (x, y) = pretrained(WithClean), AbsentClassCalibration(estimator="operating_point"), VAL.tensors
+    trainer_of(tmp_path, callback).fit(module, loader())
+    assert callback.result.gamma == pytest.approx(best_gamma(raw_logits(module.state_dict(), x), y, SEEN).item(), 1e-5)
+
+
+def test_an_operating_point_without_labels_of_absent_classes(tmp_path):
+    callback = AbsentClassCalibration(estimator="operating_point")
+    with pytest.raises(ValueError, match=r"`source` to be 'validation' for the estimator 'operating_point', but got"):
+        trainer_of(tmp_path, callback).fit(pretrained(), loader())
+    module = pretrained()
+    with pytest.raises(ValueError, match=r"to hold labelled samples of the absent classes, .* but got none"):
+        trainer_of(tmp_path, operating_point()).fit(module, loader(), loader(blobs(SEEN, seed=7)))
+    assert get_gamma(module) is None
+
+
+def test_an_operating_point_that_no_gamma_reaches(tmp_path):
+    module = pretrained()
+    point = operating_point(min_seen_accuracy=1.0, min_absent_accuracy=1.0)
+    with pytest.raises(ValueError, match="to be an accuracy that some gamma reaches"):
+        trainer_of(tmp_path, point).fit(module, loader(), loader(VAL, shuffle=False))
+    assert get_gamma(module) is None
+
+
+def test_mixed_labels_do_not_tell_which_classes_are_seen(tmp_path):
+    class Mixed(Plain):
+        def calibration_dataloader(self):
+            return loader(VAL, shuffle=False)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def soft(samples):
+        x, y = torch.utils.data.default_collate(samples)
+        return x, nn.functional.one_hot(y, NUM_CLASSES).float()
+
+    callback = AbsentClassCalibration(estimator="operating_point")
+    with pytest.raises(ValueError, match="`seen_classes` to name the classes of the training data"):
+        trainer_of(tmp_path, callback).fit(pretrained(Mixed), loader(collate_fn=soft))
+    callback = AbsentClassCalibration(SEEN, estimator="operating_point")
+    trainer_of(tmp_path, callback).fit(pretrained(Mixed), loader(collate_fn=soft))
+    assert callback.result.num_samples == len(VAL)
