@@ -15,14 +15,13 @@ from functools import partial
 import torch
 from ideas import BEYOND_A_NUMBER, IDEAS, slope
 from recorded import Run, read_runs
+from torch import Tensor
 
-from lightning_calibft.estimators import make_estimator, needs_pretrained_logits
+from lightning_calibft.estimators import Estimator, make_estimator, needs_pretrained_logits
 from lightning_calibft.functional import best_gamma, split_accuracy
 
 Losses = dict[str, dict[str, float]]  # of each method on each run
-SLOPES = (0.5, 1.0, 2.0, 4.0)
-SIZES = (50, 200, 1000)
-DRAWS = 20
+SLOPES, SIZES, DRAWS = (0.5, 1.0, 2.0, 4.0), (50, 200, 1000), 20
 # Which runs to take how many of their seen and of their absent classes from.
 SOME_CLASSES = [
     *(("glyphs_resnet", "50", pair) for pair in ((78, 40), (78, 20), (78, 8), (10, 79))),
@@ -35,10 +34,15 @@ SOME_CLASSES = [
 
 def estimate(name: str, run: Run, **options: object) -> float:
     """Gamma by one of the package's estimators."""
+    return _metric(name, run, slice(None), **options).compute().item()
+
+
+def _metric(name: str, run: Run, index: Tensor | slice, **options: object) -> Estimator:
+    """An estimator that was fed with some samples of a run."""
     metric = make_estimator(name, run.split, options)
-    before = (run.pretrained_logits,) if needs_pretrained_logits(name) else ()
-    metric.update(run.logits, run.target, *before)
-    return metric.compute().item()
+    before = (run.pretrained_logits[index],) if needs_pretrained_logits(name) else ()
+    metric.update(run.logits[index], run.target[index], *before)
+    return metric
 
 
 ESTIMATORS: dict[str, Callable[[Run], float]] = {
@@ -197,15 +201,17 @@ def sample_sizes(runs: list[Run]) -> Iterator[str]:
             drawn = [result for run in runs for result in _draws(name, run, size)]
             errors, squares, held, lost = (statistics.mean(column) for column in zip(*drawn, strict=True))
             yield f"| `{name}` | {size:,} | {errors:.2f} | {squares**0.5:.2f} | {100 * held:.0f} % | {lost:.1f} |"
+        results = [_metric(name, run, slice(None)) for run in runs]
+        errors = statistics.mean(metric.standard_error.item() for metric in results)
+        lost = statistics.mean(run.loss(metric.compute().item()) for run, metric in zip(runs, results, strict=True))
+        yield f"| `{name}` | all | {errors:.2f} | | | {lost:.1f} |"
 
 
 def _draws(name: str, run: Run, size: int) -> Iterator[tuple[float, float, bool, float]]:
     everything, generator = estimate(name, run), torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
         index = torch.randint(len(run.target), (size,), generator=generator)
-        metric = make_estimator(name, run.split)
-        before = (run.pretrained_logits[index],) if needs_pretrained_logits(name) else ()
-        metric.update(run.logits[index], run.target[index], *before)
+        metric = _metric(name, run, index)
         gamma, error = metric.compute().item(), metric.standard_error.item()
         yield error, (gamma - everything) ** 2, abs(gamma - everything) <= 1.96 * error, run.loss(gamma)
 

@@ -42,9 +42,13 @@ class AbsentClassCalibration(FitCalibration):
         absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (better; keeps a copy of the weights that the fit
-            begins with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, or such a metric.
+            begins with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, such a metric, or ``"pcv"``:
+            :func:`~lightning_calibft.pseudo_cross_validation` with this module, its data and this Trainer's settings,
+            after the fit. Of the other callbacks it keeps those that shape the training, ``BaseFinetuning`` and
+            ``GradientAccumulationScheduler``; it writes and logs nothing.
         estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
-            ``"operating_point"``.
+            ``"operating_point"``; of ``"pcv"`` ``num_splits``, ``candidates``, ``seed``, ``folder`` and ``epochs``, the
+            share of the fit's epochs (or steps) that each training takes.
         source: On what gamma is found. ``"train"``: one more pass over the training data, in eval mode.
             ``"validation"``: such a pass over the validation data, of which only an ``"operating_point"`` looks at the
             samples of absent classes. ``"training_steps"``: the logits of each epoch's own training steps, for data

@@ -88,8 +88,17 @@ class Retraining:
         self._module.configure_callbacks = list  # type: ignore[method-assign]
 
     def check(self, trainer: Trainer) -> None:
-        """Look at the training data when they exist; see :func:`check_loaders` for what is raised."""
+        """Look at the training data when they exist, and announce what is to come.
+
+        Raises:
+            ValueError: See :func:`~lightning_calibft.callback.restricted.check_loaders`.
+        """
         check_loaders(trainer.train_dataloader)
+        splits, times = self.plan.num_splits, self.plan.num_splits * self.plan.epochs / 2
+        rank_zero_info(
+            f"AbsentClassCalibration(estimator='pcv') will train {splits} more models when this fit has ended, on about"
+            f" half of the classes each: about {times:.1f} times as long as this fit again."
+        )
 
     def run(
         self,

@@ -364,6 +364,9 @@ def test_what_it_will_cost_is_said(tmp_path, caplog, capsys):
     assert "3 more trainings, on 50 %, 50 %, 50 % of the 48 samples. Each trains as long as 2 epochs" in caplog.text
     assert "/18 [" in capsys.readouterr().err  # three fits of two epochs of three batches
     assert caplog.text.count("GPU available") == 1
+    before, _ = caplog.text.split("`Trainer.fit` stopped")
+    assert "'pcv') will train 3 more models when this fit has ended" in before
+    assert "about 1.5 times as long as this fit again" in before
 
 
 class Uncopyable(Plain):
