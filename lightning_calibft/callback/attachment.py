@@ -25,7 +25,7 @@ from lightning_calibft.estimators import (
     needs_pretrained_logits,
 )
 from lightning_calibft.functional._inputs import check_choice
-from lightning_calibft.head import HeadNotFoundError, attach, find_head, num_classes
+from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, num_classes
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
@@ -111,7 +111,7 @@ class HeadAttachment(Callback):
         self._before.forget()
 
     def _attach_late(self, trainer: Trainer, model: LightningModule) -> None:
-        if self._late is not None:
+        if self._late is not None or not attached_heads(model):  # built, or built anew, in the module's `setup`
             self._forget_late()
             self._attach(model)
 

@@ -59,7 +59,7 @@ def fit_nested(
             log_every_n_steps=0,
         )
         try:
-            nested.fit(module.train(), **_data(trainer, loaders))
+            nested.fit(module, **_data(trainer, loaders))
         except SystemExit:
             if nested.interrupted:  # Lightning leaves the process then, but the user's Trainer has to end first
                 raise KeyboardInterrupt from None

@@ -131,7 +131,7 @@ class Retraining:
             loaders, share = data.of_classes(pseudo_split.seen_classes)
             shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
-            return reset_gamma(module.to(device))
+            return module.to(device)
 
         def read(module: nn.Module) -> Pass:
             return replace(reading, model=module, progress=False)

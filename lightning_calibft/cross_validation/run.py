@@ -122,10 +122,10 @@ def pseudo_cross_validation(
         rank_zero_info(cost(plan, split, rows))
 
         def fit(_: int, pseudo_split: ClassSplit) -> nn.Module:
-            tuned = copy.deepcopy(before).train()
+            tuned = copy.deepcopy(before)
             tuned = fit_fn(tuned, Subset(dataset, of_classes(rows, pseudo_split.seen_classes))) or tuned
             bar.update()
-            return reset_gamma(attach(tuned, head))
+            return attach(tuned, head)
 
         return cross_validate(
             plan,

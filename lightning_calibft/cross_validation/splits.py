@@ -81,8 +81,8 @@ def cross_validate(
         plan: How many splits, and among which candidates.
         split: The seen and the absent classes.
         before: The model before fine-tuning, its head attached, with gamma 0.
-        fit: Fine-tunes a copy of it on the seen classes of a pseudo split and returns it, its head attached, with
-            gamma 0. It gets the number of the split as well.
+        fit: Fine-tunes a copy of it on the seen classes of a pseudo split and returns it, its head attached. It gets
+            the number of the split as well.
         reading: Prepares a pass of a model over the fine-tuning data of all seen classes.
         num_samples: How many samples that is.
         settings: What else the outcome depends on, as plain types.

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft.files import StrPath, replace_atomically
-from lightning_calibft.head import CHILD_NAME
 
 
 class SplitStore:
@@ -63,10 +62,10 @@ class SplitStore:
 
 
 def digest(model: nn.Module) -> str:
-    """Tell the weights of a model in a few letters, without its calibration."""
+    """Tell the weights of a model in a few letters."""
     hashed = hashlib.sha256()
     for key, value in model.state_dict().items():
-        if isinstance(value, Tensor) and CHILD_NAME not in key:
+        if isinstance(value, Tensor):
             hashed.update(key.encode())
             hashed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()[:16]

@@ -201,3 +201,15 @@ def test_a_compiled_module(tmp_path):
     x = VAL.tensors[0]
     shift = gamma * torch.isin(torch.arange(NUM_CLASSES), torch.tensor(ABSENT))
     torch.testing.assert_close(module.eval()(x), raw_logits(module.state_dict(), x) + shift)
+
+
+def test_a_head_that_setup_builds_anew(tmp_path):
+    """The one that is there when the callback is set up is not the one that is trained."""
+
+    class Anew(Plain):
+        def setup(self, stage):
+            self.fc = torch.nn.Linear(16, NUM_CLASSES)
+
+    module = Anew()
+    trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader(), loader(VAL, shuffle=False))
+    assert_calibrated(module.state_dict())

@@ -469,6 +469,33 @@ def test_restricted_loaders(make, number):
     assert all((row == DATA.tensors[0]).all(1).any() for row in inputs)
 
 
+class SetUpOnce(Watched):
+    """Builds its head anew whenever it is set up."""
+
+    def setup(self, stage):
+        self.fc = nn.Linear(16, 6)
+        self.load_state_dict(pretrained_weights())
+
+    def teardown(self, stage):
+        assert self.trainer is not None
+        type(self).torn_down = getattr(type(self), "torn_down", 0) + 1
+
+
+def test_a_module_is_set_up_and_torn_down_once(tmp_path, fits):
+    SetUpOnce.fits = fits
+    module, callback = SetUpOnce(), pcv()
+    trainer_of(tmp_path, callback).fit(module, loader(DATA))
+    assert callback.result.gamma == pytest.approx(sum(_reference(fits[1:])) / 3, abs=1e-4)
+    assert SetUpOnce.torn_down == 1
+
+
+def test_frozen_modules_stay_frozen(tmp_path, fits):
+    module = pretrained(Watched)
+    module.body[1].eval()
+    trainer_of(tmp_path, pcv()).fit(module, loader(DATA))
+    assert all(fit["after"]["body.1.num_batches_tracked"] == 30 for fit in fits)  # those of pre-training
+
+
 class Spy(Callback):
     """What the user's own callbacks see of a fit."""
 

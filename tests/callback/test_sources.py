@@ -140,6 +140,18 @@ def test_training_goes_as_it_would_without(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
+def test_labels_that_the_step_writes_over(tmp_path):
+    class Overwriting(Watched):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step((batch[0], batch[1].clone()), batch_idx)
+            batch[1].fill_(-100)
+            return loss
+
+    module, callback = pretrained(Overwriting), steps()
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0], rel=1e-9)
+
+
 def test_an_estimator_and_its_arguments(tmp_path):
     module = pretrained(Watched)
     callback = steps(estimator="quantile_gap", estimator_kwargs={"quantile": 0.5})

@@ -38,7 +38,7 @@ class Fit:
     def __call__(self, model, dataset):
         if len(self.models) == self.stop_at:
             os.kill(os.getpid(), 9)
-        assert model.training
+        assert get_gamma(model) is None
         self.classes.append(sorted({int(y) for _, y in dataset}))
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         for x, y in DataLoader(dataset, 8, shuffle=True):
@@ -113,10 +113,36 @@ def test_nothing_of_the_callers_changes():
     assert get_gamma(before) == 1.5
     assert torch.equal(torch.get_rng_state(), streams[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == streams[1:]
-    assert pseudo_cross_validation(before, DATA, Fit(), progress=False) == first  # the seed decides
+    torch.manual_seed(6)
+    assert pseudo_cross_validation(before, DATA, Fit(), progress=False) == first  # the seed alone decides
     assert pseudo_cross_validation(before, DATA, Fit(), seed=1, progress=False).gamma != first.gamma
     assert not attached_heads(pretrained())
     assert pseudo_cross_validation(pretrained(), DATA, Fit(), progress=False).gamma == first.gamma
+
+
+def test_modes_are_those_of_the_model():
+    """What is frozen stays so."""
+    before = pretrained()
+    before.body[1].eval()
+
+    def fit(model, dataset):
+        modes = {name: module.training for name, module in model.named_modules()}
+        assert modes.items() >= {name: module.training for name, module in before.named_modules()}.items()
+        return Fit()(model, dataset)
+
+    pseudo_cross_validation(before, DATA, fit, progress=False)
+    assert not before.body[1].training
+    assert before.training
+
+
+def test_a_model_that_the_fit_has_calibrated():
+    """Gamma is found on the raw logits."""
+
+    def fit(model, dataset):
+        return set_gamma(Fit()(model, dataset), 3.0, SEEN)
+
+    expected = pseudo_cross_validation(pretrained(), DATA, Fit(), progress=False)
+    assert pseudo_cross_validation(pretrained(), DATA, fit, progress=False) == expected
 
 
 def test_what_it_will_cost_is_said_first(caplog, capsys):
