@@ -8,14 +8,10 @@ import torch
 
 from lightning_calibft.functional import ausuc, best_gamma, seen_unseen_curve
 from tests.golden import EXPECTED, load
-from tests.references import _reference_at_gamma, _reference_ausuc, _reference_gammas, _reference_margins, random_case
+from tests.references import _reference_at_gamma, _reference_ausuc, random_case
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def _harmonic(a, b):
-    return 2 * a * b / (a + b) if a + b else 0.0
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -25,16 +21,6 @@ def test_ausuc_of_real_runs(name, average):
     value = ausuc(data["test_logits"], data["test_target"], data["seen_classes"], average=average)
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(expected[f"ausuc_{average}"], rel=1e-12)
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_best_gamma_of_real_runs(name):
-    data, expected = load(name), EXPECTED[name]
-    args = data["test_logits"], data["test_target"], data["seen_classes"]
-    gamma = best_gamma(*args).item()
-    assert gamma == pytest.approx(sum(expected["best_gamma_interval_first"]) / 2, rel=1e-12)
-    classes = data["seen_classes"].tolist(), data["absent_classes"].tolist()
-    assert _reference_at_gamma(*args[:2], *classes, gamma)[2] == pytest.approx(expected["best_accuracy"], rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -58,22 +44,6 @@ def test_curve_equals_brute_force(seed, average, dtype):
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("average", ["micro", "macro"])
-@pytest.mark.parametrize("criterion", ["accuracy", "harmonic_mean"])
-def test_best_gamma_equals_brute_force(seed, average, criterion):
-    case = random_case(seed)
-    margins = _reference_margins(case[0], *case[2:])
-    points = [_reference_at_gamma(*case, gamma, average) for gamma in _reference_gammas(case[0], *case[2:])]
-    scores = [overall if criterion == "accuracy" else _harmonic(seen, absent) for seen, absent, overall in points]
-    first = next(k for k, score in enumerate(scores) if score > max(scores) - 1e-12)
-    last = first
-    while points[last + 1] == points[first]:
-        last += 1
-    gamma = best_gamma(*case, criterion=criterion, average=average)
-    assert gamma == (margins[first - 1] + margins[last]) / 2
-
-
 def test_equal_margins_are_one_step():
     logits = torch.tensor([[1.0, -9.0, 0.0], [-9.0, 1.0, 0.0], [1.0, -9.0, 0.0], [-9.0, 1.0, 0.0]])
     curve = seen_unseen_curve(logits, torch.tensor([0, 2, 2, 1]), [0, 1])
@@ -84,42 +54,6 @@ def test_equal_margins_are_one_step():
 def test_margins_of_wrong_samples_are_no_step():
     logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
     assert seen_unseen_curve(logits, torch.tensor([0, 2]), [0, 1])[2].tolist() == [3.0]
-
-
-@pytest.mark.parametrize(
-    ("logits", "target", "expected"),
-    [
-        ([[3.0, -9.0, 0.0], [-9.0, 5.0, 0.0], [0.0, 0.0, 2.0]], [0, 1, 2], 0.5),  # (-2, 3)
-        ([[3.0, 0.0, 0.0], [-9.0, 5.0, 0.0], [5.0, 0.0, 5.0]], [1, 1, 2], 2.5),  # (0, 5)
-        ([[0.0, -9.0, 2.0], [3.0, 0.0, 0.0]], [0, 1], NAN),  # no absent sample
-        ([[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]], [0, 2], 3.0),  # (2, inf): one logit beyond
-        ([[1.0, 2.0, 0.0], [0.0, 0.0, 2.0]], [0, 2], 0.0),  # (-2, inf) holds 0
-        ([[9.0, 0.0, 0.0], [0.0, 0.0, 4.0]], [1, 0], NAN),
-    ],
-)
-def test_middle_of_the_best_interval(logits, target, expected):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gamma = best_gamma(torch.tensor(logits), torch.tensor(target), [0, 1])
-    assert gamma.item() == pytest.approx(expected, nan_ok=True)
-
-
-def test_unbounded_below_and_nothing_right():
-    logits = torch.tensor([[0.0, -9.0, -9.0, 4.0], [0.0, 0.0, 1.0, 3.0]])
-    assert best_gamma(logits, torch.tensor([0, 2]), [0, 1]) == -5.0  # (-inf, -4): one logit beyond
-    logits = torch.tensor([[4.0, -9.0, -9.0, 0.0], [0.0, 0.0, 1.0, 3.0]])
-    assert best_gamma(logits, torch.tensor([0, 2]), [0, 1]) == 0.0  # (-inf, 4)
-    assert best_gamma(logits, torch.tensor([1, 2]), [0, 1]) == 0.0  # no margin at all
-    assert ausuc(logits, torch.tensor([1, 2]), [0, 1]) == 0.0
-
-
-def test_best_interval_is_never_empty_between_infinite_margins():
-    logits = torch.tensor([[INF, 0.0, 1.0, 0.0], [2.0, 0.0, 1.0, 0.0], [0.0, 0.0, -INF, 3.0]])
-    assert best_gamma(logits, torch.tensor([0, 0, 3]), [0, 1]).isfinite()
-    logits = torch.tensor([[0.0, 0.0, INF], [3.0, 0.0, 1.0]])
-    assert best_gamma(logits, torch.tensor([2, 0]), [0, 1]) == 0.0  # (-inf, 2)
-    logits = torch.tensor([[2.0, 0.0, INF, 0.0], [0.0, 0.0, 1.0, 3.0]])
-    assert best_gamma(logits, torch.tensor([0, 2]), [0, 1]) == 0.0  # right below -inf only: no gamma is better
 
 
 @pytest.mark.parametrize("row", [[NAN, 0.0, 0.0], [9.0, NAN, 0.0], [9.0, 0.0, NAN], [-INF, -INF, 1.0], [INF, 0.0, INF]])

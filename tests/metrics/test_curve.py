@@ -57,9 +57,10 @@ def test_accuracies_at_any_gamma(cls, average, seed):
         values = metric.accuracies(gamma)
         reference = _reference_at_gamma(logits, target, seen, absent, max(-1e9, min(gamma, 1e9)), average)
         assert [values[key].item() for key in ("seen", "absent", "all")] == pytest.approx(reference, abs=1e-12)
-    for criterion in ("accuracy", "harmonic_mean"):
-        expected = best_gamma(logits, target, seen, absent, average=average, criterion=criterion)
-        assert metric.best_gamma(criterion) == expected
+    for criterion in ("accuracy", "harmonic_mean", "equal_accuracies"):
+        for asked in ({}, {"min_seen_accuracy": 0.3}, {"min_absent_accuracy": 0.3}):
+            expected = best_gamma(logits, target, seen, absent, average=average, criterion=criterion, **asked)
+            assert metric.best_gamma(criterion, **asked) == expected
 
 
 def test_accuracies_agree_with_calibrated_logits():
@@ -85,6 +86,18 @@ def test_accuracies_follow_new_samples():
     assert metric.accuracies(0.0)["all"].item() == pytest.approx(reference[2])
     metric.reset()
     assert metric._curve is None
+
+
+def test_accuracies_that_no_gamma_reaches():
+    logits, target, seen, absent = random_case(0)
+    metric = AUSUC(9, seen, absent)
+    with pytest.raises(ValueError, match="`min_seen_accuracy` to be a number in"):
+        metric.best_gamma(min_seen_accuracy=80)
+    metric.update(logits, target)
+    best = metric.accuracies(-math.inf)["seen"].item()
+    with pytest.raises(ValueError, match=rf"`min_seen_accuracy` .* the best is {best}\."):
+        metric.best_gamma(min_seen_accuracy=1.0)
+    assert metric.best_gamma(min_seen_accuracy=best).isfinite()
 
 
 def test_only_one_group():
