@@ -138,8 +138,8 @@ class Retraining:
 
         with tqdm(desc="Cross-validating", unit="step", disable=not shown, leave=False) as bar:
             number = len(of_classes(data.rows, split.seen_classes))
-            settings = {"epochs": self.plan.epochs, **limits}
-            return cross_validate(self.plan, split, before, fit, read, number, settings)
+            settings = {"epochs": self.plan.epochs, "num_samples": number, **limits}
+            return cross_validate(self.plan, split, before, fit, read, settings)
 
     def forget(self) -> None:
         """Free the memory."""

@@ -133,8 +133,7 @@ def pseudo_cross_validation(
             before,
             fit,
             lambda net: Pass(net, [loader], reader=reader, progress=False),
-            num_samples=len(of_classes(rows, split.seen_classes)),
-            settings={},
+            settings={"num_samples": len(of_classes(rows, split.seen_classes))},
         )
 
 

@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.cross_validation.store import SplitStore, digest
+from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.files import StrPath
 from lightning_calibft.functional._curve import UnreachableAccuracyError
 from lightning_calibft.functional._inputs import check_choice
@@ -72,7 +73,6 @@ def cross_validate(
     before: nn.Module,
     fit: Callable[[int, ClassSplit], nn.Module],
     reading: Callable[[nn.Module], Pass],
-    num_samples: int,
     settings: Mapping[str, Any],
 ) -> CalibrationResult:
     """Fine-tune once for each pseudo split, and average the gammas that bring the pseudo-absent classes back.
@@ -83,8 +83,7 @@ def cross_validate(
         before: The model before fine-tuning, its head attached, with gamma 0.
         fit: Fine-tunes a copy of it on the seen classes of a pseudo split and returns it, its head attached. It gets
             the number of the split as well.
-        reading: Prepares a pass of a model over the fine-tuning data of all seen classes.
-        num_samples: How many samples that is.
+        reading: Prepares a pass of a model over samples of all seen classes.
         settings: What else the outcome depends on, as plain types.
 
     Returns:
@@ -94,32 +93,35 @@ def cross_validate(
         ValueError: If there are too few seen classes, no split has a gamma, or ``plan.folder`` holds other runs.
     """
     pseudo_splits = plan.pseudo_splits(split)
-    facts = {"candidates": plan.candidates, "seed": plan.seed, "weights": digest(before), "num_samples": num_samples}
+    facts = {"candidates": plan.candidates, "seed": plan.seed, "weights": digest(before)}
     classes = {"seen_classes": list(split.seen_classes), "absent_classes": list(split.absent_classes)}
     store = SplitStore(plan.folder, {**facts, **classes, **settings})
     known = [store.read(index) for index in range(plan.num_splits)]
-    accuracies = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []
+    needed = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []
     for index, pseudo_split in enumerate(pseudo_splits):
         if known[index] is None:
             _seed(plan.seed + index)  # so that a resumed run goes as one that was not stopped
             curve = SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
             read = reading(fit(index, pseudo_split))
             read.feed(curve.to(read.device), split)
-            outcome = {"gamma": _gamma(curve, accuracies[index]), "pretrained_accuracy": accuracies[index]}
+            outcome = {**needed[index], "gamma": _gamma(curve, needed[index]["pretrained_accuracy"])}
             store.write(index, {**outcome, "pseudo_seen": list(pseudo_split.seen_classes)})
             known[index] = outcome
-    return _result([outcome["gamma"] for outcome in known if outcome is not None], split, num_samples)
+    return _result([outcome for outcome in known if outcome is not None], split)
 
 
-def _accuracies_before(reading: Pass, split: ClassSplit, pseudo_splits: list[ClassSplit]) -> list[float]:
+def _accuracies_before(reading: Pass, split: ClassSplit, pseudo_splits: list[ClassSplit]) -> list[dict[str, Any]]:
     """Accuracy of the model before fine-tuning on the pseudo-absent samples of each split."""
     curves = [
-        SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
+        OperatingPoint(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
         for pseudo_split in pseudo_splits
     ]
     metrics = MetricCollection({str(index): curve for index, curve in enumerate(curves)}, compute_groups=False)
     reading.feed(metrics.to(reading.device), split)
-    return [float(curve.accuracies(0.0)["absent"]) for curve in curves]
+    return [
+        {"pretrained_accuracy": float(curve.accuracies(0.0)["absent"]), "num_samples": curve.num_samples}
+        for curve in curves
+    ]
 
 
 def _gamma(curve: SeenUnseenCurve, least: float) -> float | None:
@@ -129,7 +131,8 @@ def _gamma(curve: SeenUnseenCurve, least: float) -> float | None:
         return None
 
 
-def _result(gammas: list[float | None], split: ClassSplit, num_samples: int) -> CalibrationResult:
+def _result(outcomes: list[dict[str, Any]], split: ClassSplit) -> CalibrationResult:
+    gammas = [outcome["gamma"] for outcome in outcomes]
     found = [gamma for gamma in gammas if gamma is not None]
     dropped = [str(index) for index, gamma in enumerate(gammas) if gamma is None]
     if not found:
@@ -144,7 +147,7 @@ def _result(gammas: list[float | None], split: ClassSplit, num_samples: int) -> 
             " the pseudo-absent classes back to the accuracy that the model had before fine-tuning."
         )
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return CalibrationResult(statistics.mean(found), error, num_samples, split, "pcv")
+    return CalibrationResult(statistics.mean(found), error, outcomes[0]["num_samples"], split, "pcv")
 
 
 def _seed(seed: int) -> None:

@@ -36,7 +36,7 @@ class SplitStore:
             return None
         try:
             outcome = json.loads(path.read_text())
-            settings, gamma = outcome.pop("settings"), outcome["gamma"]
+            settings, gamma, _ = outcome.pop("settings"), outcome["gamma"], outcome["num_samples"]
         except (KeyError, TypeError, ValueError):  # not one of ours, or damaged
             return None
         if not isinstance(gamma, (float, type(None))):

@@ -105,9 +105,9 @@ def raw(state, x):
         return module(x)
 
 
-def _reference(fits, candidates="seen"):
+def _reference(fits, candidates="seen", data=DATA):
     """Gamma of each nested fit from the weights it ended with."""
-    x, y = DATA.tensors
+    x, y = data.tensors
     gammas = []
     for fit in fits:
         kept = sorted(fit["labels"])
@@ -155,6 +155,14 @@ def test_all_candidates(tmp_path, fits):
     trainer_of(tmp_path, callback).fit(pretrained(Watched), loader(DATA))
     gammas = [gamma for gamma in _reference(fits[1:], "all") if gamma is not None]
     assert callback.result.gamma == pytest.approx(sum(gammas) / len(gammas), abs=1e-4)
+
+
+def test_gamma_from_validation_data(tmp_path, fits):
+    """Trained on the training data, chosen on the seen classes of the validation data."""
+    callback = AbsentClassCalibration(estimator="pcv", source="validation")
+    trainer_of(tmp_path, callback).fit(pretrained(Watched), loader(DATA), loader(VAL, shuffle=False))
+    assert callback.result.gamma == pytest.approx(sum(_reference(fits[1:], data=VAL)) / 3, abs=1e-4)
+    assert callback.result.num_samples == 32
 
 
 class Finetuning(BaseFinetuning):
