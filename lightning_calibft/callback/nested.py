@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.compile import to_uncompiled
 from tqdm.auto import tqdm
 from typing_extensions import override
 
@@ -38,8 +41,11 @@ def fit_nested(
         KeyboardInterrupt: If the fit was interrupted.
     """
     device, limit = trainer.strategy.root_device, trainer.limit_train_batches
-    with _quiet():
+    with _quiet(), tempfile.TemporaryDirectory() as nowhere:
         nested = Trainer(
+            # On SLURM, Lightning would resume from a file of the user's job, and save this fit in its place.
+            default_root_dir=nowhere,
+            plugins=[LightningEnvironment()],
             **limits,
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -108,7 +114,10 @@ def copy_of(module: LightningModule) -> LightningModule:
         trainer = None
     module.trainer = None
     try:
-        return copy.deepcopy(module)
+        copied = copy.deepcopy(module)
+        with suppress(ValueError):  # it is not compiled
+            to_uncompiled(copied)  # compiled steps of a copy are those of the original
+        return copied
     except Exception as error:  # whatever its attributes raise
         raise TypeError(
             f"Expected a module that `copy.deepcopy` can copy for the estimator 'pcv', which fine-tunes copies of it,"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -22,7 +23,7 @@ from torch.utils.data import (
 
 from lightning_calibft.calibration import BatchReader, calibration_loaders, sample_indices
 
-_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 def check_loaders(loaders: Any) -> None:
@@ -73,20 +74,27 @@ class RestrictedData:
 
 def _rows(loader: DataLoader, reader: BatchReader) -> Tensor:
     (in_order,) = calibration_loaders(loader)
-    return torch.cat([reader.rows(batch).cpu() for batch in in_order])
+    rows = torch.cat([reader.rows(batch).cpu() for batch in in_order])
+    if len(rows) != (number := len(sample_indices(loader))):
+        raise ValueError(
+            f"Expected training data with one sample an index for the estimator 'pcv', but {number} indices give"
+            f" {len(rows)} labels. Let the loader make the batches, or call `pseudo_cross_validation`."
+        )
+    return rows
 
 
 def _restricted(loader: DataLoader, kept: Tensor) -> DataLoader:
-    indices = torch.tensor(list(sample_indices(loader)))[kept].tolist()
-    subset = Subset(loader.dataset, indices)
-    batch_sampler = cast("BatchSampler | None", loader.batch_sampler)
-    batch_size = None if batch_sampler is None else batch_sampler.batch_size
+    subset = Subset(loader.dataset, torch.tensor(list(sample_indices(loader)))[kept].tolist())
+    sampler, batches = _sampler(loader.sampler, subset, kept), cast("BatchSampler | None", loader.batch_sampler)
+    drawn = len(cast(Sized, sampler))
     return DataLoader(
         subset,
-        batch_size=batch_size,
-        sampler=_sampler(loader.sampler, subset, indices, float(kept.double().mean())),
-        # Else a small part could leave no batch at all.
-        drop_last=batch_sampler is not None and batch_sampler.drop_last and len(subset) >= batch_sampler.batch_size,
+        batch_size=None if batches is None else batches.batch_size,
+        sampler=sampler,
+        # Not if it leaves no batch at all; and no last batch of one sample, which batch normalization may refuse.
+        drop_last=batches is not None
+        and drawn >= batches.batch_size
+        and (batches.drop_last or drawn % batches.batch_size == 1),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -97,11 +105,16 @@ def _restricted(loader: DataLoader, kept: Tensor) -> DataLoader:
     )
 
 
-def _sampler(sampler: Any, subset: Subset, indices: list[int], share: float) -> Sampler | None:
-    """Return a sampler of the same kind, which draws as large a share of its samples."""
+def _sampler(sampler: Any, subset: Subset, kept: Tensor) -> Sampler:
+    """Return a sampler of the same kind, which draws as often from the subset as the user's does on average."""
     if isinstance(sampler, WeightedRandomSampler):
-        weights = sampler.weights[indices].tolist()
-        return WeightedRandomSampler(weights, max(1, round(sampler.num_samples * share)), sampler.replacement)
-    if isinstance(sampler, RandomSampler) and sampler.replacement:
-        return RandomSampler(subset, replacement=True, num_samples=max(1, round(sampler.num_samples * share)))
-    return None if isinstance(sampler, SequentialSampler) else RandomSampler(subset)
+        weights = sampler.weights[subset.indices]
+        drawn = max(1, round(sampler.num_samples * float(weights.sum() / sampler.weights.sum())))
+        return WeightedRandomSampler(
+            weights.tolist(), drawn if sampler.replacement else min(drawn, len(subset)), sampler.replacement
+        )
+    if isinstance(sampler, RandomSampler):
+        drawn = max(1, round(sampler.num_samples * float(kept.double().mean())))
+        return RandomSampler(subset, sampler.replacement, drawn)
+    in_order = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
+    return SequentialSampler(subset) if in_order else RandomSampler(subset)

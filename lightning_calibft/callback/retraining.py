@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -34,7 +35,7 @@ class RetrainingPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.epochs, (int, float)) and 0 < self.epochs < math.inf):
+        if isinstance(self.epochs, bool) or not (isinstance(self.epochs, (int, float)) and 0 < self.epochs < math.inf):
             raise ValueError(f"Expected argument `epochs` to be a positive share, but got {self.epochs!r}.")
 
 
@@ -91,9 +92,16 @@ class Retraining:
         """Look at the training data when they exist, and announce what is to come.
 
         Raises:
-            ValueError: See :func:`~lightning_calibft.callback.restricted.check_loaders`.
+            ValueError: See :func:`~lightning_calibft.callback.restricted.check_loaders`; or if a scheduler watches
+                what this callback logs.
         """
         check_loaders(trainer.train_dataloader)
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and str(config.monitor).startswith(("val_ausuc", "val_acc")):
+                raise ValueError(
+                    f"Expected learning rate schedulers to watch what the module logs by itself for the estimator"
+                    f" 'pcv', but got {config.monitor!r}, which the fits of copies do not log. Watch another value."
+                )
         splits, times = self.plan.num_splits, self.plan.num_splits * self.plan.epochs / 2
         rank_zero_info(
             f"AbsentClassCalibration(estimator='pcv') will train {splits} more models when this fit has ended, on about"
@@ -102,7 +110,7 @@ class Retraining:
 
     def run(
         self,
-        trainer: Trainer,
+        trainer: Any,
         weights: Mapping[str, Tensor],
         reading: Pass,
         split: ClassSplit,
@@ -121,14 +129,16 @@ class Retraining:
         reset_gamma(before.to(device))
         data = RestrictedData(trainer.train_dataloader, reading.reader)
         limits = self._limits(trainer, 1.0)
-        length = ", ".join(f"{value} {name.removeprefix('max_')}" for name, value in limits.items() if value > 0)
-        rank_zero_info(f"{cost(self.plan, split, data.rows)} Each trains as long as {length} of the whole.")
+        steps, epochs = limits.get("max_steps"), limits["max_epochs"]
+        length = f"{epochs} epochs of its part" if steps is None else f"its share of {steps} steps"
+        rank_zero_info(f"{cost(self.plan, split, data.rows)} Each trains for {length}.")
         progress_bar = trainer.progress_bar_callback
         shown = progress_bar is not None and getattr(progress_bar, "is_enabled", True)
 
         def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
             module = copy_of(before)
-            loaders, share = data.of_classes(pseudo_split.seen_classes)
+            parts, share = data.of_classes(pseudo_split.seen_classes)
+            loaders = CombinedLoader(parts, trainer.fit_loop._combined_loader._mode)  # private, and told nowhere else
             shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
             return module.to(device)
@@ -147,6 +157,6 @@ class Retraining:
 
     def _limits(self, trainer: Trainer, share: float) -> dict[str, Any]:
         """How long to train on a share of the samples."""
-        if trainer.max_steps != -1:
+        if 0 <= trainer.max_steps <= trainer.global_step:  # what ended the fit
             return {"max_epochs": -1, "max_steps": max(1, round(trainer.global_step * self.plan.epochs * share))}
         return {"max_epochs": max(1, round(trainer.current_epoch * self.plan.epochs))}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_calibft.calibration import (
@@ -68,7 +68,7 @@ def pseudo_cross_validation(
             fine-tunes and returns it (or returns ``None`` and has changed the copy).
         seen_classes: Rows of the at least three fine-tuning classes. ``None``: the labels in ``dataset``.
         absent_classes: Rows of the absent classes. ``None``: all that are not seen.
-        num_splits: Number of splits, drawn anew each.
+        num_splits: Number of splits, each with another half as long as there are any.
         candidates: Among which classes predictions are made: ``"seen"``, or ``"all"``, where the absent classes are
             shifted together with those that play absent.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
@@ -79,7 +79,8 @@ def pseudo_cross_validation(
         num_workers: Processes that read them.
         collate_fn: Makes a batch of samples, as a ``DataLoader`` takes it.
         seed: Of the splits; the random numbers of training follow from it as well.
-        folder: Where finished splits are kept. A run that was stopped goes on from there.
+        folder: Where finished splits are kept. A run that was stopped goes on from there. What ``fit_fn`` does it
+            cannot know: name another folder when that changes.
         progress: Whether to show a progress bar of the splits.
 
     Returns:
@@ -88,7 +89,7 @@ def pseudo_cross_validation(
     Raises:
         ValueError: If there are fewer than three seen classes, no split has such a gamma, ``folder`` holds the splits
             of a run with other settings, or what ``calibrate`` refuses.
-        TypeError: If a target does not hold class ids.
+        TypeError: If a target does not hold class ids, or ``dataset`` or what ``fit_fn`` returns is of the wrong type.
 
     Example:
         >>> import torch
@@ -112,6 +113,13 @@ def pseudo_cross_validation(
         >>> _ = set_gamma(pretrained, result.gamma, result.split.seen_classes, result.split.absent_classes)
     """
     plan = Plan(num_splits, candidates, seed, folder)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"Expected argument `dataset` to be map-style, of which a part can be taken, but got a"
+            f" {type(dataset).__name__}. Read it into a list."
+        )
+    if not callable(fit_fn):
+        raise TypeError(f"Expected argument `fit_fn` to be a function, but got {fit_fn!r}.")
     before = reset_gamma(attach(copy.deepcopy(model), head))
     width = head_width(before)
     reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, width))
@@ -123,7 +131,10 @@ def pseudo_cross_validation(
 
         def fit(_: int, pseudo_split: ClassSplit) -> nn.Module:
             tuned = copy.deepcopy(before)
-            tuned = fit_fn(tuned, Subset(dataset, of_classes(rows, pseudo_split.seen_classes))) or tuned
+            returned = fit_fn(tuned, Subset(dataset, of_classes(rows, pseudo_split.seen_classes)))
+            if not isinstance(returned, (nn.Module, type(None))):
+                raise TypeError(f"Expected argument `fit_fn` to return a model or None, but got {returned!r}.")
+            tuned = tuned if returned is None else returned
             bar.update()
             return attach(tuned, head)
 
@@ -167,8 +178,17 @@ def of_classes(rows: Tensor, classes: Sequence[int]) -> list[int]:
 
 
 def cost(plan: Plan, split: ClassSplit, rows: Tensor) -> str:
-    """Say in a line what the trainings cost."""
+    """Say in a line what the trainings cost.
+
+    Raises:
+        ValueError: If a half has no samples.
+    """
     total = len(of_classes(rows, split.seen_classes))
     parts = [len(of_classes(rows, part.seen_classes)) for part in plan.pseudo_splits(split)]
+    if 0 in parts or total in parts:
+        raise ValueError(
+            "Expected argument `seen_classes` to name classes of which each half has samples in the fine-tuning data,"
+            f" but of {total} samples one has {'none' if 0 in parts else 'all'}. Leave out the classes without samples."
+        )
     shares = ", ".join(f"{100 * part / max(1, total):.0f} %" for part in parts)
     return f"Pseudo cross-validation: {len(parts)} more trainings, on {shares} of the {total:,} samples."

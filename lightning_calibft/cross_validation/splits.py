@@ -22,7 +22,7 @@ from lightning_calibft.files import StrPath
 from lightning_calibft.functional._curve import UnreachableAccuracyError
 from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.metrics import SeenUnseenCurve
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.split import ClassSplit, _is_integer
 
 Candidates = Literal["seen", "all"]
 
@@ -32,6 +32,7 @@ class Plan:
     """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
 
     Raises:
+        TypeError: If ``num_splits`` or ``seed`` is no integer.
         ValueError: If ``num_splits`` is less than 1, or ``candidates`` is neither ``"seen"`` nor ``"all"``.
     """
 
@@ -41,12 +42,15 @@ class Plan:
     folder: StrPath | None = None
 
     def __post_init__(self) -> None:
+        for name in ("num_splits", "seed"):
+            if not _is_integer(value := getattr(self, name)):
+                raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
         if self.num_splits < 1:
             raise ValueError(f"Expected argument `num_splits` to be at least 1, but got {self.num_splits}.")
         check_choice("candidates", self.candidates, get_args(Candidates))
 
     def pseudo_splits(self, split: ClassSplit) -> list[ClassSplit]:
-        """Draw the halves of the seen classes: one stays seen, the other plays absent.
+        """Draw halves of the seen classes, each another as long as there are any: one stays seen, one plays absent.
 
         Raises:
             ValueError: If there are fewer than three seen classes.
@@ -57,14 +61,14 @@ class Plan:
                 f"Expected argument `seen_classes` to hold at least 3 classes, of which a part can play absent, but got"
                 f" {len(seen)}. Choose another `estimator`."
             )
-        draws = random.Random(self.seed)
+        draws, size = random.Random(self.seed), math.ceil(len(seen) / 2)
         rest = split.absent_classes if self.candidates == "all" else ()
-        pseudo_splits = []
-        for _ in range(self.num_splits):
-            kept = sorted(draws.sample(seen, math.ceil(len(seen) / 2)))
-            left_out = sorted({*seen, *rest}.difference(kept))
-            pseudo_splits.append(ClassSplit(split.num_classes, kept, left_out))
-        return pseudo_splits
+        halves: list[list[int]] = []
+        while len(halves) < self.num_splits:
+            kept = sorted(draws.sample(seen, size))
+            if kept not in halves or len(halves) >= math.comb(len(seen), size):
+                halves.append(kept)
+        return [ClassSplit(split.num_classes, kept, sorted({*seen, *rest}.difference(kept))) for kept in halves]
 
 
 def cross_validate(
@@ -97,6 +101,7 @@ def cross_validate(
     classes = {"seen_classes": list(split.seen_classes), "absent_classes": list(split.absent_classes)}
     store = SplitStore(plan.folder, {**facts, **classes, **settings})
     known = [store.read(index) for index in range(plan.num_splits)]
+    _seed(plan.seed)  # the data may be augmented in the passes, too
     needed = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []
     for index, pseudo_split in enumerate(pseudo_splits):
         if known[index] is None:

@@ -37,9 +37,9 @@ class SplitStore:
         try:
             outcome = json.loads(path.read_text())
             settings, gamma, _ = outcome.pop("settings"), outcome["gamma"], outcome["num_samples"]
-        except (KeyError, TypeError, ValueError):  # not one of ours, or damaged
+        except (AttributeError, KeyError, TypeError, ValueError):  # not one of ours, or damaged
             return None
-        if not isinstance(gamma, (float, type(None))):
+        if not isinstance(gamma, (float, type(None))) or not isinstance(settings, dict):
             return None
         if other := [key for key in self._settings if settings.get(key) != self._settings[key]]:
             raise ValueError(

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_calibft import get_gamma, pseudo_cross_validation, set_gamma
 from lightning_calibft.head import attached_heads
 from tests.references import _reference_at_gamma, _reference_gammas, _reference_split_accuracy
-from tests.runs import Plain, blobs, pretrained, quiet
+from tests.runs import Plain, Stream, blobs, pretrained, quiet
 
 pytestmark = quiet
 
@@ -145,6 +146,16 @@ def test_a_model_that_the_fit_has_calibrated():
     assert pseudo_cross_validation(pretrained(), DATA, fit, progress=False) == expected
 
 
+@pytest.mark.parametrize("num_splits", [6, 7])
+def test_each_split_is_another_as_long_as_there_are_any(num_splits):
+    fit = Fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pseudo_cross_validation(pretrained(), DATA, fit, num_splits=num_splits, progress=False)
+    assert len(fit.classes) == num_splits
+    assert len(set(map(tuple, fit.classes))) == 6
+
+
 def test_what_it_will_cost_is_said_first(caplog, capsys):
     caplog.set_level("INFO")
 
@@ -184,7 +195,7 @@ def test_finished_splits_are_read(tmp_path):
     (tmp_path / "new" / "one" / "split_1.json").write_text('{"gamma": 1')  # torn
     assert pseudo_cross_validation(pretrained(), DATA, fit, folder=tmp_path / "new" / "one", progress=False) == whole
     assert len(fit.models) == 1
-    nothing = pseudo_cross_validation(pretrained(), DATA, None, folder=tmp_path / "new" / "one", progress=False)
+    nothing = pseudo_cross_validation(pretrained(), DATA, print, folder=tmp_path / "new" / "one", progress=False)
     assert nothing == whole
 
 
@@ -236,6 +247,24 @@ def test_folders_that_number_their_classes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"num_splits": 1.5}, "`num_splits` to be an integer, but got 1.5"),
+        ({"seed": None}, "`seed` to be an integer, but got None"),
+        ({"dataset": Stream(DATA)}, "`dataset` to be map-style, .* but got a Stream"),
+        ({"fit_fn": None}, "`fit_fn` to be a function, but got None"),
+        ({"fit_fn": lambda model, dataset: 0.5}, "`fit_fn` to return a model or None, but got 0.5"),
+    ],
+)
+def test_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        pseudo_cross_validation(
+            **{"model": pretrained(), "dataset": DATA, "fit_fn": Fit(), "progress": False, **arguments}
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seen_classes": [0, 1, 5], "dataset": blobs([0])}, "each half has samples in the fine-tuning data"),
         ({"num_splits": 0}, "`num_splits` to be at least 1, but got 0"),
         ({"candidates": "both"}, "`candidates` to be one of 'seen', 'all', but got 'both'"),
         ({"seen_classes": [0, 2]}, "`seen_classes` to hold at least 3 classes, .* but got 2"),
