@@ -12,10 +12,10 @@ from torchmetrics import Metric
 from lightning_calibft.estimators.confusion import ConfusionMatched
 from lightning_calibft.estimators.fixed import FixedGamma
 from lightning_calibft.estimators.gaps import LogSumExpGap, MatchedMaxima, Midpoint, QuantileGap
-from lightning_calibft.estimators.kept_samples import KeptSamples
 from lightning_calibft.estimators.operating_point import OperatingPoint
 from lightning_calibft.estimators.pseudo_absent import PseudoAbsent
 from lightning_calibft.metrics import AverageLogitGap
+from lightning_calibft.metrics.mean_gap import GammaEstimator
 from lightning_calibft.split import ClassSplit
 
 __all__ = [
@@ -168,8 +168,8 @@ def make_estimator(
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    own, common = (inspect.signature(kind).parameters for kind in (ESTIMATORS[name], KeptSamples))
-    known = {key: value for key, value in own.items() if key not in common and key != "configuration"}
+    own, common = (inspect.signature(kind).parameters for kind in (ESTIMATORS[name], GammaEstimator))
+    known = {key: value for key, value in own.items() if key not in common}
     if unknown := options.keys() - known.keys():
         raise ValueError(
             f"Expected argument `estimator_kwargs` to hold {' or '.join(map(repr, known)) or 'nothing'} for the"

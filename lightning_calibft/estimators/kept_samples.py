@@ -8,62 +8,19 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
-from lightning_calibft.class_map import ClassMap
-from lightning_calibft.functional._inputs import _SEEN, real_dtype
-from lightning_calibft.functional.logit_gap import check_seen_classes
-from lightning_calibft.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.split import ClassIds
+from lightning_calibft.functional._inputs import real_dtype
+from lightning_calibft.metrics.mean_gap import GammaEstimator
 
 
-class KeptSamples(AbsentClassMetric):
+class KeptSamples(GammaEstimator):
     """Base of the estimators that keep two numbers, 8 bytes, of each sample of a seen class.
 
     After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.
-
-    Args:
-        num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If there are fewer than two seen classes.
     """
 
-    is_differentiable: bool = False
-    higher_is_better: bool | None = None
+    _samples: Tensor | None = None
 
-    def __init__(
-        self,
-        num_classes: int,
-        seen_classes: ClassIds,
-        absent_classes: ClassIds | None = None,
-        *,
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            seen_classes,
-            absent_classes,
-            ignore_index,
-            validate_args,
-            class_map,
-            label_names,
-            **kwargs,
-        )
-        check_seen_classes(len(self.split.seen_classes))
-        self._samples: Tensor | None = None
-        self._name_states(type(self).__name__)
+    def _add_states(self) -> None:
         self._add("samples", [], "cat")
 
     def _gamma(self, samples: Tensor) -> Tensor:
@@ -76,9 +33,8 @@ class KeptSamples(AbsentClassMetric):
 
     def _keep(self, samples: Tensor, rows: Tensor) -> None:
         # Marked instead of left out: no host synchronisation. A NaN of a sample that counts must not look like a mark.
-        counted = self._groups.of_samples(rows, self._ignored_row) == _SEEN
         samples = samples.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        self._get("samples").append(torch.where(counted.unsqueeze(1), samples, torch.nan).float())
+        self._get("samples").append(torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float())
 
     def compute(self) -> Tensor:
         """Return gamma of all samples so far."""

@@ -15,11 +15,8 @@ from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
 
-class MeanGap(AbsentClassMetric):
-    """Base of the estimators whose gamma is the mean of one number for each sample of a seen class.
-
-    The state is three numbers. After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need
-    no further communication.
+class GammaEstimator(AbsentClassMetric):
+    """Base of the estimators that look at samples of seen classes.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
@@ -64,8 +61,27 @@ class MeanGap(AbsentClassMetric):
             **kwargs,
         )
         check_seen_classes(len(self.split.seen_classes))
-        self._computed_error: tuple[Tensor, Tensor] | None = None
         self._name_states(type(self).__name__, *configuration)
+        self._add_states()
+
+    def _add_states(self) -> None:
+        raise NotImplementedError
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        """Tell which samples are of seen classes, ``(N,)``."""
+        return self._groups.of_samples(rows, self._ignored_row) == _SEEN
+
+
+class MeanGap(GammaEstimator):
+    """Base of the estimators whose gamma is the mean of one number for each sample of a seen class.
+
+    The state is three numbers. After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need
+    no further communication.
+    """
+
+    _computed_error: tuple[Tensor, Tensor] | None = None
+
+    def _add_states(self) -> None:
         self._add("count", torch.tensor(0), "sum")
         self._add("total", torch.tensor(0.0, dtype=torch.float64), "sum")
         self._add("squares", torch.tensor(0.0, dtype=torch.float64), "sum")
@@ -80,8 +96,7 @@ class MeanGap(AbsentClassMetric):
         self._add_gaps(self._gaps(logits, target), target)
 
     def _add_gaps(self, gaps: Tensor, rows: Tensor) -> None:
-        counted = self._groups.of_samples(rows, self._ignored_row) == _SEEN
-        for name, value in zip(("count", "total", "squares"), gap_sums(gaps, counted), strict=True):
+        for name, value in zip(("count", "total", "squares"), gap_sums(gaps, self._counted(rows)), strict=True):
             self._increase(name, value)
 
     def compute(self) -> Tensor:
