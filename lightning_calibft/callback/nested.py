@@ -138,10 +138,13 @@ def nothing(*_: Any, **__: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what Lightning tells of each Trainer, such as its devices."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    # Once the package of the other name is imported, Lightning tells it in that one's name.
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -61,9 +61,7 @@ def test_an_estimator_that_finds_no_number():
 
 def test_an_operating_point_needs_to_know_and_to_meet_the_classes():
     model = pretrained()
-    with pytest.raises(
-        ValueError, match=r"`seen_classes` to name .* 'operating_point', whose `loader`"
-    ):
+    with pytest.raises(ValueError, match=r"`seen_classes` to name .* 'operating_point', whose `loader`"):
         calibrate(model, loader(VAL), estimator="operating_point", progress=False)
     with pytest.raises(ValueError, match="to hold labelled samples of the absent classes"):
         calibrate(model, loader(TRAIN), SEEN, estimator="operating_point", progress=False)
