@@ -121,7 +121,8 @@ class Interrupting(Plain):
 def test_interrupted(tmp_path):
     """Ctrl-C ends all of it, and leaves the model as training made it."""
     module, callback = pretrained(Interrupting), pcv()
-    handler = signal.getsignal(signal.SIGINT)
+    # Where the suite runs in the background of a shell, SIGINT is ignored from the start.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with (
             pytest.warns(UserWarning, match="interrupted: the model and its checkpoints are not calibrated"),

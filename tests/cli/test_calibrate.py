@@ -123,7 +123,13 @@ def test_interrupted(raw, photos, tmp_path):
             shutil.copy(photos / str(row) / "0.png", many / str(row) / f"{index}.png")
     words = ["calibrate", "test_resnet", raw, many, tmp_path / "out.pth", "--workers", "0", "--batch-size", "1"]
     command = [sys.executable, "-m", "lightning_calibft.cli", *map(str, words), "--device", "cpu"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    # Where the suite runs in the background of a shell, SIGINT is ignored from the start, and by what it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with process:
         met = b""
         while b"Calibrating" not in met:
             met += process.stderr.read1()
