@@ -1,7 +1,7 @@
 """Bring back the classes that fine-tuning made a classifier forget."""
 
 from lightning_calibft.calibration import CalibrationResult, calibrate
-from lightning_calibft.callback import AbsentClassCalibration
+from lightning_calibft.callback import AbsentClassCalibration, CalibrationDiagnostics
 from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, load_calibrated
 from lightning_calibft.class_map import resolve_class_map
 from lightning_calibft.cross_validation import pseudo_cross_validation
@@ -11,6 +11,7 @@ from lightning_calibft.split import ClassSplit
 
 __all__ = [
     "AbsentClassCalibration",
+    "CalibrationDiagnostics",
     "CalibrationResult",
     "ClassSplit",
     "ZeroShotHead",

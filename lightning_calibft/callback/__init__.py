@@ -1,5 +1,6 @@
-"""The Lightning callback."""
+"""The Lightning callbacks."""
 
 from lightning_calibft.callback.callback import AbsentClassCalibration
+from lightning_calibft.callback.diagnostics import CalibrationDiagnostics
 
-__all__ = ["AbsentClassCalibration"]
+__all__ = ["AbsentClassCalibration", "CalibrationDiagnostics"]

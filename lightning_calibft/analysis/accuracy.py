@@ -1,0 +1,187 @@
+"""How much of what fine-tuning gains is in the features, and how much of it the head lets through."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, new_axis
+from lightning_calibft.analysis.outputs import Outputs, collect_outputs
+from lightning_calibft.calibration import UnpackBatch
+from lightning_calibft.class_map import ClassMap
+from lightning_calibft.functional import class_means, nearest_class_mean_logits, split_accuracy
+from lightning_calibft.label_names import LabelNames
+from lightning_calibft.split import ClassIds
+
+
+@dataclass(frozen=True)
+class GroupAccuracies:
+    """Accuracies in [0, 1] of the samples of seen and absent classes, NaN where there are none.
+
+    Attributes:
+        seen_among_all: Of seen samples among all classes, the paper's Acc_{S/Y}.
+        absent_among_all: Of absent samples among all classes, Acc_{U/Y}.
+        seen_among_seen: Of seen samples among the seen classes alone, Acc_{S/S}.
+        absent_among_absent: Of absent samples among the absent classes alone, Acc_{U/U}. No gamma changes the last two.
+    """
+
+    seen_among_all: float
+    absent_among_all: float
+    seen_among_seen: float
+    absent_among_absent: float
+
+    def __sub__(self, other: GroupAccuracies) -> GroupAccuracies:
+        """Differences of the accuracies."""
+        return GroupAccuracies(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class AccuracyGain:
+    """Accuracies of two models, before and after fine-tuning, by their heads and by the nearest class mean (NCM)."""
+
+    network_before: GroupAccuracies
+    network_after: GroupAccuracies
+    ncm_before: GroupAccuracies
+    ncm_after: GroupAccuracies
+
+    @property
+    def network(self) -> GroupAccuracies:
+        """What the predictions of the whole network gained."""
+        return self.network_after - self.network_before
+
+    @property
+    def ncm(self) -> GroupAccuracies:
+        """What the features gained, judged without the head."""
+        return self.ncm_after - self.ncm_before
+
+
+def group_accuracies(
+    logits: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
+) -> GroupAccuracies:
+    """Accuracies of seen and absent samples, among all classes and among those of their own group.
+
+    Args:
+        logits: Logits, or similarities to class means, of shape ``(N, C)``.
+        target: Class ids of shape ``(N,)``.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.analysis import group_accuracies
+        >>> logits = torch.tensor([[3.0, 0.0, 1.0, 0.0], [0.0, 4.0, 1.0, 0.0], [2.0, 0.0, 1.0, 0.0]])
+        >>> group_accuracies(logits, torch.tensor([0, 1, 2]), seen_classes=[0, 1])
+        GroupAccuracies(seen_among_all=1.0, absent_among_all=0.0, seen_among_seen=1.0, absent_among_absent=1.0)
+    """
+    split = (seen_classes, absent_classes)
+    return GroupAccuracies(
+        split_accuracy(logits, target, *split, samples="seen").item(),
+        split_accuracy(logits, target, *split, samples="absent").item(),
+        split_accuracy(logits, target, *split, samples="seen", candidates="seen").item(),
+        split_accuracy(logits, target, *split, samples="absent", candidates="absent").item(),
+    )
+
+
+def accuracy_gain(
+    before: nn.Module,
+    after: nn.Module,
+    class_data: Any,
+    test_data: Any,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    head: str | None = None,
+    unpack_batch: UnpackBatch | str | None = None,
+    class_map: ClassMap | None = None,
+    label_names: LabelNames | None = None,
+) -> AccuracyGain:
+    """Compare what fine-tuning gained in the predictions with what it gained in the features.
+
+    Where the features of absent classes gained but the predictions of the network did not, only the head stands in the
+    way, and gamma can help. Where the features lost as well, it cannot. Mai et al., "Fine-Tuning is Fine, if
+    Calibrated", NeurIPS 2024, section 4.
+
+    Args:
+        before: The model before fine-tuning.
+        after: The model after it. A gamma in either plays no part.
+        class_data: Loader of labelled samples of all classes, of which the class means are made.
+        test_data: Loader of other labelled samples, on which accuracies are measured.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        head: Dotted name of the head in both models, as in :func:`~lightning_calibft.find_head`.
+        unpack_batch: As in :func:`~lightning_calibft.calibrate`.
+        class_map: As in :func:`~lightning_calibft.calibrate`.
+        label_names: As in :func:`~lightning_calibft.calibrate`.
+
+    Raises:
+        ValueError: As in :func:`collect_outputs`.
+        TypeError: As in :func:`collect_outputs`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.analysis import accuracy_gain
+        >>> before, after = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 3, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = before.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        ...     _ = after.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 5.0], [1.0, 1.0]]))
+        >>> data = [(torch.tensor([[2.0, 0.1], [0.1, 2.0], [1.0, 1.0]]), torch.tensor([0, 1, 2]))]
+        >>> gain = accuracy_gain(before, after, data, data, seen_classes=[0, 1])
+        >>> gain.network.absent_among_all, gain.ncm.absent_among_all
+        (-1.0, 0.0)
+    """
+    parts = []
+    for model in (before, after):
+        means, test = (
+            collect_outputs(
+                model, data, head=head, unpack_batch=unpack_batch, class_map=class_map, label_names=label_names
+            )
+            for data in (class_data, test_data)
+        )
+        parts.append(
+            (
+                group_accuracies(test.logits, test.target, seen_classes, absent_classes),
+                group_accuracies(_ncm_logits(means, test), test.target, seen_classes, absent_classes),
+            )
+        )
+    (network_before, ncm_before), (network_after, ncm_after) = parts
+    return AccuracyGain(network_before, network_after, ncm_before, ncm_after)
+
+
+def _ncm_logits(means: Outputs, test: Outputs) -> Tensor:
+    return nearest_class_mean_logits(
+        test.features, class_means(means.features, means.target, num_classes=test.logits.shape[1])
+    )
+
+
+def plot_accuracy_gain(gain: AccuracyGain, *, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+    """Draw what the network and the nearest class mean gained, side by side, in points of accuracy.
+
+    Args:
+        gain: From :func:`accuracy_gain`.
+        ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+    Returns:
+        Figure and axis; the figure is ``None`` if ``ax`` was given.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure, axis = new_axis(ax)
+    names = ("seen\namong all", "absent\namong all", "seen\namong seen", "absent\namong absent")
+    for shift, (label, values, color) in zip(
+        (-0.2, 0.2),
+        (
+            ("network", gain.network, COLORS["both"]),
+            ("nearest class mean of the features", gain.ncm, "tab:green"),
+        ),
+        strict=True,
+    ):
+        heights = [100 * value for value in astuple(values)]
+        axis.bar([place + shift for place in range(4)], heights, width=0.4, label=label, color=color)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(4), names)
+    axis.set(ylabel="Gain by fine-tuning, points of accuracy")
+    axis.legend(fontsize="small")
+    return figure, axis

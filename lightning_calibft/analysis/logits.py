@@ -1,0 +1,186 @@
+"""How high the logits of labelled samples stand: that of the true class, and the largest of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, draw_lines, new_axis
+from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype, top_classes
+from lightning_calibft.metrics.base import AbsentClassMetric
+from lightning_calibft.split import ClassIds
+
+
+@dataclass(frozen=True)
+class GroupLevels:
+    """Mean logits of the samples of one group of classes, NaN where there are none.
+
+    Attributes:
+        true: Logit of the true class.
+        other_seen: Largest logit among the seen classes that are not the true one.
+        other_absent: Largest logit among the absent classes that are not the true one.
+        num_samples: How many samples the means are of.
+    """
+
+    true: float
+    other_seen: float
+    other_absent: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class LogitLevels:
+    """Mean logits of the samples of seen and of absent classes."""
+
+    seen: GroupLevels
+    absent: GroupLevels
+
+
+def logit_levels(
+    logits: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
+) -> LogitLevels:
+    """Mean ground-truth logit and mean largest other logits of labelled samples.
+
+    For samples of absent classes, the difference of ``true`` and ``other_absent`` is what tells absent classes apart,
+    and no gamma changes it; that of ``other_seen`` and ``true`` is what gamma has to make up for. Mai et al.,
+    "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
+
+    Args:
+        logits: Logits of shape ``(N, C)``, without gamma.
+        target: Class ids of shape ``(N,)``.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+
+    Raises:
+        ValueError: If shapes, classes or labels do not fit.
+        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.analysis import logit_levels
+        >>> logits = torch.tensor([[5.0, 1.0, 2.0, 0.0], [4.0, 3.0, 1.0, 2.0]])
+        >>> logit_levels(logits, torch.tensor([0, 3]), seen_classes=[0, 1]).absent
+        GroupLevels(true=2.0, other_seen=4.0, other_absent=1.0, num_samples=1)
+    """
+    groups = prepare(logits, target, seen_classes, absent_classes, None, validate_args=True)
+    return _levels(*_sums(logits, target, groups, None))
+
+
+class LogitLevelsMetric(AbsentClassMetric):
+    """The means of :func:`logit_levels` over many batches; the state is eight numbers.
+
+    As input to ``update`` the metric accepts ``logits (N, C)`` and ``target (N,)``, as output of ``compute`` it returns
+    a tensor of shape ``(2, 3)``: for seen and absent samples the means ``true``, ``other_seen``, ``other_absent``.
+    After ``compute`` on all processes, :meth:`levels` gives them with their names.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        ignore_index: A label whose samples are left out.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.analysis import LogitLevelsMetric
+        >>> metric = LogitLevelsMetric(4, seen_classes=[0, 1])
+        >>> metric.update(torch.tensor([[5.0, 1.0, 2.0, 0.0], [4.0, 3.0, 1.0, 2.0]]), torch.tensor([0, 3]))
+        >>> metric.compute()
+        tensor([[5., 1., 2.],
+                [2., 4., 1.]], dtype=torch.float64)
+    """
+
+    is_differentiable: bool = False
+    higher_is_better: bool | None = None
+
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        *,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, None, None, **kwargs)
+        self._name_states("logit levels")
+        self._add("sums", torch.zeros(2, 3, dtype=real_dtype(self.device)), "sum")
+        self._add("counts", torch.zeros(2, dtype=torch.long), "sum")
+        self._found: LogitLevels | None = None
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
+        target = self._rows(logits, target, probabilities=False)
+        sums, counts = _sums(logits, target, self._groups, self._ignored_row)
+        self._increase("sums", sums)
+        self._increase("counts", counts)
+
+    def compute(self) -> Tensor:
+        """Return the means of all samples so far."""
+        sums, counts = self._get("sums"), self._get("counts")
+        self._found = _levels(sums, counts)
+        return _means(sums, counts)
+
+    def levels(self) -> LogitLevels:
+        """Return the means with their names, and the numbers of samples."""
+        self.compute()
+        assert self._found is not None
+        return self._found
+
+
+def _sums(logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Sums of the three logits over the samples of each group, ``(2, 3)``, and how many those are, ``(2,)``."""
+    logits, dtype = logits.detach(), real_dtype(logits.device)
+    group = groups.of_samples(target, ignore_index)
+    place = target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)
+    others = logits.scatter(1, place, -torch.inf)
+    parts = (logits.gather(1, place), *(top_classes(others, classes)[0] for classes in (groups.seen, groups.absent)))
+    levels = torch.cat(parts, 1).to(dtype)
+    member = torch.stack([group == _SEEN, group > _SEEN])
+    sums = torch.where(member.unsqueeze(2), levels, 0).sum(1)
+    return sums, member.sum(1)
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    means = sums / counts.unsqueeze(1)
+    return means.masked_fill(means == -torch.inf, torch.nan)  # of a group of one class there is no other
+
+
+def _levels(sums: Tensor, counts: Tensor) -> LogitLevels:
+    seen, absent = (
+        GroupLevels(true, other_seen, other_absent, count)
+        for (true, other_seen, other_absent), count in zip(_means(sums, counts).tolist(), counts.tolist(), strict=True)
+    )
+    return LogitLevels(seen, absent)
+
+
+def plot_logit_levels(
+    steps: Sequence[int], levels: Sequence[GroupLevels], *, ax: _AX_TYPE | None = None
+) -> _PLOT_OUT_TYPE:
+    """Draw the mean logits of the samples of one group over training.
+
+    Args:
+        steps: Training steps.
+        levels: ``.absent`` or ``.seen`` of what :func:`logit_levels` gives, one a step.
+        ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+    Returns:
+        Figure and axis; the figure is ``None`` if ``ax`` was given.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure, axis = new_axis(ax)
+    lines = {
+        "true class": ([each.true for each in levels], "black", "-"),
+        "largest other seen class": ([each.other_seen for each in levels], COLORS["seen"], "--"),
+        "largest other absent class": ([each.other_absent for each in levels], COLORS["absent"], "--"),
+    }
+    draw_lines(axis, steps, lines, "Mean logit")
+    return figure, axis
