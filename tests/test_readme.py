@@ -88,14 +88,15 @@ def test_python_blocks(folder):
             names["net"] = make_net()
         exec(compile(block, str(README), "exec"), names)
         outputs.append(dict(names))
-    assert len(outputs) == 7
+    assert len(outputs) == 8
 
     assert "test_acc_absent" in outputs[0]["trainer"].callback_metrics
     module = names["MyLoggingModule"]()
     pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False).validate(module, loader(6))
     inputs = loader(6).dataset.tensors[0]
-    calibrated = outputs[0]["model"]  # the test has loaded the best weights into it
-    torch.testing.assert_close(outputs[3]["model"].eval()(inputs), calibrated.eval()(inputs))
+    calibrated = outputs[3]["model"]  # as the second fit has left it and saved it
+    torch.testing.assert_close(outputs[4]["model"].eval()(inputs), calibrated.eval()(inputs))
+    assert "<h2>What it means</h2>" in Path("report.html").read_text()
     assert {path.name for path in folder.iterdir()} > {"model.ckpt", "model.safetensors", "net.onnx", "net.pt2"}
     assert names["classes"] == ["cat", "cow", "dog"]
     assert names["result"].num_samples == 60
