@@ -99,6 +99,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             estimator=args.estimator,
             estimator_kwargs=args.estimator_kwargs,
             max_samples=args.max_samples,
+            tolerance=args.tolerance,
             pretrained=None if args.pretrained is None else _load(args, args.pretrained),
             progress=not args.quiet,
         )
@@ -127,6 +128,7 @@ def _as_flags(message: str) -> str:
         "num_classes",
         "prefix",
         "pretrained",
+        "tolerance",
     ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     return message.replace("`weights_only=False`", "`--unsafe`")

@@ -69,6 +69,7 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         "--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent and midpoint"
     )
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
+    command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
     command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     command.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (%(default)s)"

@@ -6,6 +6,7 @@ from lightning_calibft.calibration.loaders import calibration_loaders, check_max
 from lightning_calibft.calibration.one_pass import Pass, check_head, head_width
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.run import calibrate
+from lightning_calibft.calibration.stopping import check_tolerance
 
 __all__ = [
     "BatchReader",
@@ -16,6 +17,7 @@ __all__ = [
     "calibration_loaders",
     "check_head",
     "check_max_samples",
+    "check_tolerance",
     "empty_error",
     "head_width",
     "result_of",

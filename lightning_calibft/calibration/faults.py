@@ -34,6 +34,7 @@ class Faults:
         self._split = split
         self._mapped = mapped
         self._absent = absent
+        self._failed = False
         self._bad_batch = torch.full((), -1, device=device)
         self._outside = torch.full((), NO_LABEL, device=device)
         self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
@@ -46,12 +47,30 @@ class Faults:
         bad = (self._bad_batch < 0) & ~logits.isfinite().all()
         self._bad_batch = torch.where(bad, index, self._bad_batch)
 
-    def raise_or_warn(self) -> None:
+    def meet(self, failure: Exception | None = None) -> None:
+        """Wait for the other processes, and raise the ``failure`` of this one, or say that another has failed.
+
+        Raises:
+            RuntimeError: If another has.
+        """
+        if not self._failed:  # who has failed meets nobody again
+            self._failed = bool(all_reduce(torch.tensor(int(failure is not None), device=self._samples.device)))
+        if failure is not None:
+            raise failure
+        if self._failed:
+            raise RuntimeError("The calibration pass has failed on another process, which says why. Gamma stays unset.")
+
+    def raise_or_warn(self, failure: Exception | None = None) -> None:
         """Tell what was wrong.
+
+        Args:
+            failure: What has ended the pass on this process before its end.
 
         Raises:
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
+            RuntimeError: If another process has failed.
         """
+        self.meet(failure)
         *samples, outside, _ = all_reduce(self._samples).tolist()
         bad_batch, label = (int(all_reduce(value, maximum=True)) for value in (self._bad_batch, self._outside))
         num_classes, total = self._split.num_classes, sum(samples) + outside

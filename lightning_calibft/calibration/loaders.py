@@ -47,7 +47,7 @@ def check_max_samples(max_samples: int | None) -> None:
 
 
 def calibration_loaders(
-    loaders: Any, max_samples: int | None = None, max_batches: int | None = None
+    loaders: Any, max_samples: int | None = None, max_batches: int | None = None, *, at_random: bool = False
 ) -> list[Iterable[Any]]:
     """Return, for each loader in ``loaders``, one that reads this process' share of its samples once and in order.
 
@@ -60,11 +60,21 @@ def calibration_loaders(
         max_samples: Read a random subset of this size (drawn with a fixed seed), of each map-style dataset its share.
         max_batches: Read as many samples as are in this many of the loader's batches: the first, or of a loader that
             shuffles a random subset.
+        at_random: Read a plain loader in random order (with a fixed seed), so that one can stop anywhere.
+
+    Raises:
+        ValueError: If there are several loaders to read ``at_random``: what is read first would be of the first alone.
     """
     leaves = CombinedLoader(loaders, "sequential").flattened
     flat = [loaders] if any(isinstance(leaf, Tensor) for leaf in leaves) else leaves
+    if at_random and len(flat) > 1:
+        raise ValueError(
+            f"Expected argument `tolerance` to be None with several loaders, but got {len(flat)} of them: the first"
+            " samples are of one alone. Limit what is read with `max_samples`, or join the datasets with"
+            " `torch.utils.data.ConcatDataset`."
+        )
     share = max_samples and math.ceil(max_samples / max(1, len(flat)))
-    return [_in_order(loader, share, max_batches) if _is_plain(loader) else loader for loader in flat]
+    return [_anew(loader, share, max_batches, at_random) if _is_plain(loader) else loader for loader in flat]
 
 
 def _is_plain(loader: Any) -> bool:
@@ -76,7 +86,7 @@ def _sized(loader: DataLoader) -> bool:
     return hasattr(_batches_of_indices(loader), "__len__")
 
 
-def _in_order(loader: DataLoader, max_samples: int | None, max_batches: int | None) -> DataLoader:
+def _anew(loader: DataLoader, max_samples: int | None, max_batches: int | None, at_random: bool) -> DataLoader:
     rank, world_size = rank_and_world_size()
     indices, batch_size = sample_indices(loader), _batch_size(loader)
     if max_batches is not None:
@@ -85,6 +95,8 @@ def _in_order(loader: DataLoader, max_samples: int | None, max_batches: int | No
         indices = _random_subset(indices, size) if shuffles else indices[:size]
     if max_samples is not None:
         indices = _random_subset(indices, max_samples)
+    if at_random:
+        indices = [indices[i] for i in _random_order(indices)]
     return DataLoader(
         loader.dataset,
         batch_size=batch_size,
@@ -104,8 +116,11 @@ def _random_subset(indices: Sequence[Any], size: int) -> Sequence[Any]:
     """Return ``size`` of the indices, drawn with a fixed seed, or all if there are no more."""
     if size >= len(indices):
         return indices
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-    return [indices[i] for i in order[:size].sort().values.tolist()]
+    return [indices[i] for i in sorted(_random_order(indices)[:size])]
+
+
+def _random_order(indices: Sequence[Any]) -> list[int]:
+    return torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _batches_of_indices(loader: DataLoader) -> Any:

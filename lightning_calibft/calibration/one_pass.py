@@ -24,6 +24,7 @@ from lightning_calibft.calibration.batch import BatchReader, call_forward
 from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
 from lightning_calibft.calibration.result import CalibrationResult, result_of
+from lightning_calibft.calibration.stopping import is_settled, when_to_look
 from lightning_calibft.class_map import IGNORE_INDEX
 from lightning_calibft.estimators import (
     Estimator,
@@ -36,6 +37,10 @@ from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_lay
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 8
+OUT_OF_MEMORY = (
+    "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
+    " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
+)
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Pass:
     reader: BatchReader = field(default_factory=BatchReader)
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
+    tolerance: float | None = None  # stop when the standard error of gamma is no larger
     validation: bool = False  # whether these are samples of all classes
     progress: bool = True
     pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
@@ -110,8 +116,22 @@ class Pass:
         Raises:
             ValueError: If the head does not give the logits, one is not finite, a label is no row of it, or there are
                 no samples of the seen classes.
+            torch.OutOfMemoryError: If a batch does not fit, with a remedy.
+            RuntimeError: If another process has failed, whose error says why.
         """
-        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
+        faults, failure = Faults(split, self.device, self.reader.maps, self._absent_samples()), None
+        try:
+            self._feed(estimator, faults)
+        except torch.OutOfMemoryError as error:
+            failure = torch.OutOfMemoryError(f"{OUT_OF_MEMORY} The error was: {error}")
+        except Exception as error:  # the other processes wait for this one, and would do so for ever
+            failure = error
+        faults.raise_or_warn(failure)
+
+    def _feed(self, estimator: Estimator | Metric | MetricCollection, faults: Faults) -> None:
+        forward = forward_of(self.model)
+        length = _length(self.loaders[0], self.max_batches)
+        looks = set() if self.tolerance is None else when_to_look(length, self.device)
         before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
@@ -127,7 +147,10 @@ class Pass:
                     logits_before = self._logits(before, batch, target)
                     faults.count(index, logits_before, target)
                     estimator.update(logits, target, logits_before)
-        faults.raise_or_warn()
+                if self.tolerance is not None and index + 1 in looks:
+                    faults.meet()
+                    if is_settled(estimator, self.tolerance):
+                        break
 
     def _absent_samples(self) -> AbsentSamples:
         if needs_absent_samples(self.estimator):

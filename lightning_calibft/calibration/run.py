@@ -12,6 +12,7 @@ from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.calibration.stopping import check_tolerance
 from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
 from lightning_calibft.head import attach, attached_heads, detach, set_gamma
@@ -32,6 +33,7 @@ def calibrate(
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
     max_samples: int | None = None,
+    tolerance: float | None = None,
     pretrained: nn.Module | Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> CalibrationResult:
@@ -65,6 +67,9 @@ def calibrate(
             classes from 0. See :func:`~lightning_calibft.class_map.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many samples, drawn at random with a fixed seed.
+        tolerance: Stop reading when the standard error of gamma is at most this, in logits: then a plain ``DataLoader``
+            is read in random order, any other loader in its own. The result tells how many samples it took. With one
+            loader only; without ``seen_classes``, the labels of all its samples are read first.
         pretrained: The model before fine-tuning, or its state dict, for the estimators that need it
             (``"pseudo_absent"``).
         progress: Whether to show a progress bar (on the first process).
@@ -92,6 +97,7 @@ def calibrate(
     """
     check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
     check_max_samples(max_samples)
+    check_tolerance(tolerance)
     if seen_classes is None and isinstance(estimator, str):
         _check_classes_can_be_read(loader, estimator)
     fresh = not attached_heads(model)
@@ -99,7 +105,8 @@ def calibrate(
     try:
         with isolate_rng():
             rows = resolve_class_map(class_map, label_names, head_width(model))
-            reader, loaders = BatchReader(unpack_batch, rows), calibration_loaders(loader, max_samples)
+            loaders = calibration_loaders(loader, max_samples, at_random=tolerance is not None)
+            reader = BatchReader(unpack_batch, rows)
             reading = Pass(
                 model,
                 loaders,
@@ -107,6 +114,7 @@ def calibrate(
                 estimator_kwargs,
                 reader,
                 max_samples,
+                tolerance=tolerance,
                 progress=progress,
                 pretrained=_weights(pretrained),
             )

@@ -44,8 +44,13 @@ def check_averaged_copies(trainer: Any, model: LightningModule) -> None:
             )
 
 
-def check_no_averaging(trainer: Any) -> None:
-    """Refuse averaged weights where the logits of training steps are all that is looked at.
+def check_no_averaging(trainer: Any, expected: str, got: str) -> None:
+    """Refuse averaged weights where gamma is found while they are not in the model.
+
+    Args:
+        trainer: The trainer.
+        expected: The argument, and what it may be.
+        got: What it is.
 
     Raises:
         RuntimeError: If a callback averages the weights.
@@ -53,8 +58,8 @@ def check_no_averaging(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise RuntimeError(
-                f"Expected argument `source` to be 'train' or 'validation' beside {type(callback).__name__}, but got"
-                " 'training_steps': no training step runs the averaged weights."
+                f"Expected argument {expected} beside {type(callback).__name__}, but got {got}: the averaged weights"
+                " are not in the model when gamma is found."
             )
 
 

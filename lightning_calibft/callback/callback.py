@@ -9,11 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_calibft.calibration import UnpackBatch, check_max_samples, head_width
+from lightning_calibft.calibration import UnpackBatch, check_max_samples, check_tolerance, head_width
 from lightning_calibft.callback.checks import check_not_folded
 from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.fitting import FitCalibration
 from lightning_calibft.callback.kept import put_calibration_of
+from lightning_calibft.callback.running import Refresh, check_refresh
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.label_names import LabelNames
@@ -60,6 +61,12 @@ class AbsentClassCalibration(FitCalibration):
             classes from 0: the loss must map them itself. See :func:`~lightning_calibft.class_map.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many training samples, drawn at random with a fixed seed.
+        tolerance: Stop reading when the standard error of gamma is at most this, in logits: then samples are read in
+            random order (of a custom loader in its own), and ``result.num_samples`` tells how many it took. With one
+            ``DataLoader`` only.
+        refresh: ``"validation"``: find gamma before each validation as well, and log it as ``val_gamma``. What is
+            validated, monitored and saved is then calibrated; what is saved later has the gamma of the last validation
+            until fitting ends. Each time costs a pass: give ``max_samples`` or a ``tolerance``.
         log_metrics: Whether to log the metrics of validation and test.
         calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
 
@@ -93,10 +100,13 @@ class AbsentClassCalibration(FitCalibration):
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
         max_samples: int | None = None,
+        tolerance: float | None = None,
+        refresh: Refresh | None = None,
         log_metrics: bool = True,
         calibrate_checkpoints: bool = True,
     ) -> None:
         check_max_samples(max_samples)
+        check_tolerance(tolerance)
         checked = cast("str | Estimator", estimator)  # the protocol is more than LightningCLI can tell of a metric
         super().__init__(
             seen_classes,
@@ -109,7 +119,10 @@ class AbsentClassCalibration(FitCalibration):
             class_map,
             label_names,
         )
+        check_refresh(refresh, source, estimator)
         self.max_samples = max_samples
+        self.tolerance = tolerance
+        self.refresh = refresh
         self.log_metrics = log_metrics
         self.calibrate_checkpoints = calibrate_checkpoints
         self._start_afresh()

@@ -99,6 +99,7 @@ def calibration_pass(
     estimator_kwargs: dict[str, Any] | None,
     reader: BatchReader,
     max_samples: int | None,
+    tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
 ) -> Pass | None:
     """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
@@ -115,12 +116,13 @@ def calibration_pass(
     progress_bar = trainer.progress_bar_callback
     return Pass(
         model,
-        calibration_loaders(loaders, max_samples, max_batches),
+        calibration_loaders(loaders, max_samples, max_batches, at_random=tolerance is not None),
         estimator,
         estimator_kwargs,
         reader,
         max_samples=max_samples,
         max_batches=max_batches,
+        tolerance=tolerance,
         validation=source == "validation",
         progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
         pretrained=pretrained,

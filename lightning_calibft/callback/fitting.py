@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -13,26 +12,26 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_calibft.calibration import CalibrationResult, Pass, head_width
-from lightning_calibft.callback.averaging import averaged_copies, check_no_averaging
+from lightning_calibft.callback.averaging import averaged_copies
 from lightning_calibft.callback.checks import order_callbacks
-from lightning_calibft.callback.data import calibration_dataloader, calibration_pass, check_first_batch, check_source
-from lightning_calibft.callback.evaluation import EvaluationMetrics
+from lightning_calibft.callback.data import calibration_dataloader, check_first_batch, check_source
 from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files
-from lightning_calibft.callback.labels import LabelsMet, split_of_data, training_batches
+from lightning_calibft.callback.labels import LabelsMet, training_batches
 from lightning_calibft.callback.monitor import LogitMonitor
 from lightning_calibft.callback.report import report
-from lightning_calibft.callback.steps import TrainingSteps
-from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
+from lightning_calibft.callback.running import RunningCalibration
+from lightning_calibft.head import reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
 
-class FitCalibration(EvaluationMetrics):
+class FitCalibration(RunningCalibration):
     """Finds gamma when a fit ends, and puts it into the model and its kept checkpoints."""
 
-    max_samples: int | None
     calibrate_checkpoints: bool
 
+    @override
     def _start_afresh(self) -> None:
+        super()._start_afresh()
         self._monitor = LogitMonitor()
         self.result: CalibrationResult | None = None
         self.checkpoint_results: dict[str, CalibrationResult] = {}
@@ -41,15 +40,11 @@ class FitCalibration(EvaluationMetrics):
         self._labels: LabelsMet | None = None
         self._restored_classes: list[int] = []
         self._kept: KeptCheckpoints | None = None
-        self._steps: TrainingSteps | None = None
-        self._of_steps: list[CalibrationResult] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == TrainerFn.FITTING:
-            if self.source == "training_steps":
-                check_no_averaging(trainer)
             if self._retraining is not None:
                 self._retraining.setup(trainer)
             order_callbacks(trainer, self)
@@ -68,19 +63,12 @@ class FitCalibration(EvaluationMetrics):
             self._labels.add_classes(self._restored_classes)
         if self._retraining is not None:
             self._retraining.keep(pl_module)
-        if self.source == "training_steps":
-            assert self._split is not None
-            self._steps = TrainingSteps(pl_module, self._reader, self.estimator, self.estimator_kwargs, self._split)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._retraining is not None:
             self._retraining.check(trainer)
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._steps is not None:
-            self._steps.start_epoch()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -92,27 +80,13 @@ class FitCalibration(EvaluationMetrics):
                 self._batch_checked = True
             if self._labels is not None:
                 self._count_labels(trainer, part)
-        if self._steps is not None:
-            self._steps.start_step(batch)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._steps is not None:
-            self._steps.end_step()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._use_steps(trainer, pl_module)
-        super().on_validation_start(trainer, pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._kept is not None
         self._kept.note()
-        self._use_steps(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
         if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
             self._labels.end_epoch(trainer.strategy)
 
@@ -137,7 +111,6 @@ class FitCalibration(EvaluationMetrics):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._stop_steps()
         self._forget()
         if isinstance(exception, KeyboardInterrupt) and self.result is None:
             rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
@@ -151,46 +124,33 @@ class FitCalibration(EvaluationMetrics):
                 raise
             self._labels = None  # mixed labels: those of the calibration data are read at the end
 
-    def _use_steps(self, trainer: Trainer, model: LightningModule, last: bool = False) -> None:
-        """Put gamma of the steps so far into the model: validation and what is saved from now on have it."""
-        if self._steps is None or not trainer.strategy.reduce_boolean_decision(self._steps.counted, all=False):
-            return
-        try:
-            self.result = self._steps.result()
-        except ValueError:  # logits that are not finite; training may recover from them
-            if last:
-                raise
-            return
-        self._of_steps.append(self.result)
-        set_gamma(model, self.result.gamma, self.result.split.seen_classes, self.result.split.absent_classes)
-
     def _forget(self) -> None:
         """Free the memory of what was kept from before the fit."""
         self._before.forget()
         if self._retraining is not None:
             self._retraining.forget()
 
-    def _stop_steps(self) -> None:
-        if self._steps is not None:
-            self._steps.stop()
-
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         self._finished = True
         self._use_steps(trainer, model, last=True)
         self._stop_steps()
-        if self.result is not None:
+        if self._steps is not None and self.result is not None:
             return
+        if (found := self._refreshed.get(trainer.global_step)) is not None:  # of these weights, by the last validation
+            self._put(model, found)
+            return
+        self.result = None
         with isolate_rng():
             reading = self._pass(trainer, model)
             if reading is None:
                 return
-            split = self._split or split_of_data(self._labels, trainer.strategy, reading)
+            split = self._split_of(trainer, reading)
             if split is not None:
-                self.result = self._find(trainer, reading, split)
-                set_gamma(model, self.result.gamma, split.seen_classes, split.absent_classes)
+                live = self._find(trainer, reading, split)
+                self._put(model, live)
                 for _ in averaged_copies(trainer, model):
                     # Training ends with the averaged weights.
-                    result = self.result if trained else self._find(trainer, reading, split)
+                    result = live if trained else self._find(trainer, reading, split)
                     set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
 
     def _find(self, trainer: Trainer, reading: Pass, split: ClassSplit) -> CalibrationResult:
@@ -201,21 +161,10 @@ class FitCalibration(EvaluationMetrics):
         assert self._before.weights is not None
         return self._retraining.run(trainer, self._before.weights, reading, split)
 
-    def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
-        return calibration_pass(
-            trainer,
-            model,
-            self.source,
-            self.estimator,
-            self.estimator_kwargs,
-            self._reader,
-            self.max_samples,
-            None if self._retraining is not None else self._before.weights,
-        )
-
     def _calibrate_kept(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         assert self._kept is not None
-        files = trainer.strategy.broadcast(self._kept.files() if trainer.is_global_zero else None)
+        kept = self._kept.files(self.refresh is not None) if trainer.is_global_zero else None
+        files = trainer.strategy.broadcast(kept)
         if not files:
             return
         with isolate_rng():
@@ -225,12 +174,9 @@ class FitCalibration(EvaluationMetrics):
             self.checkpoint_results = calibrate_files(files, trainer, model, live, run)
 
     def _result_of_file(
-        self, trainer: Trainer, model: LightningModule, reading: Pass, split: ClassSplit
+        self, trainer: Trainer, model: LightningModule, reading: Pass, split: ClassSplit, checkpoint: dict[str, Any]
     ) -> CalibrationResult:
-        """Return what the training steps found when the file in ``model`` was written, or else find it."""
-        gamma = get_gamma(model) or 0.0
-        found = (result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6))
-        return next(found, None) or self._find(trainer, reading, split)
+        return self._found_on_the_way(model, checkpoint) or self._find(trainer, reading, split)
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         before, after = {}, {}

@@ -39,18 +39,24 @@ class KeptCheckpoints:
         for callback in self._forgetful:
             self._noted.add(callback.best_model_path)
 
-    def files(self) -> list[str]:
-        """Return the files of this run that still exist, without links and in the order they were written."""
+    def files(self, refreshed: bool) -> list[str]:
+        """Return the files of this run that still exist, without links and in the order they were written.
+
+        Args:
+            refreshed: Whether they have a gamma since they were written.
+        """
         paths = self._paths()
         found = {
             os.path.realpath(path)
             for path in paths
             if os.path.isfile(path) and _signature(path) != self._earlier.get(path)
         }
-        if remote := [path for path in paths if "://" in path]:
+        remote = [path for path in paths if "://" in path]
+        if remote and not refreshed:
             rank_zero_warn(
                 f"AbsentClassCalibration writes local files only: {', '.join(remote)} stay without gamma. Save the"
-                " model again with `trainer.save_checkpoint`: it is calibrated now."
+                " model again with `trainer.save_checkpoint`: it is calibrated now. Or train with"
+                " `refresh='validation'`: then they are calibrated when they are written."
             )
         return sorted(found, key=os.path.getmtime)
 
@@ -66,7 +72,7 @@ def calibrate_files(
     trainer: Trainer,
     model: LightningModule,
     live: CalibrationResult,
-    run: Callable[[], CalibrationResult],
+    run: Callable[[dict[str, Any]], CalibrationResult],
 ) -> dict[str, CalibrationResult]:
     """Load each file into ``model``, run the pass and write gamma into the file; then put the live weights back.
 
@@ -75,7 +81,7 @@ def calibrate_files(
         trainer: The trainer, for its processes.
         model: The module that wrote the files, calibrated.
         live: Its result, which serves files with the same weights too.
-        run: Makes one pass with the weights that ``model`` has at the time.
+        run: Given the checkpoint, makes one pass with its weights, which ``model`` has at the time.
 
     Returns:
         The result of each file.
@@ -100,7 +106,7 @@ def calibrate_files(
                     results[file] = live
                 else:
                     model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-                    results[file] = run()
+                    results[file] = run(checkpoint)
             except (OSError, RuntimeError, ValueError) as error:
                 failed[file] = str(error)
                 continue

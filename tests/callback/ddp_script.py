@@ -30,9 +30,9 @@ from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
 RARE = SEEN[-1]
 
 
-def data(classes: list[int], size: int) -> TensorDataset:
+def data(classes: list[int], size: int, each: int = 51) -> TensorDataset:
     """In float64: in float32 the last bits of a logit depend on the batch that the sample is in."""
-    inputs, target = blobs(classes, each=51, seed=4).tensors
+    inputs, target = blobs(classes, each=each, seed=4).tensors
     return TensorDataset(inputs[:size].double(), target[:size])
 
 
@@ -99,7 +99,7 @@ def _numbers(metrics):
 
 def loaders(name: str, rank: int, world_size: int):
     """The data of a scenario, and what the Trainer must know of it."""
-    if name == "given":
+    if name in ("given", "refreshed"):
         return DataLoader(TRAIN, 16, shuffle=True), DataLoader(VAL, 16), {}
     if name == "inferred":  # sharded by the user: class RARE is on the last process only, which validates 7 of 40
         sampler = DistributedSampler(TRAIN, world_size, rank, shuffle=False)
@@ -114,7 +114,8 @@ def fit(folder: Path, name: str, devices: int) -> dict:
     rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
     torch.manual_seed(rank)  # samplers of the user draw other samples in each process
     train, val, arguments = loaders(name, rank, devices)
-    calibration = AbsentClassCalibration(SEEN if name == "given" else None)
+    refresh = "validation" if name == "refreshed" else None
+    calibration = AbsentClassCalibration(SEEN if name == "given" else None, refresh=refresh)
     logged, module = Logged(), Scheduled()
     checkpoints = [
         ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max"),
@@ -176,7 +177,7 @@ def fit_steps(folder: Path, devices: int) -> dict:
 
 def run(folder: Path, devices: int) -> dict:
     """Fit all, and return what came out in this process."""
-    outcomes = {name: fit(folder, name, devices) for name in ("given", "inferred", "subset", "weighted")}
+    outcomes = {name: fit(folder, name, devices) for name in ("given", "inferred", "refreshed", "subset", "weighted")}
     return {**outcomes, "steps": fit_steps(folder, devices)}
 
 

@@ -18,17 +18,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
 from tests.callback import ddp_script
-from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled
+from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled, data
 from tests.processes import hand_over
 from tests.runs import SEEN, assert_calibrated, quiet, read
 
 pytestmark = [quiet, pytest.mark.filterwarnings('ignore:`.test.ckpt_path="best".` is called with Trainer configured')]
 
+MANY = data(SEEN, 1001, each=400)
 ROOT = Path(__file__).parents[2]
 # What a pass reads in each scenario.
 SAMPLES = {
     "given": range(101),
     "inferred": range(101),
+    "refreshed": range(101),
     "subset": SUBSET,
     "weighted": [index for index, weight in enumerate(WEIGHTS) if weight],
 }
@@ -84,12 +86,13 @@ def test_gamma_is_that_of_one_process(one, two, name):
     assert two[0][name]["gamma_after_test"] == pytest.approx(one[name]["gamma_after_test"])
 
 
-@pytest.mark.parametrize("name", ["given", "inferred"])
+@pytest.mark.parametrize("name", ["given", "inferred", "refreshed"])
 def test_the_logged_metrics_are_those_of_one_process(one, two, name):
     assert list(one[name]["logged"]) == ["2", "4", "6"]
     assert two[0][name]["logged"].keys() == one[name]["logged"].keys()
     for step, metrics in one[name]["logged"].items():
-        assert metrics.keys() == {"val_ausuc", "val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+        names = {"val_ausuc", "val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+        assert metrics.keys() == names | ({"val_gamma"} if name == "refreshed" else set())
         assert two[0][name]["logged"][step] == pytest.approx(metrics, **EXACT)
     assert two[0][name]["test"] == pytest.approx(one[name]["test"], **EXACT)
     assert one[name]["gamma_after_test"] != pytest.approx(one[name]["result"]["gamma"])  # a test of other weights
@@ -135,6 +138,10 @@ def _calibrate(rank: int, folder: str) -> None:
         results[size] = result, get_gamma(model)
     results["inferred"] = calibrate(Scheduled().fc, DataLoader(TRAIN, 16), progress=False)
     results["at_most"] = calibrate(Scheduled().fc, DataLoader(TRAIN, 16), SEEN, max_samples=51, progress=False)
+    for batch_size in (7, 64):
+        many = DataLoader(MANY, batch_size)  # of 1,001 samples the first process reads one more, and so a batch more
+        results["sure", batch_size] = calibrate(Scheduled().fc, many, SEEN, tolerance=0.5, progress=False)
+    results["never_sure"] = calibrate(Scheduled().fc, DataLoader(MANY, 5), SEEN, tolerance=1e-9, progress=False)
     for name, spoil in (("inputs", torch.nan), ("target", 6)):
         inputs, target = (tensor.clone() for tensor in TRAIN.tensors)
         {"inputs": inputs, "target": target}[name][35] = spoil  # which only the second process reads
@@ -168,6 +175,20 @@ def test_calibrate_in_a_process_group(plain):
     assert plain[0]["inferred"].split.seen_classes == tuple(SEEN)
     assert plain[0]["inferred"].gamma == pytest.approx(plain[0][101][0].gamma, **EXACT)
     assert plain[0]["at_most"].num_samples == 51
+
+
+def test_processes_stop_together_when_gamma_is_sure(plain):
+    order = torch.randperm(len(MANY), generator=torch.Generator().manual_seed(0))
+    for batch_size in (7, 64):
+        result = plain[0]["sure", batch_size]
+        assert 100 <= result.num_samples < len(MANY)
+        assert result.num_samples % (2 * batch_size) == 0
+        first = TensorDataset(*(tensor[order[: result.num_samples]] for tensor in MANY.tensors))
+        expected = calibrate(Scheduled().fc, DataLoader(first, 16), SEEN, progress=False)
+        assert result.gamma == pytest.approx(expected.gamma, **EXACT)
+        assert result.standard_error == pytest.approx(expected.standard_error, **EXACT)
+        assert result.standard_error <= 0.5
+    assert plain[0]["never_sure"].num_samples == len(MANY)
 
 
 def test_all_processes_raise_what_one_meets(plain):

@@ -1,0 +1,188 @@
+"""The part of the callback that has gamma in the model while it still trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.callback.averaging import check_no_averaging
+from lightning_calibft.callback.data import Source, calibration_pass
+from lightning_calibft.callback.evaluation import EvaluationMetrics
+from lightning_calibft.callback.labels import LabelsMet, split_of_data
+from lightning_calibft.callback.steps import TrainingSteps
+from lightning_calibft.functional._inputs import check_choice
+from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
+from lightning_calibft.split import ClassSplit
+
+Refresh = Literal["validation"]
+
+
+def check_refresh(refresh: Refresh | None, source: Source, estimator: object) -> None:
+    """Refuse to find gamma before each validation where that is done already, or too dear.
+
+    Raises:
+        ValueError: If ``refresh`` is unknown or does not go with the other arguments.
+    """
+    if refresh is None:
+        return
+    check_choice("refresh", refresh, get_args(Refresh))
+    other = "source" if source == "training_steps" else "estimator"
+    reason = {
+        "source": "the training steps tell gamma before each validation anyway",
+        "estimator": "each pseudo cross-validation trains several models",
+    }
+    if other == "source" or (isinstance(estimator, str) and estimator == "pcv"):
+        value = source if other == "source" else estimator
+        raise ValueError(
+            f"Expected argument `refresh` to be None beside `{other}={value!r}`, but got {refresh!r}: {reason[other]}."
+        )
+
+
+class RunningCalibration(EvaluationMetrics):
+    """Puts gamma into the model before each validation: of the training steps so far, or of a pass of its own."""
+
+    max_samples: int | None
+    tolerance: float | None
+    refresh: Refresh | None
+    log_metrics: bool
+    result: CalibrationResult | None
+    _labels: LabelsMet | None
+
+    def _start_afresh(self) -> None:
+        self._steps: TrainingSteps | None = None
+        self._of_steps: list[CalibrationResult] = []
+        self._refreshed: dict[int, CalibrationResult] = {}  # by the training step
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            if self.source == "training_steps":
+                check_no_averaging(trainer, "`source` to be 'train' or 'validation'", "'training_steps'")
+            if self.refresh is not None:
+                check_no_averaging(trainer, "`refresh` to be None", repr(self.refresh))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.source == "training_steps":
+            assert self._split is not None
+            self._steps = TrainingSteps(pl_module, self._reader, self.estimator, self.estimator_kwargs, self._split)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.tolerance is not None:  # refused now if it does not go with the data, not when training is done
+            with isolate_rng():
+                self._pass(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:
+            self._steps.start_epoch()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._steps is not None:
+            self._steps.start_step(batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps is not None:
+            self._steps.end_step()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._use_steps(trainer, pl_module)
+            if self.refresh is not None:
+                self._find_anew(trainer, pl_module)
+        super().on_validation_start(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING or not self.log_metrics:
+            return
+        if (found := self._refreshed.get(trainer.global_step)) is not None:
+            # The same on all processes; the flag keeps Lightning from warning that it may not be.
+            pl_module.log("val_gamma", found.gamma, sync_dist=trainer.world_size > 1)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._use_steps(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._stop_steps()
+
+    def _use_steps(self, trainer: Trainer, model: LightningModule, last: bool = False) -> None:
+        """Put gamma of the steps so far into the model: validation and what is saved from now on have it."""
+        if self._steps is None or not trainer.strategy.reduce_boolean_decision(self._steps.counted, all=False):
+            return
+        try:
+            result = self._steps.result()
+        except ValueError:  # logits that are not finite; training may recover from them
+            if last:
+                raise
+            return
+        self._of_steps.append(result)
+        self._put(model, result)
+
+    def _stop_steps(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+
+    def _find_anew(self, trainer: Trainer, model: LightningModule) -> None:
+        """Put gamma of the present weights into the model."""
+        try:
+            with isolate_rng():
+                reading = self._pass(trainer, model)
+                split = None if reading is None else self._split_of(trainer, reading)
+                if reading is None or split is None:
+                    return
+                reading.progress = False  # in the middle of the Trainer's own bars
+                result = reading.run(split)
+        except ValueError as error:  # such as logits that are not finite; training may recover from them
+            reset_gamma(model)
+            self.result = None
+            rank_zero_warn(f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}")
+            return
+        self._refreshed[trainer.global_step] = result
+        self._put(model, result)
+
+    def _put(self, model: LightningModule, result: CalibrationResult) -> None:
+        self.result = result
+        set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
+
+    def _split_of(self, trainer: Trainer, reading: Pass) -> ClassSplit | None:
+        return self._split or split_of_data(self._labels, trainer.strategy, reading)
+
+    def _found_on_the_way(self, model: LightningModule, checkpoint: dict[str, Any]) -> CalibrationResult | None:
+        """Return what had been found when a checkpoint was written, whose weights ``model`` has now."""
+        if self.refresh is not None:
+            return self._refreshed.get(checkpoint["global_step"])
+        gamma = get_gamma(model) or 0.0
+        return next((result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6)), None)
+
+    def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
+        return calibration_pass(
+            trainer,
+            model,
+            self.source,
+            self.estimator,
+            self.estimator_kwargs,
+            self._reader,
+            self.max_samples,
+            self.tolerance,
+            None if self._retraining is not None else self._before.weights,
+        )
