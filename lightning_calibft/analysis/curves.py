@@ -104,4 +104,5 @@ def plot_seen_unseen_curves(methods: Mapping[str, MethodCurve], *, ax: _AX_TYPE 
         gammas = {f"{name}, {text}": point.gamma for text, point in method.points.items()}
         area = method.curve[0].new_tensor(method.ausuc)
         plot_seen_unseen_curve(method.curve, gammas=gammas, score=area, label=name, ax=axis)
+    axis.legend(loc="lower left", fontsize="small")
     return figure, axis

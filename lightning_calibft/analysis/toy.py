@@ -159,5 +159,5 @@ def plot_toy_example(trajectory: ToyTrajectory, *, ax: _AX_TYPE | None = None) -
         axis.plot(*path[0].numpy(), "o", color=line.get_color())
         axis.plot(*trajectory.goal[label].numpy(), "*", color=line.get_color(), markersize=12)
     axis.set(xlabel="First feature", ylabel="Second feature", title="From the dot towards the star")
-    axis.legend(fontsize="small")
+    axis.legend(loc="lower left", fontsize="small")
     return figure, axis
