@@ -1,4 +1,4 @@
-"""Two real processes give what one gives."""
+"""Two and four real processes give what one gives."""
 
 from __future__ import annotations
 
@@ -41,39 +41,46 @@ EXACT = {"rel": 1e-12}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {processes: tmp_path_factory.mktemp(f"processes_{processes}") for processes in (1, 2)}
+def alone(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes_1")
 
 
 @pytest.fixture(scope="module")
-def one(folders):
-    return json.loads(json.dumps(ddp_script.run(folders[1], devices=1)))
+def one(alone):
+    return json.loads(json.dumps(ddp_script.run(alone, devices=1)))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    return tmp_path_factory.mktemp(f"processes_{request.param}"), request.param
 
 
 @pytest.fixture(scope="module")
-def two(folders):
+def ranks(together):
+    """What came out in each process."""
+    folder, processes = together
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.callback.ddp_script", str(folders[2])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "tests.callback.ddp_script", str(folder), str(processes)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    ranks = [json.loads(torch.load(folders[2] / f"{rank}.pt")) for rank in (0, 1)]
-    assert [rank["given"]["world_size"] for rank in ranks] == [2, 2]
+    ranks = [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
+    assert [rank["given"]["world_size"] for rank in ranks] == [processes] * processes
     return ranks
 
 
 @scenarios
-def test_all_processes_end_alike(two, name):
-    outcomes = [{**rank[name], "rank": None} for rank in two]
-    assert outcomes[0] == outcomes[1]
+def test_all_processes_end_alike(ranks, name):
+    outcomes = [{**rank[name], "rank": None} for rank in ranks]
+    assert all(outcome == outcomes[0] for outcome in outcomes)
     assert outcomes[0]["state"]["fc.absent_class_calibration.mask"] == [0, 1, 0, 0, 1, 1]
 
 
 @scenarios
-def test_gamma_is_that_of_one_process(one, two, name):
-    pairs = [(two[0][name]["result"], one[name]["result"])]
-    assert one[name]["files"].keys() == two[0][name]["files"].keys()
+def test_gamma_is_that_of_one_process(one, ranks, name):
+    pairs = [(ranks[0][name]["result"], one[name]["result"])]
+    assert one[name]["files"].keys() == ranks[0][name]["files"].keys()
     assert len(one[name]["files"]) == 4
-    pairs += [(two[0][name]["files"][file], result) for file, result in one[name]["files"].items()]
+    pairs += [(ranks[0][name]["files"][file], result) for file, result in one[name]["files"].items()]
     for result, expected in pairs:
         assert result["num_samples"] == expected["num_samples"] == len(SAMPLES[name])
         assert result["seen_classes"] == expected["seen_classes"] == SEEN  # one of them in a single sample
@@ -81,27 +88,27 @@ def test_gamma_is_that_of_one_process(one, two, name):
         assert result["gamma"] == pytest.approx(expected["gamma"], **EXACT)
         assert result["standard_error"] == pytest.approx(expected["standard_error"], **EXACT)
     assert len({result["gamma"] for result, _ in pairs}) >= 3  # different weights in the files
-    assert two[0][name]["training"] == one[name]["training"]
-    assert two[0][name]["state"]["fc.weight"] == one[name]["state"]["fc.weight"]
-    assert two[0][name]["gamma_after_test"] == pytest.approx(one[name]["gamma_after_test"])
+    assert ranks[0][name]["training"] == one[name]["training"]
+    assert ranks[0][name]["state"]["fc.weight"] == one[name]["state"]["fc.weight"]
+    assert ranks[0][name]["gamma_after_test"] == pytest.approx(one[name]["gamma_after_test"])
 
 
 @pytest.mark.parametrize("name", ["given", "inferred", "refreshed"])
-def test_the_logged_metrics_are_those_of_one_process(one, two, name):
+def test_the_logged_metrics_are_those_of_one_process(one, ranks, name):
     assert list(one[name]["logged"]) == ["2", "4", "6"]
-    assert two[0][name]["logged"].keys() == one[name]["logged"].keys()
+    assert ranks[0][name]["logged"].keys() == one[name]["logged"].keys()
     for step, metrics in one[name]["logged"].items():
         names = {"val_ausuc", "val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
         assert metrics.keys() == names | ({"val_gamma"} if name == "refreshed" else set())
-        assert two[0][name]["logged"][step] == pytest.approx(metrics, **EXACT)
-    assert two[0][name]["test"] == pytest.approx(one[name]["test"], **EXACT)
+        assert ranks[0][name]["logged"][step] == pytest.approx(metrics, **EXACT)
+    assert ranks[0][name]["test"] == pytest.approx(one[name]["test"], **EXACT)
     assert one[name]["gamma_after_test"] != pytest.approx(one[name]["result"]["gamma"])  # a test of other weights
 
 
 @scenarios
-def test_kept_files_hold_the_gamma_of_their_weights(one, two, folders, name):
+def test_kept_files_hold_the_gamma_of_their_weights(one, ranks, alone, together, name):
     kept = TensorDataset(*(tensor[list(SAMPLES[name])] for tensor in TRAIN.tensors))
-    for folder in folders.values():
+    for folder in (alone, together[0]):
         files = sorted((folder / name).iterdir())
         assert [file.name for file in files] == ["best.ckpt", "last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
         assert (folder / name / "last.ckpt").is_symlink()
@@ -109,19 +116,21 @@ def test_kept_files_hold_the_gamma_of_their_weights(one, two, folders, name):
             assert_calibrated(read(file)["state_dict"], kept, make=Scheduled)
 
 
-def test_gamma_of_the_steps_of_all_processes(two):
-    first, second = (rank["steps"] for rank in two)
-    gaps = [*first["gaps"], *second["gaps"]]
-    assert first["gaps"] != second["gaps"]
-    assert first["result"] == second["result"]
+def test_gamma_of_the_steps_of_all_processes(ranks):
+    first, *others = (rank["steps"] for rank in ranks)
+    gaps = [*first["gaps"], *(gap for other in others for gap in other["gaps"])]
+    for other in others:
+        assert first["gaps"] != other["gaps"]
+        assert (first["result"], first["live"]) == (other["result"], other["live"])
     assert first["result"]["gamma"] == pytest.approx(sum(gaps) / len(gaps), **EXACT)
-    assert first["result"]["num_samples"] == len(gaps) == 102  # the sampler gives one of the 101 twice
-    assert first["live"] == second["live"] == pytest.approx(first["result"]["gamma"])
+    # The sampler gives some of the 101 twice.
+    assert first["result"]["num_samples"] == len(gaps) == {2: 102, 4: 104}[len(ranks)]
+    assert first["live"] == pytest.approx(first["result"]["gamma"])
 
 
-def test_the_first_process_alone_writes(two):
-    first, second = (rank["written"] for rank in two)
-    assert second == []
+def test_the_first_process_alone_writes(ranks):
+    first, *others = (rank["written"] for rank in ranks)
+    assert not any(others)
     assert any(path.endswith("step=4.ckpt") for path in first)
 
 
@@ -141,6 +150,8 @@ def _calibrate(rank: int, folder: str) -> None:
     for batch_size in (7, 64):
         many = DataLoader(MANY, batch_size)  # of 1,001 samples the first process reads one more, and so a batch more
         results["sure", batch_size] = calibrate(Scheduled().fc, many, SEEN, tolerance=0.5, progress=False)
+    only = TensorDataset(*(tensor[:1] for tensor in TRAIN.tensors))  # the second process has no sample
+    results["only"] = calibrate(Scheduled().fc, DataLoader(only, 4), SEEN, progress=False).gamma
     results["never_sure"] = calibrate(Scheduled().fc, DataLoader(MANY, 5), SEEN, tolerance=1e-9, progress=False)
     for name, spoil in (("inputs", torch.nan), ("target", 6)):
         inputs, target = (tensor.clone() for tensor in TRAIN.tensors)
@@ -189,6 +200,12 @@ def test_processes_stop_together_when_gamma_is_sure(plain):
         assert result.standard_error == pytest.approx(expected.standard_error, **EXACT)
         assert result.standard_error <= 0.5
     assert plain[0]["never_sure"].num_samples == len(MANY)
+
+
+def test_a_process_without_a_sample(plain):
+    only = TensorDataset(*(tensor[:1] for tensor in TRAIN.tensors))
+    expected = calibrate(Scheduled().fc, DataLoader(only, 4), SEEN, progress=False).gamma
+    assert plain[0]["only"] == plain[1]["only"] == pytest.approx(expected, **EXACT)
 
 
 def test_all_processes_raise_what_one_meets(plain):
