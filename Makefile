@@ -2,10 +2,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help install test slow lint demo bench clean
+.PHONY: help install test slow lint demo bench benchmark-digits benchmark-glyphs clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(VENV)/installed  ## Make the virtual environment
 
@@ -14,8 +14,8 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-test: install  ## Run the test suite
-	$(BIN)/python -m pytest
+test: install  ## Run the test suite, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 slow: install  ## Run the tests that take minutes, such as the survey of timm
 	$(BIN)/python -m pytest -m slow
@@ -29,7 +29,13 @@ demo: install  ## Pre-train, fine-tune and calibrate on digits: a table and a pi
 	$(BIN)/python examples/digits.py
 
 bench: install  ## Measure what the package costs, as ratios
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-json=outputs/benchmarks.json
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-quiet --benchmark-json=outputs/benchmarks.json
+
+benchmark-digits: install  ## Compare all methods on digits, from scratch: the tables of examples/benchmarks (minutes)
+	$(BIN)/python examples/benchmarks/digits.py
+
+benchmark-glyphs: install  ## The same on characters drawn from Debian's fonts (an hour)
+	$(BIN)/python examples/benchmarks/glyphs.py --jobs 2
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache
