@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,15 +69,22 @@ class BatchReader:
         What they are stays unread, so that no device has to wait: a target without a row is none of the head's, and
         ``IGNORE_INDEX`` stays what it is.
         """
-        target = check_target(_split_target(batch) if self._unpack is None else self._unpack(batch)[1])
+        target = check_target(_split_target(batch) if self._unpack is None else self._unpacked(batch)[1])
         if self._rows is None:
-            return target
+            return target.long()  # smaller integers are no indices, or masks
         self._rows = self._rows.to(target.device)
         return to_rows(target, self._rows)
 
     def inputs(self, batch: Any, forward: Callable[..., Any]) -> Any:
         """Return the inputs of a batch, as :func:`call_forward` takes them."""
-        return _split_inputs(batch, forward) if self._unpack is None else self._unpack(batch)[0]
+        return _split_inputs(batch, forward) if self._unpack is None else self._unpacked(batch)[0]
+
+    def _unpacked(self, batch: Any) -> Sequence[Any]:
+        assert self._unpack is not None
+        pair: Any = self._unpack(batch)
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"Expected argument `unpack_batch` to return `(inputs, target)`, but got {_kind(pair)}.")
+        return pair
 
 
 def _split_target(batch: Any) -> Tensor:

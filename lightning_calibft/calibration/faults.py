@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -17,6 +18,10 @@ from lightning_calibft.split import ClassSplit, shorten
 
 AbsentSamples = Literal["accident", "expected", "needed"]
 
+OUT_OF_MEMORY = (
+    "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
+    " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
+)
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 
 
@@ -47,30 +52,40 @@ class Faults:
         bad = (self._bad_batch < 0) & ~logits.isfinite().all()
         self._bad_batch = torch.where(bad, index, self._bad_batch)
 
-    def meet(self, failure: Exception | None = None) -> None:
-        """Wait for the other processes, and raise the ``failure`` of this one, or say that another has failed.
+    def meet(self, failed: bool = False) -> None:
+        """Wait for the other processes; they must not wait for one that has ``failed``.
 
         Raises:
-            RuntimeError: If another has.
+            RuntimeError: If another has failed.
         """
-        if not self._failed:  # who has failed meets nobody again
-            self._failed = bool(all_reduce(torch.tensor(int(failure is not None), device=self._samples.device)))
-        if failure is not None:
-            raise failure
-        if self._failed:
+        if not self._failed:  # after that, no process waits for another
+            self._failed = bool(all_reduce(torch.tensor(int(failed), device=self._samples.device)))
+        if self._failed and not failed:
             raise RuntimeError("The calibration pass has failed on another process, which says why. Gamma stays unset.")
 
-    def raise_or_warn(self, failure: Exception | None = None) -> None:
-        """Tell what was wrong.
+    @contextmanager
+    def told_to_others(self) -> Iterator[None]:
+        """Let the other processes know of an error in this one.
 
-        Args:
-            failure: What has ended the pass on this process before its end.
+        Raises:
+            torch.OutOfMemoryError: If that was the error, now with a remedy.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.meet(failed=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY} The error was: {error}") from error
+            raise
+
+    def raise_or_warn(self) -> None:
+        """Tell what was wrong.
 
         Raises:
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
             RuntimeError: If another process has failed.
         """
-        self.meet(failure)
+        self.meet()
         *samples, outside, _ = all_reduce(self._samples).tolist()
         bad_batch, label = (int(all_reduce(value, maximum=True)) for value in (self._bad_batch, self._outside))
         num_classes, total = self._split.num_classes, sum(samples) + outside

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -40,10 +40,10 @@ def check_max_samples(max_samples: int | None) -> None:
     """Refuse to read nothing.
 
     Raises:
-        ValueError: If ``max_samples`` is less than 1.
+        ValueError: If ``max_samples`` is no integer of at least 1.
     """
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"Expected argument `max_samples` to be at least 1, but got {max_samples}.")
+    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        raise ValueError(f"Expected argument `max_samples` to be an integer of at least 1, but got {max_samples!r}.")
 
 
 def calibration_loaders(
@@ -63,10 +63,14 @@ def calibration_loaders(
         at_random: Read a plain loader in random order (with a fixed seed), so that one can stop anywhere.
 
     Raises:
+        TypeError: If ``loaders`` is no iterable.
         ValueError: If there are several loaders to read ``at_random``: what is read first would be of the first alone.
     """
+    if not isinstance(loaders, Iterable):
+        kind = type(loaders).__name__
+        raise TypeError(f"Expected argument `loader` to be a DataLoader or an iterable of batches, but got a {kind}.")
     leaves = CombinedLoader(loaders, "sequential").flattened
-    flat = [loaders] if any(isinstance(leaf, Tensor) for leaf in leaves) else leaves
+    flat: list[Any] = [loaders] if any(_of_batches(leaf) for leaf in leaves) else leaves
     if at_random and len(flat) > 1:
         raise ValueError(
             f"Expected argument `tolerance` to be None with several loaders, but got {len(flat)} of them: the first"
@@ -75,6 +79,11 @@ def calibration_loaders(
         )
     share = max_samples and math.ceil(max_samples / max(1, len(flat)))
     return [_anew(loader, share, max_batches, at_random) if _is_plain(loader) else loader for loader in flat]
+
+
+def _of_batches(leaf: Any) -> bool:
+    """Tell a batch, or a part of one, from a loader."""
+    return isinstance(leaf, (Tensor, Mapping)) or not isinstance(leaf, Iterable)
 
 
 def _is_plain(loader: Any) -> bool:

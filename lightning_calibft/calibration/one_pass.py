@@ -37,10 +37,6 @@ from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_lay
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 8
-OUT_OF_MEMORY = (
-    "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
-    " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
-)
 
 
 @dataclass
@@ -119,26 +115,16 @@ class Pass:
             torch.OutOfMemoryError: If a batch does not fit, with a remedy.
             RuntimeError: If another process has failed, whose error says why.
         """
-        faults, failure = Faults(split, self.device, self.reader.maps, self._absent_samples()), None
-        try:
-            self._feed(estimator, faults)
-        except torch.OutOfMemoryError as error:
-            failure = torch.OutOfMemoryError(f"{OUT_OF_MEMORY} The error was: {error}")
-        except Exception as error:  # the other processes wait for this one, and would do so for ever
-            failure = error
-        faults.raise_or_warn(failure)
-
-    def _feed(self, estimator: Estimator | Metric | MetricCollection, faults: Faults) -> None:
-        forward = forward_of(self.model)
-        length = _length(self.loaders[0], self.max_batches)
-        looks = set() if self.tolerance is None else when_to_look(length, self.device)
+        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
+        looks, probed = self._looks(), False
         before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
-        with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+        with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
-                if index == 0:
+                target = self.reader.rows(batch)
+                if not probed and len(target) > 0:
                     with self.context():
                         check_head(self.model, batch, self.reader)
-                target = self.reader.rows(batch)
+                    probed = True
                 logits = self._logits(forward, batch, target)
                 faults.count(index, logits, target)
                 if before is None:
@@ -151,6 +137,12 @@ class Pass:
                     faults.meet()
                     if is_settled(estimator, self.tolerance):
                         break
+        faults.raise_or_warn()
+
+    def _looks(self) -> set[int]:
+        if self.tolerance is None or not self.loaders:
+            return set()
+        return when_to_look(_length(self.loaders[0], self.max_batches), self.device)
 
     def _absent_samples(self) -> AbsentSamples:
         if needs_absent_samples(self.estimator):

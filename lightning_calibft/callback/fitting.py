@@ -112,8 +112,15 @@ class FitCalibration(RunningCalibration):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._forget()
-        if isinstance(exception, KeyboardInterrupt) and self.result is None:
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        if self.result is None:
             rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
+        elif self._finished and self.calibrate_checkpoints:
+            rank_zero_warn(
+                "Calibrating was interrupted: the model in memory is calibrated, but not each of its checkpoints."
+                " `inspect_checkpoint` tells which are; `trainer.save_checkpoint` saves the model with its gamma."
+            )
 
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None

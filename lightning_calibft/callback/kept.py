@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.entries import calibration_entries, put_calibration
+from lightning_calibft.entries import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
 from lightning_calibft.files import read_checkpoint, write_atomically
 from lightning_calibft.head import get_gamma, set_gamma
 
@@ -58,6 +58,12 @@ class KeptCheckpoints:
                 " model again with `trainer.save_checkpoint`: it is calibrated now. Or train with"
                 " `refresh='validation'`: then they are calibrated when they are written."
             )
+        missing = [path for path in paths - self._earlier.keys() if path and path not in remote]
+        if missing := sorted(path for path in missing if not os.path.exists(path)):
+            rank_zero_warn(
+                f"AbsentClassCalibration does not find {', '.join(missing)}, which this run has saved: moved or deleted"
+                " since, they stay without gamma. Load what was moved and calibrate it with `calibrate(model, loader)`."
+            )
         return sorted(found, key=os.path.getmtime)
 
     def _paths(self) -> set[str]:
@@ -97,11 +103,11 @@ def calibrate_files(
     failed: dict[str, str] = {}
     try:
         for file in files:
-            if not trainer.strategy.reduce_boolean_decision(os.path.isfile(file)):  # else the others wait for ever
-                failed[file] = "not every process finds it"
+            checkpoint, error_text = _read(file)
+            if not trainer.strategy.reduce_boolean_decision(error_text is None):  # else the others wait for ever
+                failed[file] = error_text or "not every process could read it"
                 continue
             try:
-                checkpoint = read_checkpoint(file, weights_only=False)  # this run wrote it
                 if _same_weights(checkpoint["state_dict"], weights):
                     results[file] = live
                 else:
@@ -142,6 +148,16 @@ def put_calibration_of(
             return
 
 
+def _read(file: str) -> tuple[dict[str, Any], str | None]:
+    """Return a checkpoint, or what is wrong with it."""
+    try:
+        checkpoint = read_checkpoint(file, weights_only=False)  # this run wrote it
+        state_dict_of(checkpoint, file)
+    except (OSError, ValueError) as error:
+        return {}, str(error)
+    return checkpoint, None if "state_dict" in checkpoint else "it is no checkpoint of Lightning any more"
+
+
 def _write(checkpoint: dict, file: str) -> str | None:
     try:
         write_atomically(checkpoint, file)
@@ -151,11 +167,11 @@ def _write(checkpoint: dict, file: str) -> str | None:
 
 
 def _same_weights(state: dict[str, Tensor], live: dict[str, Tensor]) -> bool:
-    calibration = calibration_entries(live).keys()
-    return all(
+    weights = {key: value for key, value in live.items() if not key.endswith((OFFSET, MASK))}
+    # A module may save a part of itself; but what has no part of it is another model's.
+    return not weights.keys().isdisjoint(state) and all(
         torch.equal(state[key], value) if isinstance(value, Tensor) and key in state else key not in state
-        for key, value in live.items()
-        if key not in calibration
+        for key, value in weights.items()
     )
 
 

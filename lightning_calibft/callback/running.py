@@ -169,10 +169,12 @@ class RunningCalibration(EvaluationMetrics):
 
     def _found_on_the_way(self, model: LightningModule, checkpoint: dict[str, Any]) -> CalibrationResult | None:
         """Return what had been found when a checkpoint was written, whose weights ``model`` has now."""
+        found = self._of_steps
         if self.refresh is not None:
-            return self._refreshed.get(checkpoint["global_step"])
-        gamma = get_gamma(model) or 0.0
-        return next((result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6)), None)
+            step = checkpoint.get("global_step")
+            found = [result for each, result in self._refreshed.items() if each == step]
+        gamma = get_gamma(model) or 0.0  # by which the file is known: another may lie in its place now
+        return next((result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6)), None)
 
     def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
         return calibration_pass(

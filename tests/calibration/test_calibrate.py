@@ -38,8 +38,12 @@ def batches(data=TRAIN, size=8):
         [loader(TensorDataset(X[:20], Y[:20])), loader(TensorDataset(X[20:], Y[20:]))],
         {"a": loader(TensorDataset(X[:20], Y[:20])), "b": loader(TensorDataset(X[20:], Y[20:]))},
         [(X, Y)],
+        [(X[:0], Y[:0]), *batches(), (X[:0], Y[:0])],
     ],
-    ids=["loader", "shuffled", "single", "workers", "list", "tuple", "mappings", "named", "loaders", "dict", "one"],
+    ids=[
+        *("loader", "shuffled", "single", "workers", "list", "tuple"),
+        *("mappings", "named", "loaders", "dict", "one", "empty"),
+    ],
 )
 def test_gamma_is_the_average_logit_gap(data, seen):
     model = net()
@@ -142,7 +146,7 @@ def test_max_samples():
     assert first.gamma != pytest.approx(run(loader()).gamma, rel=1e-4)
     assert run(batches(), max_samples=20).num_samples == 24  # whole batches
     assert run(loader(), max_samples=999).num_samples == len(TRAIN)
-    with pytest.raises(ValueError, match="`max_samples` to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="`max_samples` to be an integer of at least 1, but got 0"):
         run(loader(), max_samples=0)
 
 

@@ -45,7 +45,7 @@ pytestmark = quiet
         ({"loader": [X]}, ValueError, "got a Tensor. Pass `unpack_batch`"),
         ({"loader": [{"x": X, "z": Y}]}, ValueError, "one of the keys label, .* got the keys x, z"),
         ({"loader": [(X[:9], Y)]}, ValueError, r"logits of shape \(45, 6\) for a batch of 45 .* got \[\(9, 6\)\]"),
-        ({"loader": blobs(ALL)}, ValueError, r"shape \(N,\), one class id a sample, but got \(\)"),
+        ({"loader": blobs(ALL)}, TypeError, "`loader` to be a DataLoader or an iterable of batches, but got a Tensor"),
         ({"loader": loader(blobs(ALL))}, ValueError, "to leave out at least one of the 6 classes"),
         ({"loader": loader(blobs([3]))}, ValueError, "at least 2 classes, but got 1"),
     ],

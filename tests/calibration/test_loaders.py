@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.utils.data import (
@@ -193,6 +196,26 @@ def test_collections():
     generator = iter(batches)
     assert calibration_loaders(generator) == [generator]
     assert read([]) == []
+
+
+@dataclass
+class Pair:
+    inputs: torch.Tensor
+    target: torch.Tensor
+
+
+@pytest.mark.parametrize("make", [lambda x, y: (x, y), lambda x, y: {"x": x, "y": y}, UserDict, Pair])
+def test_a_list_of_batches_is_one_loader(make):
+    parts = torch.zeros(4, 2), torch.tensor([0, 1, 2, 3])
+    batches = [make({"x": parts[0], "y": parts[1]}) if make is UserDict else make(*parts) for _ in range(3)]
+    (only,) = calibration_loaders(batches)
+    assert only is batches
+
+
+@pytest.mark.parametrize("loader", [None, 3])
+def test_no_loader(loader):
+    with pytest.raises(TypeError, match="`loader` to be a DataLoader or an iterable of batches, but got a "):
+        calibration_loaders(loader)
 
 
 def test_max_samples():

@@ -89,7 +89,18 @@ def test_several_loaders_are_refused():
     assert not attached_heads(model)
 
 
-@pytest.mark.parametrize("tolerance", [0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("tolerance", [0, -0.1, float("nan"), float("inf"), "small"])
 def test_impossible_tolerances(tolerance):
-    with pytest.raises(ValueError, match=f"`tolerance` to be a positive number, .* but got {tolerance}"):
+    with pytest.raises(ValueError, match=f"`tolerance` to be a positive number, .* but got {tolerance!r}"):
         calibrate(net(), DataLoader(DATA, 8), SEEN, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("max_samples", [0, -3, 1.5, "many"])
+def test_impossible_numbers_of_samples(max_samples):
+    with pytest.raises(ValueError, match=f"`max_samples` to be an integer of at least 1, but got {max_samples!r}"):
+        calibrate(net(), DataLoader(DATA, 8), SEEN, max_samples=max_samples)
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match="to hold samples of the seen classes, but got none"):
+        calibrate(net(), [], SEEN, tolerance=0.1, progress=False)

@@ -176,7 +176,8 @@ def test_foreign_and_deleted_files(tmp_path):
             os.remove(trainer.checkpoint_callback.best_model_path)
 
     checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True)
-    callback, _, _ = fit(tmp_path, checkpoints, others=[Deletes()])
+    with pytest.warns(UserWarning, match=r"does not find \S*epoch=1-step=12.ckpt, which this run has saved"):
+        callback, _, _ = fit(tmp_path, checkpoints, others=[Deletes()])
     assert {Path(path).name for path in callback.checkpoint_results} == {"epoch=0-step=6.ckpt", "last.ckpt"}
     assert {path.name for path in tmp_path.iterdir()} == {"epoch=0-step=6.ckpt", "last.ckpt", "epoch=9.ckpt"}
     assert (foreign.stat().st_ino, foreign.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)

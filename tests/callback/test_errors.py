@@ -36,7 +36,7 @@ pytestmark = quiet
         ({"estimator": "platt"}, ValueError, "one of 'alg', 'pseudo_absent', .* or a metric, but got 'platt'"),
         ({"estimator": 3}, TypeError, "`estimator` to be a name or a torchmetrics Metric"),
         ({"absent_classes": ABSENT}, ValueError, "`seen_classes` beside `absent_classes`, but got None. Give both"),
-        ({"max_samples": 0}, ValueError, "`max_samples` to be at least 1, but got 0"),
+        ({"max_samples": 0}, ValueError, "`max_samples` to be an integer of at least 1, but got 0"),
         ({"unpack_batch": "no.such.function"}, ValueError, "`unpack_batch` to be the import path of a function"),
         ({"unpack_batch": "function"}, ValueError, "`unpack_batch` to be the import path of a function"),
         ({"unpack_batch": 3}, TypeError, "`unpack_batch` to be a function, but got 3"),

@@ -183,7 +183,7 @@ def test_an_estimator_object(main, fitted: tuple[str, Path], tmp_path: Path) -> 
     ("argument", "text"),
     [
         ("estimator=nonsense", "`estimator` to be one of 'alg', 'pseudo_absent', .* or a metric, but got 'nonsense'"),
-        ("max_samples=0", "`max_samples` to be at least 1, but got 0"),
+        ("max_samples=0", "`max_samples` to be an integer of at least 1, but got 0"),
         ("max_samples=many", "'max_samples', val='many'"),
         ("seen_classes=[a]", "class 'int'>. Got value: a"),
         ("absent_classes=[1]", "`seen_classes` beside `absent_classes`, but got None"),

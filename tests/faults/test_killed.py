@@ -1,0 +1,61 @@
+"""Killed wherever it is, a run leaves files that load, each calibrated or not, and goes on from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_calibft import AbsentClassCalibration
+from tests.faults.checks import assert_sound, assert_whole, calibrated
+from tests.faults.kill_script import PLACES
+from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    quiet,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that Python need not start anew"),
+    pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training"),
+]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.faults.kill_script", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed(place, killed):
+    folder, (expected, hidden) = killed / place, PLACES[place]
+    left = list(folder.glob(".*"))
+    assert len(left) == hidden
+    assert all(path.suffix == ".tmp" for path in left)
+    files = sorted(set(folder.iterdir()) - set(left))
+    assert [file.name for file in files] == [f"epoch={epoch}.ckpt" for epoch in range(len(expected))]
+    assert [assert_whole(file) for file in files] == expected
+    for path in left:
+        path.unlink()
+
+    before = {file.name: file.read_bytes() for file in files}
+    module = pretrained()
+    module.body[1].eval()
+    checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    trainer = trainer_of(folder, AbsentClassCalibration(SEEN), checkpoints, max_epochs=3)
+    trainer.fit(module, loader(), ckpt_path=files[-1])
+    assert_sound(module, is_calibrated=True)
+    # What an earlier run has left stays as it was; what this one writes is calibrated.
+    assert {file.name: file.read_bytes() for file in files} == before
+    assert calibrated(folder) == {**dict(zip(before, expected, strict=True)), **dict.fromkeys(new(before), True)}
+
+
+def new(before):
+    return {f"epoch={epoch}.ckpt" for epoch in range(3)} - before.keys()

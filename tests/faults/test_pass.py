@@ -1,0 +1,148 @@
+"""What goes wrong in the calibration pass: for the model when training ends, or for a kept file after that."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import signal
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma
+from tests.faults.checks import Armed, Arms, Faulty, assert_sound, calibrated, die, faulty, interruptible
+from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
+
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")]
+places = pytest.mark.parametrize("place", ["model", "file"])
+NEITHER, LATTER = ({"epoch=0.ckpt": False, "epoch=1.ckpt": done} for done in (False, True))
+
+
+def fit(module, data, place, folder):
+    """Fit, with a file of other weights and one of those that training ends with; return what is raised, as text."""
+    checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    callback = AbsentClassCalibration(SEEN)
+    try:
+        trainer_of(folder, callback, checkpoints, Arms(data, place)).fit(module, loader())
+    except (Exception, SystemExit) as error:
+        assert (callback.result is None) == (place == "model")
+        assert not callback.checkpoint_results
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
+
+
+def assert_survived(module, data, place, folder, text):
+    """The pass of ``place`` has failed with this text, and nothing else has."""
+    told = fit(module, data, place, folder)
+    kind, _, rest = text.partition(": ")
+    if place == "model":
+        assert told.startswith(kind)
+        assert calibrated(folder) == NEITHER
+    else:
+        assert told.startswith("RuntimeError: Could not calibrate the checkpoints")
+        assert "epoch=0.ckpt'" in told
+        assert "epoch=1.ckpt'" not in told
+        assert "These files are as they were, and the model in memory is calibrated" in told
+        assert calibrated(folder) == LATTER
+    assert rest in told
+    data.armed = False
+    assert_sound(module, is_calibrated=place == "file")
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def missing_image():
+    raise ValueError("no such image")
+
+
+@places
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (missing_image, "ValueError: Caught ValueError in DataLoader worker process 1."),
+        (die, "RuntimeError: DataLoader worker (pid"),
+    ],
+    ids=["raises", "is_killed"],
+)
+def test_a_worker_process(fault, text, place, tmp_path):
+    data = Armed(fault)
+    assert_survived(faulty(data, num_workers=2), data, place, tmp_path, text)
+
+
+@places
+def test_one_batch_with_nan(place, tmp_path):
+    data = Armed(lambda: torch.full((5,), torch.nan))
+    text = "ValueError: Expected finite logits in the calibration pass, but batch 3 has NaN or infinite ones."
+    assert_survived(faulty(data), data, place, tmp_path, text)
+
+
+class Large(Faulty):
+    """Has no room for more than eight samples in the calibration pass."""
+
+    def forward(self, x):
+        if len(x) > 8 and self.loader.dataset.armed:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(x)
+
+
+def large(data):
+    module = faulty(data, batch_size=16)
+    module.__class__ = Large
+    return module
+
+
+@places
+def test_out_of_memory(place, tmp_path):
+    data = Armed()
+    module = large(data)
+    text = (
+        "OutOfMemoryError: Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a"
+        " `calibration_dataloader` or as the `loader` of `calibrate`; an estimator that keeps all samples can do with"
+        " fewer: `max_samples`. The error was: CUDA out of memory. Tried to allocate 2.00 GiB."
+    )
+    assert_survived(module, data, place, tmp_path, text)
+    data.armed = True
+    result = calibrate(module, DataLoader(data, 8), SEEN, progress=False)  # the remedy
+    assert get_gamma(module) == pytest.approx(result.gamma)
+
+
+def test_out_of_memory_without_lightning():
+    data = Armed()
+    module, data.armed = large(data), True
+    keys = list(module.state_dict())
+    with pytest.raises(torch.OutOfMemoryError, match="Out of memory in the calibration pass"):
+        calibrate(module, module.loader, SEEN, progress=False)
+    assert list(module.state_dict()) == keys
+    assert module.training
+    assert not module.fc._forward_hooks
+    calibrate(module, DataLoader(data, 8), SEEN, progress=False)
+    assert get_gamma(module) is not None
+
+
+@places
+def test_ctrl_c(place, tmp_path):
+    data = Armed(lambda: signal.raise_signal(signal.SIGINT))
+    module = faulty(data)
+    with interruptible(), warnings.catch_warnings(record=True) as met, contextlib.suppress(KeyboardInterrupt):
+        warnings.simplefilter("always")
+        told = fit(module, data, place, tmp_path)
+    assert told == "SystemExit: 1"
+    text = "the model and its checkpoints are not" if place == "model" else "the model in memory is calibrated, but not"
+    assert [text in str(warning.message) for warning in met if "interrupted" in str(warning.message)] == [True]
+    assert calibrated(tmp_path) == NEITHER  # that of the same weights comes after the other
+    assert_sound(module, is_calibrated=place == "file")
+
+
+def test_ctrl_c_without_lightning():
+    data = Armed(lambda: signal.raise_signal(signal.SIGINT))
+    data.armed, module = True, pretrained()
+    keys = list(module.state_dict())
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        calibrate(module, DataLoader(data, 8), SEEN, progress=False)
+    assert list(module.state_dict()) == keys
+    assert module.training
+    assert not module.fc._forward_hooks
