@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft.split import ClassIds, ClassSplit
+from lightning_calibft.split import ClassIds, ClassSplit, check_tensor
 
 Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
@@ -57,6 +58,7 @@ def prepare(
     validate_args: bool,
 ) -> Groups:
     """Validate the arguments of a functional and return its split on the device of the logits."""
+    check_tensor("logits", logits)
     if logits.ndim != 2:
         raise ValueError(f"Expected argument `logits` to have shape (N, C), but got {tuple(logits.shape)}.")
     split = ClassSplit(logits.shape[1], seen_classes, absent_classes)
@@ -77,9 +79,15 @@ def check_inputs(logits: Tensor, target: Tensor, num_classes: int, ignore_index:
 
 
 def check_matrix(name: str, value: Tensor) -> None:
-    """Raise if a tensor is not a floating point matrix."""
+    """Raise if an argument is not a floating point matrix."""
+    check_floating(name, value)
     if value.ndim != 2:
         raise ValueError(f"Expected argument `{name}` to be two-dimensional, but got shape {tuple(value.shape)}.")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raise if an argument is not a floating point tensor."""
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(
             f"Expected argument `{name}` to be a floating point tensor, but got {value.dtype}."
@@ -89,6 +97,7 @@ def check_matrix(name: str, value: Tensor) -> None:
 
 def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_index: int | None) -> None:
     """Raise if labels are not one class id per sample."""
+    check_tensor("target", target)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
             f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
@@ -108,6 +117,13 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
             f"Expected argument `target` to hold class ids in [0, {num_classes}), but got {target[outside][0].item()}."
             " Pass `ignore_index` if this label marks samples to leave out."
         )
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise if an argument is no real number; a tensor with one element is one."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"Expected argument `{name}` to be a number, but got {value!r}.")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -139,10 +155,8 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 def top_classes(logits: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """Largest logits among ``classes`` (sorted ids) and whose they are, both of shape ``(N, top_k)``."""
-    # Copying the columns of some rows at a time reuses memory: over twice as fast as copying all at once (CPU).
-    rows = max(1, 2 ** (22 if logits.device.type == "cpu" else 26) // logits.shape[1])
     values, indices = [], []
-    for chunk in logits.detach().split(rows):
+    for chunk in logits.detach().split(_rows_at_a_time(logits, 2**26)):
         if len(classes) < logits.shape[1]:
             chunk = chunk.index_select(1, classes)
         best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
@@ -153,6 +167,17 @@ def top_classes(logits: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor
 
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
-    rows = max(1, 2**22 // tensors[0].shape[1])
+    rows = _rows_at_a_time(tensors[0], 2**22)
     parts = [function(*chunks) for chunks in zip(*(tensor.detach().split(rows) for tensor in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _rows_at_a_time(logits: Tensor, elements: int) -> int:
+    # On a CPU as many as stay in its cache: copies of all rows at once take two to three times as long.
+    return max(1, (2**18 if logits.device.type == "cpu" else elements) // logits.shape[1])
+
+
+def other_seen_logits(logits: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:
+    """A copy of the seen logits ``(N, |S|)`` with ``fill`` at the true class; at any of them if that is not seen."""
+    place = torch.searchsorted(groups.seen, target.long()).clamp(max=len(groups.seen) - 1)
+    return logits.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import Groups, in_row_chunks, real_dtype
+from lightning_calibft.functional._inputs import Groups, in_row_chunks, other_seen_logits, real_dtype
 
 
 def matched_maxima_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
@@ -36,11 +36,10 @@ def log_sum_exp_gaps(logits: Tensor, target: Tensor, groups: Groups, temperature
     dtype = real_dtype(logits.device)
 
     def soft_maximum(values: Tensor, count: int) -> Tensor:
-        return temperature * ((values.to(dtype) / temperature).logsumexp(1) - math.log(count))
+        return temperature * (values.to(dtype).div_(temperature).logsumexp(1) - math.log(count))
 
     def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = groups.seen == target.unsqueeze(1)
-        others = logits.index_select(1, groups.seen).masked_fill(own, -torch.inf)
+        others = other_seen_logits(logits, target, groups, -torch.inf)
         absent = logits.index_select(1, groups.absent)
         return (soft_maximum(others, len(groups.seen) - 1) - soft_maximum(absent, len(groups.absent)),)
 
@@ -62,21 +61,26 @@ def confusions(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
 
 
 def _sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
-    dtype = real_dtype(logits.device)
-
     def of_rows(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = groups.seen == target.unsqueeze(1)
-        seen = logits.index_select(1, groups.seen).masked_fill(own, torch.inf)
-        others = seen.sort(1).values[:, :-1]
-        absent = logits.index_select(1, groups.absent).sort(1).values
-        return (gaps(others.to(dtype), absent.to(dtype)),)
+        others = _sorted_rows(other_seen_logits(logits, target, groups, torch.inf))[:, :-1]
+        return (gaps(others, _sorted_rows(logits.index_select(1, groups.absent))),)
 
     return in_row_chunks(of_rows, logits, target)[0]
 
 
+def _sorted_rows(values: Tensor) -> Tensor:
+    """Sort each row, NaN last; ``values`` may be overwritten."""
+    if values.device.type != "cpu":
+        return values.sort(1).values
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # NumPy has no bfloat16
+    values.numpy().sort(1)  # many times as fast as torch's sort, which gives the order as well
+    return values
+
+
 def _expected_maximum(values: Tensor, size: int) -> Tensor:
     """Mean, over all subsets of ``size`` columns, of their maximum. ``values (N, n)`` increase along the row."""
-    return values[:, size - 1 :] @ values.new_tensor(_shares_of_subsets(values.shape[1], size))
+    largest = values[:, size - 1 :].to(real_dtype(values.device))
+    return largest @ largest.new_tensor(_shares_of_subsets(values.shape[1], size))
 
 
 @lru_cache
@@ -92,4 +96,5 @@ def _quantile(values: Tensor, quantile: float) -> Tensor:
     place = quantile * (values.shape[1] - 1)
     below = math.floor(place)
     above = min(below + 1, values.shape[1] - 1)
-    return values[:, below].lerp(values[:, above], place - below)
+    low, high = (values[:, column].to(real_dtype(values.device)) for column in (below, above))
+    return low.lerp(high, place - below)

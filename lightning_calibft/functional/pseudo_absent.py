@@ -14,9 +14,9 @@ from lightning_calibft.functional._inputs import (
     Groups,
     check_inputs,
     in_row_chunks,
+    other_seen_logits,
     prepare,
     real_dtype,
-    top_classes,
     warn_if_probabilities,
 )
 from lightning_calibft.functional.logit_gap import check_seen_classes
@@ -130,18 +130,19 @@ def pseudo_absent_gamma(
 def pseudo_absent_margins(logits: Tensor, target: Tensor, pretrained_logits: Tensor, groups: Groups) -> Tensor:
     """Margins of the samples and of their pseudo-absent copies, ``(N, 2)``; of samples that are not seen anything."""
     dtype = real_dtype(logits.device)
-    target = target.long().clamp(0, logits.shape[1] - 1)
-    best, classes = top_classes(logits, groups.seen, 2)
-    best = best.to(dtype)
-    without_own = torch.where(classes[:, 0] == target, best[:, 1], best[:, 0])
-    absent = top_classes(logits, groups.absent)[0].squeeze(1).to(dtype)
-    mean, std = _mean_and_std(logits, groups.absent, dtype)
-    mean_before, std_before = _mean_and_std(pretrained_logits, groups.absent, dtype)
-    own_before = pretrained_logits.detach().gather(1, target.unsqueeze(1)).squeeze(1).to(dtype)
-    # One absent class, or equal ones, have no spread to carry over.
-    scale = torch.where((std > 0) & (std_before > 0), std / std_before, 1.0)
-    own = mean + scale * (own_before - mean_before)
-    return torch.stack([best[:, 0] - absent, without_own - torch.maximum(own, absent)], 1)
+
+    def margins(logits: Tensor, target: Tensor, before: Tensor) -> tuple[Tensor]:
+        target = target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        without_own = other_seen_logits(logits, target.squeeze(1), groups, -torch.inf).amax(1)
+        best = torch.maximum(without_own, logits.gather(1, target).squeeze(1))
+        largest, mean, std = _moments(logits.index_select(1, groups.absent).to(dtype))
+        _, mean_before, std_before = _moments(before.index_select(1, groups.absent).to(dtype))
+        # One absent class, or equal ones, have no spread to carry over.
+        scale = torch.where((std > 0) & (std_before > 0), std / std_before, 1.0)
+        own = mean + scale * (before.gather(1, target).squeeze(1).to(dtype) - mean_before)
+        return (torch.stack([best.to(dtype) - largest, without_own.to(dtype) - torch.maximum(own, largest)], 1),)
+
+    return in_row_chunks(margins, logits, target, pretrained_logits)[0]
 
 
 def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor]:
@@ -170,12 +171,7 @@ def _slope(value: Tensor) -> Tensor:
     return torch.sigmoid(value) * torch.sigmoid(-value)
 
 
-def _mean_and_std(logits: Tensor, classes: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Mean and population standard deviation over some classes, both of shape ``(N,)``."""
-
-    def moments(chunk: Tensor) -> tuple[Tensor, ...]:
-        values = chunk.index_select(1, classes).to(dtype)
-        mean = values.mean(1)
-        return mean, (values - mean.unsqueeze(1)).square().mean(1).sqrt()
-
-    return in_row_chunks(moments, logits)
+def _moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, mean and population standard deviation of each row; ``values`` is overwritten."""
+    largest, mean = values.amax(1), values.mean(1)
+    return largest, mean, values.sub_(mean.unsqueeze(1)).square_().mean(1).sqrt()

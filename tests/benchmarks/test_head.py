@@ -29,6 +29,7 @@ def resnet18() -> tuple[nn.Module, torch.Tensor, int]:
     ("kind", "budget"), [("attached", "none"), ("compiled", "1.02"), ("folded", "1.00")], ids=lambda x: x
 )
 def test_inference(ratio, make, kind, budget, device):
+    """Inference of one sample, with gamma against the bare model."""
     bare, inputs, calls = make()
     bare = bare.to(device).eval()
     ours = set_gamma(deepcopy(bare), 1.0, SEEN)

@@ -1,94 +1,135 @@
-"""What the metrics cost: time against the floor of reading the logits, and bytes of state a sample."""
+"""What an update of each metric and estimator costs: time against the floor, bytes while it runs and bytes it keeps."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples, needs_pretrained_logits
+from lightning_calibft.functional import class_means
 from lightning_calibft.metrics import (
     AUSUC,
-    AverageLogitGap,
     HarmonicMeanAccuracy,
+    NearestClassMeanAccuracy,
     SeenUnseenCurve,
     SplitAccuracy,
     absent_class_metrics,
 )
 from tests.benchmarks.conftest import DEVICES
+from tests.benchmarks.samples import logits_and_target, seen_classes, two_maxima
 
-SEEN = list(range(0, 1000, 2))
-ABSENT = list(range(1, 1000, 2))
+METRICS = {
+    "AUSUC": AUSUC,
+    "AUSUC, validate_args": lambda *args, validate_args: AUSUC(*args),
+    "SeenUnseenCurve": SeenUnseenCurve,
+    "SplitAccuracy": SplitAccuracy,
+    "SplitAccuracy, seen candidates": lambda *args, **kw: SplitAccuracy(*args, candidates="seen", **kw),
+    "SplitAccuracy, top 5": lambda *args, **kw: SplitAccuracy(*args, top_k=5, **kw),
+    "HarmonicMeanAccuracy": HarmonicMeanAccuracy,
+    "absent_class_metrics": absent_class_metrics,
+    **ESTIMATORS,
+}
 
-
-def logits_and_target(num_samples: int, num_classes: int, device: str):
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(num_classes, (num_samples,), generator=generator)
-    logits = torch.randn(num_samples, num_classes, generator=generator)
-    logits[torch.arange(num_samples), target] += 3
-    return logits.to(device), target.to(device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_ausuc_against_one_max_per_group(ratio, device):
-    logits, target = logits_and_target(50_000, 1000, device)
-    seen, absent = torch.tensor(SEEN, device=device), torch.tensor(ABSENT, device=device)
-    metric = AUSUC(1000, SEEN, ABSENT, validate_args=False).to(device)
-
-    def ours():
-        metric.reset()
-        metric.update(logits, target)
-        return metric.compute()
-
-    def floor():
-        return logits[:, seen].max(1), logits[:, absent].max(1)
-
-    assert ratio(ours, floor, rounds=9, budget="2") > 0
+SIZES = {(256, 10): 40, (256, 1000): 5, (5000, 1000): 1}  # and how many updates to time at once
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimator_against_one_max_per_group(ratio, name, device):
-    """The update alone: what it costs beside the forward that the logits come from."""
-    logits, target = logits_and_target(20_000, 1000, device)
-    seen, absent = torch.tensor(SEEN, device=device), torch.tensor(ABSENT, device=device)
+def make(name: str, logits, target):
+    """Return a metric and an update of it with a batch that it takes."""
+    num_classes = logits.shape[1]
     options = {"gamma": 1.0} if name == "fixed" else {}
-    metric = ESTIMATORS[name](1000, SEEN, ABSENT, validate_args=False, **options).to(device)
-    target = seen[target // 2] if not needs_absent_samples(name) else target
+    metric = METRICS[name](num_classes, seen_classes(num_classes), validate_args=False, **options).to(logits.device)
+    if name in ESTIMATORS and not needs_absent_samples(name):
+        target = target // 2 * 2
     before = [logits.flip(0)] if needs_pretrained_logits(name) else []
-
-    def ours():
-        metric.reset()
-        metric.update(logits, target, *before)
-
-    def floor():
-        return logits[:, seen].max(1), logits[:, absent].max(1)
-
-    assert ratio(ours, floor, rounds=5, budget="none") > 0
+    return metric, lambda: metric.update(logits, target, *before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_collection_against_torchmetrics_accuracy(ratio, device):
-    logits, target = logits_and_target(20_000, 1000, device)
-    metrics = absent_class_metrics(1000, SEEN, ABSENT, validate_args=False).to(device)
-    accuracy = MulticlassAccuracy(1000, average="micro", validate_args=False).to(device)
-    assert ratio(
-        lambda: metrics.update(logits, target), lambda: accuracy.update(logits, target), rounds=9, budget="none"
-    )
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]:,} x {size[1]:,}")
+@pytest.mark.parametrize("name", METRICS)
+def test_update(ratio, name, size, device):
+    """Update with one batch, against two maxima over its logits."""
+    logits, target = logits_and_target(*size, device)
+    metric, update = make(name, logits, target)
+    floor, times = two_maxima(logits), SIZES[size]
+
+    def ours():
+        for _ in range(times):
+            update()
+        metric.reset()
+
+    assert ratio(ours, lambda: [floor() for _ in range(times)], rounds=5, budget="none") > 0
 
 
-@pytest.mark.parametrize("cls", [AUSUC, SeenUnseenCurve, SplitAccuracy, HarmonicMeanAccuracy, AverageLogitGap])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]:,} x {size[1]:,}")
+def test_collection(ratio, size, device):
+    """Update of absent_class_metrics, five metrics, against the MulticlassAccuracy of torchmetrics."""
+    logits, target = logits_and_target(*size, device)
+    metrics, update = make("absent_class_metrics", logits, target)
+    accuracy = MulticlassAccuracy(size[1], average="micro", validate_args=False).to(device)
+    times = SIZES[size]
+
+    def ours():
+        for _ in range(times):
+            update()
+        metrics.reset()
+
+    assert ratio(ours, lambda: [accuracy.update(logits, target) for _ in range(times)], rounds=5, budget="none")
+
+
+def bytes_at_most(function, folder) -> int:
+    """How many bytes more than before are allocated at the worst moment of a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in memory]
+    return max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_bytes_while_it_runs(report, tmp_path, name):
+    """Most bytes allocated at once by an update with 10,000 x 1000 logits, as a share of their own 40 MB."""
+    logits, target = logits_and_target(10_000, 1000)
+    metric, update = make(name, logits, target)
+    update()
+    metric.reset()
+    share = bytes_at_most(update, tmp_path) / logits.nbytes
+    report(f"{share:.3f}", "below 1")
+    assert 0 < share < 1
+
+
+def size_of(metric: Metric | MetricCollection) -> int:
+    members = metric.values() if isinstance(metric, MetricCollection) else [metric]
+    states = {id(state): state for member in members for state in member.metric_state.values()}
+    return sum(tensor.nbytes for state in states.values() for tensor in (state if isinstance(state, list) else [state]))
+
+
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("num_classes", [10, 1000])
-def test_bytes_of_state_a_sample(benchmark, report, cls, num_classes):
-    metric = cls(num_classes, list(range(num_classes // 2)))
-
-    def size() -> int:
-        states = [getattr(metric, name) for name in metric._defaults]
-        tensors = [tensor for state in states for tensor in (state if isinstance(state, list) else [state])]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    empty, samples = size(), 4096
-    benchmark.pedantic(metric.update, args=logits_and_target(samples, num_classes, "cpu"), rounds=1)
-    bytes_a_sample = (size() - empty) / samples
-    report(f"{bytes_a_sample:g} bytes", "8 bytes")
+def test_bytes_of_state(report, name, num_classes):
+    """Bytes of state for each sample."""
+    samples = 4096
+    metric, update = make(name, *logits_and_target(samples, num_classes))
+    update()
+    size = size_of(metric)
+    update()
+    bytes_a_sample = (size_of(metric) - size) / samples
+    report(f"{bytes_a_sample:g}", "8")
     assert bytes_a_sample <= 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nearest_class_mean(ratio, device):
+    """Update of NearestClassMeanAccuracy, 256 x 512 features of 1000 classes, against their product with the means."""
+    features, target = torch.randn(256, 512, device=device), torch.randint(1000, (256,), device=device)
+    means = class_means(torch.randn(4000, 512, device=device), torch.arange(4000, device=device) % 1000, 1000)
+    metric = NearestClassMeanAccuracy(1000, seen_classes(1000), class_means=means, validate_args=False).to(device)
+    assert ratio(lambda: metric.update(features, target), lambda: features @ means.T, rounds=31, budget="none") > 0

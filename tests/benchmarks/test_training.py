@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import lightning.pytorch as pl
 import pytest
 import timm
@@ -11,13 +9,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibft import AbsentClassCalibration, attach, calibrate
-from tests.benchmarks.conftest import DEVICES
+from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, attach, calibrate
+from tests.benchmarks.conftest import DEVICES, clock
 
 NUM_CLASSES = 20
 
 
 class Classifier(pl.LightningModule):
+    """Stops the time itself: its hooks come after those of all callbacks."""
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -36,22 +36,22 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 1e-4)
 
+    def on_train_epoch_end(self):
+        self.stopped = clock()
 
-class Stopwatch(pl.Callback):
-    """Times what repeats: training steps or an evaluation loop, not what a run does once."""
+    def on_validation_end(self):
+        self.stopped = clock()
+
+
+class Start(pl.Callback):
+    """Starts the time where something begins that repeats: after a few training steps, or with an evaluation."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 10:
-            self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.seconds = time.perf_counter() - self.start
+            self.time = clock()
 
     def on_validation_start(self, trainer, pl_module):
-        self.start = time.perf_counter()
-
-    def on_validation_end(self, trainer, pl_module):
-        self.seconds = time.perf_counter() - self.start
+        self.time = clock()
 
 
 def loader(shape: tuple[int, ...], num_batches: int, batch_size: int, num_classes: int) -> DataLoader:
@@ -61,72 +61,100 @@ def loader(shape: tuple[int, ...], num_batches: int, batch_size: int, num_classe
     return DataLoader(TensorDataset(inputs, target), batch_size)
 
 
-def trainer(stopwatch: Stopwatch, callback: list[pl.Callback], device: str) -> pl.Trainer:
-    return pl.Trainer(
+def run(what: str, module: Classifier, data: DataLoader, callbacks: list[pl.Callback], device: str) -> float:
+    """Fit or validate and return the seconds between start and stop."""
+    start = Start()
+    trainer = pl.Trainer(
         max_epochs=1,
         accelerator="gpu" if device == "cuda" else device,
-        callbacks=[stopwatch, *callback],
+        callbacks=[start, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    getattr(trainer, what)(module, data)
+    return module.stopped - start.time
 
 
-def fit(module: Classifier, data: DataLoader, callback: list[pl.Callback], device: str) -> float:
-    stopwatch = Stopwatch()
-    trainer(stopwatch, callback, device).fit(module, data)
-    return stopwatch.seconds
+def resnet18(num_classes: int = NUM_CLASSES) -> Classifier:
+    return Classifier(timm.create_model("resnet18", num_classes=num_classes))
+
+
+@pytest.fixture
+def callback(request, tmp_path):
+    """A callback with its classes given, or without, when it reads the labels of each step."""
+    name, _, how = request.param.partition(", ")
+    options = {"output": str(tmp_path / "report.md")} if name == "CalibrationDiagnostics" else {}
+    if how == "source=training_steps":
+        options["source"] = "training_steps"
+    kind = {"AbsentClassCalibration": AbsentClassCalibration, "CalibrationDiagnostics": CalibrationDiagnostics}[name]
+    classes = [] if how == "classes not given" else [list(range(10))]
+    return lambda: [kind(*classes, **options)]
+
+
+EACH_WAY = [
+    "AbsentClassCalibration",
+    "AbsentClassCalibration, classes not given",
+    "AbsentClassCalibration, source=training_steps",
+    "CalibrationDiagnostics",
+    "CalibrationDiagnostics, classes not given",
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("source", ["train", "training_steps"])
-def test_training_step_of_resnet18(ratio, source, device):
-    data, module = loader((3, 32, 32), 60, 32, 10), Classifier(timm.create_model("resnet18", num_classes=NUM_CLASSES))
+@pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
+def test_training_step_of_resnet18(ratio, callback, device):
+    """Training steps of resnet18 (32 images of 32 x 32), with a callback against without."""
+    data, module = loader((3, 32, 32), 25, 32, 10), resnet18()
     assert ratio(
-        lambda: fit(module, data, [AbsentClassCalibration(list(range(10)), source=source)], device),
-        lambda: fit(module, data, [], device),
-        rounds=9,
+        lambda: run("fit", module, data, callback(), device),
+        lambda: run("fit", module, data, [], device),
+        rounds=4,
         budget="1.01",
     )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_step_of_a_tiny_network(ratio, device):
-    data, module = loader((16,), 2000, 8, 10), Classifier(nn.Linear(16, NUM_CLASSES))
+@pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
+def test_training_step_of_one_layer(ratio, callback, device):
+    """The worst case, training steps of one small layer (8 samples, 16 features), with a callback against without."""
+    data, module = loader((16,), 1000, 8, 10), Classifier(nn.Linear(16, NUM_CLASSES))
     assert ratio(
-        lambda: fit(module, data, [AbsentClassCalibration()], device),
-        lambda: fit(module, data, [], device),
-        rounds=9,
-        budget="1.01",
-    )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_validation_of_resnet18(ratio, device):
-    data, module = loader((3, 64, 64), 20, 64, NUM_CLASSES), Classifier(timm.create_model("resnet18", num_classes=20))
-
-    def validate(callback):
-        stopwatch = Stopwatch()
-        trainer(stopwatch, callback, device).validate(module, data, verbose=False)
-        return stopwatch.seconds
-
-    assert ratio(
-        lambda: validate([AbsentClassCalibration(seen_classes=list(range(10)))]),
-        lambda: validate([]),
+        lambda: run("fit", module, data, callback(), device),
+        lambda: run("fit", module, data, [], device),
         rounds=7,
+        budget="1.01",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("callback", ["AbsentClassCalibration", "CalibrationDiagnostics"], indirect=True)
+@pytest.mark.parametrize("num_classes", [20, 1000])
+def test_validation_of_resnet18(ratio, callback, num_classes, device):
+    """Validation of resnet18 (10 batches of 64 images of 32 x 32), with the metrics of a callback against without."""
+    data, module = loader((3, 32, 32), 10, 64, num_classes), resnet18(num_classes)
+    assert ratio(
+        lambda: run("validate", module, data, callback(), device),
+        lambda: run("validate", module, data, [], device),
+        rounds=4,
         budget="1.03",
     )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_pass_over_resnet18(ratio, device):
-    data = loader((3, 64, 64), 40, 64, 10)
-    model = attach(timm.create_model("resnet18", num_classes=NUM_CLASSES)).to(device).eval()
+@pytest.mark.parametrize("estimator", ["alg", "matched_maxima"])
+def test_pass_over_resnet18(ratio, estimator, device):
+    """The calibration pass (20 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
+    data = loader((3, 32, 32), 20, 64, 10)
+    model = attach(resnet18(1000).net).to(device).eval()
 
     def bare():
         with torch.no_grad():
             for inputs, target in data:
                 model(inputs.to(device)), target.to(device)
 
-    assert ratio(lambda: calibrate(model, data, list(range(10)), progress=False), bare, rounds=5, budget="1.05")
+    def ours():
+        calibrate(model, data, list(range(10)), estimator=estimator, progress=False)
+
+    assert ratio(ours, bare, rounds=4, budget="1.05")

@@ -1,0 +1,70 @@
+"""Write the page of costs from the JSON of `make bench`, on standard output.
+
+python tests/benchmarks/page.py outputs/benchmarks.json [--before earlier.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+INTRODUCTION = """\
+# What it costs
+
+`make bench` measures it, and `python tests/benchmarks/page.py outputs/benchmarks.json` writes this page. A value
+without a unit is a ratio of two times, both measured in turns in one run on one thread: the median of some rounds, with
+their quartiles. The floor of a metric is one plain maximum over the logits of each group, as if the columns of a group
+already stood together; reading the logits at all costs about that. Here every other class is seen.{before}
+
+How to read it:
+
+- A batch of 256 x 10 logits is so little that its ratio is the fixed cost of calling a metric, some 0.1 ms, and not of
+  its arithmetic. Likewise AUSUC of many samples of 10 classes is in large part the sort, which the floor does not have.
+- The steps of one small layer are so short that microseconds show.
+- Wide quartiles mean that other work shared the processor's caches. A difference within them means nothing.
+- A loop over thresholds that would take hours is extrapolated from a few of them, and marked so.
+"""
+BEFORE = """
+*Before* is the same measurement of an earlier version of the package."""
+
+
+def rows_of(benchmarks: dict[str, Any]) -> dict[tuple[str, str], dict[str, str]]:
+    """Rows by section and by what was measured, in order."""
+    rows = [row for entry in benchmarks["benchmarks"] for row in entry["extra_info"].get("rows", [])]
+    return {(row["section"], row["what"].removesuffix("cpu").rstrip(", ")): row for row in rows}
+
+
+def is_over(row: dict[str, str]) -> bool:
+    """Tell whether a row misses its budget: a number, ``below`` one, or a range."""
+    words = row["budget"].replace("below", "").replace(" to ", " ").split()
+    return words != ["none"] and float(row["value"].split()[0]) > float(words[-1])
+
+
+def page(now: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """Return the page as Markdown."""
+    rows, earlier = rows_of(now), {} if before is None else rows_of(before)
+    text = INTRODUCTION.format(before=BEFORE if earlier else "")
+    over = [
+        f"- {section} {what}: {row['value']} ({row['budget']})" for (section, what), row in rows.items() if is_over(row)
+    ]
+    text += "\n" + ("Over the budget:\n\n" + "\n".join(over) if over else "Nothing is over its budget.") + "\n"
+    for section in dict.fromkeys(section for section, _ in rows):
+        text += f"\n## {section.rstrip('.')}\n\n| What |{' Before |' * bool(earlier)} Measured | Quartiles | Budget |\n"
+        text += f"| ---- |{' -----: |' * bool(earlier)} -------: | :-------: | :----: |\n"
+        for key, row in rows.items():
+            if key[0] == section:
+                cells = [key[1], *([earlier.get(key, {}).get("value", "")] if earlier else [])]
+                text += "| " + " | ".join([*cells, row["value"], row["quartiles"], row["budget"]]) + " |\n"
+    return text
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("now", type=Path)
+    parser.add_argument("--before", type=Path)
+    arguments = parser.parse_args()
+    before = arguments.before and json.loads(arguments.before.read_text())
+    sys.stdout.write(page(json.loads(arguments.now.read_text()), before))
