@@ -18,7 +18,7 @@ from lightning_calibft.label_names import (
     rows_of_names,
     wordnet_ids,
 )
-from lightning_calibft.split import _is_integer
+from lightning_calibft.split import _is_integer, check_tensor
 
 ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike
 
@@ -112,6 +112,7 @@ def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDE
         >>> to_rows(torch.tensor([1, -100, 0]), rows_tensor({0: 217, 1: 482}))
         tensor([ 482, -100,  217])
     """
+    check_tensor("target", target)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
             f"Expected argument `target` to be a tensor of integers, as `class_map` maps them, but got dtype"

@@ -91,7 +91,7 @@ def read_json(argument: str, path: Any, known: Sequence[str]) -> Any:
 def _read(argument: str, path: Any, known: Sequence[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or a null byte in the path
         raise ValueError(
             f"Expected argument `{argument}` to be one of {', '.join(map(repr, known))} or the path of a file, but"
             f" got {os.fspath(path)!r}: {error}.{did_you_mean(os.fspath(path), known)}"

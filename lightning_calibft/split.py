@@ -80,6 +80,7 @@ class ClassSplit:
             >>> ClassSplit.from_targets(torch.tensor([2, 2, 0]), num_classes=4)
             ClassSplit(num_classes=4, seen_classes=(0, 2), absent_classes=(1, 3))
         """
+        check_tensor("target", target)
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TypeError(
                 f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
@@ -103,6 +104,15 @@ class ClassSplit:
         return mask
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise if an argument is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected argument `{name}` to be a tensor, but got a {type(value).__name__}. Make it one with"
+            " `torch.as_tensor`."
+        )
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -110,8 +120,9 @@ def _is_integer(value: object) -> bool:
 def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
     if isinstance(classes, (str, bytes, dict)) or not isinstance(classes, (Iterable, Tensor)):
         raise TypeError(f"Expected argument `{name}` to be a list of class ids, but got {classes!r}.")
-    if isinstance(classes, Tensor) and classes.ndim != 1:
-        raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(classes.shape)}.")
+    shape = getattr(classes, "shape", (0,))  # of a tensor or a NumPy array
+    if len(shape) != 1:
+        raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(shape)}.")
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     if wrong := [value for value in values if not _is_integer(value)]:
         raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -106,8 +107,11 @@ def check_estimator(
     Raises:
         ValueError: If a name is not in ``ESTIMATORS``, if an option is unknown, missing or out of its range, if
             classes or options are given beside a metric, or if it maps targets.
-        TypeError: If an object is not a ``Metric`` with a ``split``, a ``standard_error`` and ``num_samples``.
+        TypeError: If an object is not a ``Metric`` with a ``split``, a ``standard_error`` and ``num_samples``, or the
+            options are no mapping.
     """
+    if not isinstance(estimator_kwargs, (Mapping, NoneType)):
+        raise TypeError(f"Expected argument `estimator_kwargs` to be a mapping, but got {estimator_kwargs!r}.")
     if isinstance(estimator, str):
         if estimator == "pcv":
             raise ValueError(

@@ -81,6 +81,7 @@ def curve_update(logits: Tensor, target: Tensor, groups: Groups, ignore_index: i
     (top_seen, is_seen), (top_absent, is_absent) = (
         top_classes(logits, classes) for classes in (groups.seen, groups.absent)
     )
+    target = target.long()  # unsigned integers of 16 bits and more compare with no others
     dtype = real_dtype(logits.device)
     margin = (top_seen.to(dtype) - top_absent.to(dtype)).squeeze(1)
     group = groups.of_samples(target, ignore_index)
@@ -146,10 +147,13 @@ def curve_best_gamma(curve: Curve, goal: Goal) -> Tensor:
     first = (score >= score.max() - _TOLERANCE).nonzero()[0, 0]
     low, high = lower[first], upper[first]
     if low.isfinite() and high.isfinite():
-        return (low + high) / 2
+        return low / 2 + high / 2  # their sum might overflow
     if low < 0 < high:
         return torch.zeros_like(low)
-    return high - 1 if high.isfinite() else low + 1
+    # Where logits are so large that one more changes nothing, to the next number.
+    return (
+        torch.minimum(high - 1, high.nextafter(low)) if high.isfinite() else torch.maximum(low + 1, low.nextafter(high))
+    )
 
 
 def _score(curve: Curve, criterion: Criterion) -> Tensor:

@@ -10,6 +10,8 @@ from lightning_calibft.functional._inputs import (
     Group,
     Groups,
     check_choice,
+    check_floating,
+    check_number,
     prepare,
     real_dtype,
     top_classes,
@@ -32,12 +34,20 @@ def calibrate_logits(
     Returns:
         A new tensor of the shape and dtype of ``logits``, added in at least float32.
 
+    Raises:
+        ValueError: If ``logits`` has no axis, or the classes do not fit it.
+        TypeError: If ``logits`` is no floating point tensor, or ``gamma`` no number.
+
     Example:
         >>> import torch
         >>> from lightning_calibft.functional import calibrate_logits
         >>> calibrate_logits(torch.tensor([[2.0, 1.0, 0.5]]), 3.0, seen_classes=[0, 1])
         tensor([[2.0000, 1.0000, 3.5000]])
     """
+    check_floating("logits", logits)
+    check_number("gamma", gamma)
+    if logits.ndim == 0:
+        raise ValueError("Expected argument `logits` to have shape (..., C), but got ().")
     absent = ClassSplit(logits.shape[-1], seen_classes, absent_classes).absent_mask.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return torch.where(absent, (logits.to(dtype) + gamma).to(logits.dtype), logits)
@@ -162,13 +172,14 @@ def accuracy_update(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
+    target = target.long()  # unsigned integers of 16 bits and more compare with no others
     values, predicted = top_classes(logits, classes, top_k)
     # A logit of -inf names no class, and max and topk put a NaN first.
     found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
     right = found.any(1) & ~values[:, 0].isnan()
     group = groups.of_samples(target, ignore_index)
     counted = group >= 0
-    place, size = (group, 2) if average == "micro" else (target.long(), len(groups.of_class))
+    place, size = (group, 2) if average == "micro" else (target, len(groups.of_class))
     place = place.clamp(0, size - 1)
     zeros = torch.zeros(size, dtype=torch.long, device=logits.device)
     return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())

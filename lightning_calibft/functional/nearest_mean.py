@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_calibft.functional._inputs import Average, Group, check_matrix, check_target
 from lightning_calibft.functional.accuracy import split_accuracy
-from lightning_calibft.split import ClassIds
+from lightning_calibft.split import ClassIds, _is_integer
 
 
 def class_means(
@@ -28,8 +28,8 @@ def class_means(
         Means of shape ``(C, D)`` in at least float32; the row of a class without samples is NaN.
 
     Raises:
-        ValueError: If shapes or labels do not fit.
-        TypeError: If ``features`` or ``target`` has the wrong dtype.
+        ValueError: If shapes or labels do not fit, or ``num_classes`` is not positive.
+        TypeError: If ``features`` or ``target`` has the wrong dtype, or ``num_classes`` is no integer.
 
     Example:
         >>> import torch
@@ -38,6 +38,10 @@ def class_means(
         tensor([[   nan,    nan],
                 [0.5000, 0.5000]])
     """
+    if not _is_integer(num_classes):
+        raise TypeError(f"Expected argument `num_classes` to be an integer, but got {num_classes!r}.")
+    if num_classes < 1:
+        raise ValueError(f"Expected argument `num_classes` to be at least 1, but got {num_classes}.")
     if validate_args:
         check_matrix("features", features)
         check_target(target, len(features), num_classes, ignore_index)
@@ -62,6 +66,10 @@ def nearest_class_mean_logits(features: Tensor, class_means: Tensor) -> Tensor:
     Returns:
         Similarities of shape ``(N, C)`` in at least float32; ``-inf`` for the classes whose mean is NaN.
 
+    Raises:
+        ValueError: If the shapes do not fit.
+        TypeError: If ``features`` or ``class_means`` is no floating point tensor.
+
     Example:
         >>> import torch
         >>> from lightning_calibft.functional import nearest_class_mean_logits
@@ -69,6 +77,8 @@ def nearest_class_mean_logits(features: Tensor, class_means: Tensor) -> Tensor:
         >>> nearest_class_mean_logits(torch.tensor([[3.0, 4.0]]), means)
         tensor([[0.6000, 0.8000,   -inf]])
     """
+    check_matrix("class_means", class_means)
+    check_features(features, class_means)
     dtype = torch.promote_types(torch.promote_types(features.dtype, class_means.dtype), torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         cosine = F.normalize(features.to(dtype)) @ F.normalize(class_means.to(dtype)).T
@@ -117,9 +127,6 @@ def nearest_class_mean_accuracy(
         >>> nearest_class_mean_accuracy(features, torch.tensor([0, 1]), means, seen_classes=[0])
         tensor(1., dtype=torch.float64)
     """
-    if validate_args:
-        check_matrix("class_means", class_means)
-        check_features(features, class_means)
     return split_accuracy(
         nearest_class_mean_logits(features, class_means),
         target,

@@ -30,7 +30,7 @@ def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: Clas
         The new weight, of the same shape and dtype.
 
     Raises:
-        ValueError: If ``weight`` is not two-dimensional, or the classes do not fit it.
+        ValueError: If ``weight`` is not two-dimensional, the classes do not fit it, or its absent rows are all zero.
         TypeError: If ``weight`` is no floating point tensor.
 
     Example:
@@ -44,6 +44,11 @@ def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: Clas
     check_matrix("weight", weight)
     groups = Groups.from_split(ClassSplit(len(weight), seen_classes, absent_classes), weight.device)
     norms = weight.detach().float().norm(dim=1)
+    if not norms[groups.absent].any():
+        raise ValueError(
+            "Expected argument `weight` to have rows of absent classes that are not all zero: no factor scales zeros to"
+            " another norm."
+        )
     scale = norms.new_ones(len(weight), 1)
     scale[groups.absent] = norms[groups.seen].mean() / norms[groups.absent].mean()
     return (weight.detach() * scale).to(weight.dtype)

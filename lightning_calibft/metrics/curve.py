@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightning_calibft.functional._curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.functional._inputs import Average, check_choice
+from lightning_calibft.functional._inputs import Average, check_choice, check_number
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
@@ -124,7 +125,14 @@ class SeenUnseenCurve(AbsentClassMetric):
         """Accuracies at one gamma: ``seen``, ``absent``, ``all`` (all among all classes), and their ``harmonic`` mean.
 
         A seen and an absent class with the same logit make the sample wrong, whichever of the two is true.
+
+        Raises:
+            TypeError: If ``gamma`` is no number.
+            ValueError: If ``gamma`` is NaN.
         """
+        check_number("gamma", gamma)
+        if math.isnan(gamma):
+            raise ValueError("Expected argument `gamma` to be a number, but got nan.")
         values = curve_accuracies(self._computed_curve(), gamma)
         return {name: to_real(value, self.device) for name, value in values.items()}
 

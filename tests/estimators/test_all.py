@@ -202,7 +202,7 @@ def test_one_seen_class_is_refused(case):
     ("name", "options", "message"),
     [
         ("quantile_gap", {"quantile": 1.5}, "`quantile` to be in .0, 1., but got 1.5"),
-        ("log_sum_exp_gap", {"temperature": 0.0}, "`temperature` to be positive, but got 0"),
+        ("log_sum_exp_gap", {"temperature": 0.0}, "`temperature` to be positive and finite, but got 0"),
         ("fixed", {"gamma": math.inf}, "`gamma` to be finite, but got inf"),
     ],
 )
