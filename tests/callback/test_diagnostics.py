@@ -7,7 +7,6 @@ import html
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -243,11 +242,3 @@ def test_after_an_exception_nothing_listens(tmp_path):
         fit(tmp_path, CalibrationDiagnostics(SEEN), module=module)
     assert not find_head(module)._forward_hooks
     assert not (tmp_path / "calibration_report.md").exists()
-
-
-def test_plain_arguments_for_a_config_file():
-    parser = ArgumentParser()
-    parser.add_class_arguments(CalibrationDiagnostics, "diagnostics")
-    config = parser.parse_string("diagnostics: {seen_classes: [0, 2], every_n_epochs: 5, output: page.html}")
-    diagnostics = parser.instantiate_classes(config).diagnostics
-    assert (diagnostics.seen_classes, diagnostics.every_n_epochs, diagnostics.output) == ([0, 2], 5, "page.html")

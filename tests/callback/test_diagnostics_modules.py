@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
@@ -173,3 +174,11 @@ def test_labels_are_mapped(tmp_path):
     module.load_state_dict(pretrained().state_dict())
     fit(tmp_path, mapped, module=module, train=loader(renumbered(TRAIN)), data=val(renumbered(HARD)))
     assert mapped.snapshots == plain.snapshots
+
+
+def test_plain_arguments_for_a_config_file():
+    parser = ArgumentParser()
+    parser.add_class_arguments(CalibrationDiagnostics, "diagnostics")
+    config = parser.parse_string("diagnostics: {seen_classes: [0, 2], every_n_epochs: 5, output: page.html}")
+    diagnostics = parser.instantiate_classes(config).diagnostics
+    assert (diagnostics.seen_classes, diagnostics.every_n_epochs, diagnostics.output) == ([0, 2], 5, "page.html")
