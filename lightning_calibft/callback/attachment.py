@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
-from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.pretrained import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
@@ -53,10 +53,7 @@ class HeadAttachment(Callback):
         if self._retraining is None:
             check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
         check_choice("source", source, get_args(Source))
-        if absent_classes is not None and seen_classes is None:
-            raise ValueError(
-                "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
-            )
+        check_class_lists(seen_classes, absent_classes)
         if source == "training_steps":
             self._check_steps(estimator, seen_classes)
         self.seen_classes = seen_classes

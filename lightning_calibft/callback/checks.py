@@ -12,6 +12,18 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_calibft.entries import is_folded
 
 
+def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:
+    """Refuse absent classes alone: which are seen is then not what training meets.
+
+    Raises:
+        ValueError: If ``seen_classes`` are missing beside ``absent_classes``.
+    """
+    if absent_classes is not None and seen_classes is None:
+        raise ValueError(
+            "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
+        )
+
+
 def check_trainer(trainer: Any, model: LightningModule) -> None:
     """Refuse what would end in a wrong gamma or in none.
 

@@ -17,7 +17,7 @@ from lightning_calibft.analysis._axes import check_matplotlib
 from lightning_calibft.analysis.history import History
 from lightning_calibft.analysis.report import FORMATS, write_report
 from lightning_calibft.calibration import BatchReader, UnpackBatch
-from lightning_calibft.callback.checks import check_trainer
+from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.listening import Observer
 from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.head import find_head, num_classes
@@ -85,10 +85,7 @@ class CalibrationDiagnostics(Callback):
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
     ) -> None:
-        if absent_classes is not None and seen_classes is None:
-            raise ValueError(
-                "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
-            )
+        check_class_lists(seen_classes, absent_classes)
         if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
             raise ValueError(
                 f"Expected argument `every_n_epochs` to be an integer above 0, but got {every_n_epochs!r}."

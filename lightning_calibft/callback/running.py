@@ -33,16 +33,13 @@ def check_refresh(refresh: Refresh | None, source: Source, estimator: object) ->
     if refresh is None:
         return
     check_choice("refresh", refresh, get_args(Refresh))
-    other = "source" if source == "training_steps" else "estimator"
-    reason = {
-        "source": "the training steps tell gamma before each validation anyway",
-        "estimator": "each pseudo cross-validation trains several models",
-    }
-    if other == "source" or (isinstance(estimator, str) and estimator == "pcv"):
-        value = source if other == "source" else estimator
+    expected = "Expected argument `refresh` to be None beside"
+    if source == "training_steps":
         raise ValueError(
-            f"Expected argument `refresh` to be None beside `{other}={value!r}`, but got {refresh!r}: {reason[other]}."
+            f"{expected} `source='training_steps'`, but got {refresh!r}: the steps tell gamma before each validation."
         )
+    if isinstance(estimator, str) and estimator == "pcv":
+        raise ValueError(f"{expected} `estimator='pcv'`, but got {refresh!r}: each time trains several models.")
 
 
 class RunningCalibration(EvaluationMetrics):
