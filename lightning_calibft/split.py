@@ -114,7 +114,8 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    # The first is what nearly all are, and ten times as fast.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:

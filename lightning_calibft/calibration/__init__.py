@@ -2,6 +2,7 @@
 
 from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
 from lightning_calibft.calibration.faults import empty_error, target_error, warn_if_positions
+from lightning_calibft.calibration.joined import JoinedBatches
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples, sample_indices
 from lightning_calibft.calibration.one_pass import Pass, check_head, head_width
 from lightning_calibft.calibration.result import CalibrationResult, result_of
@@ -11,6 +12,7 @@ from lightning_calibft.calibration.stopping import check_tolerance
 __all__ = [
     "BatchReader",
     "CalibrationResult",
+    "JoinedBatches",
     "Pass",
     "UnpackBatch",
     "calibrate",

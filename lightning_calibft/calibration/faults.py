@@ -23,6 +23,7 @@ OUT_OF_MEMORY = (
     " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
 )
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
+NO_BATCH = torch.iinfo(torch.long).max  # larger than any
 
 
 class Faults:
@@ -40,17 +41,18 @@ class Faults:
         self._mapped = mapped
         self._absent = absent
         self._failed = False
-        self._bad_batch = torch.full((), -1, device=device)
+        self._bad_batch = torch.full((), NO_BATCH, device=device)
         self._outside = torch.full((), NO_LABEL, device=device)
         self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
 
-    def count(self, index: int, logits: Tensor, target: Tensor) -> None:
-        """Look at batch ``index`` with logits ``(N, C)`` and labels ``(N,)``."""
+    def count(self, target: Tensor, batch: Tensor, *logits: Tensor) -> None:
+        """Look at labels and numbers of batches ``(N,)`` with one or two logits ``(N, C)`` for each."""
         place = place_of(target, self._split.num_classes)
         self._samples.index_add_(0, place, torch.ones_like(place))
         self._outside = largest_outside(self._outside, target, self._split.num_classes)
-        bad = (self._bad_batch < 0) & ~logits.isfinite().all()
-        self._bad_batch = torch.where(bad, index, self._bad_batch)
+        for each in logits:
+            bad = torch.where(each.isfinite().all(1), NO_BATCH, batch)
+            self._bad_batch = torch.cat([self._bad_batch[None], bad]).amin()
 
     def meet(self, failed: bool = False) -> None:
         """Wait for the other processes; they must not wait for one that has ``failed``.
@@ -87,9 +89,10 @@ class Faults:
         """
         self.meet()
         *samples, outside, _ = all_reduce(self._samples).tolist()
-        bad_batch, label = (int(all_reduce(value, maximum=True)) for value in (self._bad_batch, self._outside))
+        bad_batch = -int(all_reduce(-self._bad_batch, maximum=True))
+        label = int(all_reduce(self._outside, maximum=True))
         num_classes, total = self._split.num_classes, sum(samples) + outside
-        if bad_batch >= 0:
+        if bad_batch != NO_BATCH:
             raise ValueError(
                 f"Expected finite logits in the calibration pass, but batch {bad_batch} has NaN or infinite ones. Gamma"
                 " stays unset. Look at that batch, or at a training that diverged."

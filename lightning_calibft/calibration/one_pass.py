@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import islice
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.batch import BatchReader, call_forward
 from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
+from lightning_calibft.calibration.joined import JoinedBatches
 from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.stopping import is_settled, when_to_look
@@ -34,9 +35,11 @@ from lightning_calibft.estimators import (
     needs_pretrained_logits,
 )
 from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
+from lightning_calibft.head.probe import NotFiniteError
+from lightning_calibft.head.record import LogitRecording
 from lightning_calibft.split import ClassSplit
 
-PROBE_ROWS = 8
+PROBE_ROWS = 4
 
 
 @dataclass
@@ -116,27 +119,31 @@ class Pass:
             RuntimeError: If another process has failed, whose error says why.
         """
         forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
+        forwards: list[Callable[..., Any]] = [forward]
+        if needs_pretrained_logits(self.estimator):
+            forwards.append(self._forward_before(forward))
+
+        def count(logits: Tensor, target: Tensor, batch: Tensor, *logits_before: Tensor) -> None:
+            faults.count(target, batch, logits, *logits_before)
+            estimator.update(logits, target, *logits_before)
+
+        recording, joined = record_logits(self.model), JoinedBatches(count)
         looks, probed = self._looks(), False
-        before = self._forward_before(forward) if needs_pretrained_logits(self.estimator) else None
         with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch in enumerate(self._batches("Calibrating")):
-                target = self.reader.rows(batch)
+                target = self.reader.rows(batch).clone()  # the loader may write over it
                 if not probed and len(target) > 0:
                     with self.context():
                         check_head(self.model, batch, self.reader)
                     probed = True
-                logits = self._logits(forward, batch, target)
-                faults.count(index, logits, target)
-                if before is None:
-                    estimator.update(logits, target)
-                else:
-                    logits_before = self._logits(before, batch, target)
-                    faults.count(index, logits_before, target)
-                    estimator.update(logits, target, logits_before)
+                logits, *before = [self._logits(recording, each, batch, target) for each in forwards]
+                joined.add(logits, target, torch.full_like(target, index), *before)
                 if self.tolerance is not None and index + 1 in looks:
+                    joined.flush()
                     faults.meet()
                     if is_settled(estimator, self.tolerance):
                         break
+            joined.flush()
         faults.raise_or_warn()
 
     def _looks(self) -> set[int]:
@@ -165,8 +172,8 @@ class Pass:
 
         return forward_before
 
-    def _logits(self, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
-        with record_logits(self.model) as records, self.context():
+    def _logits(self, recording: LogitRecording, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
+        with recording as records, self.context():
             call_forward(forward, self.reader.inputs(batch, forward))
         if [record.shape for record in records] != [(len(target), self.num_classes)]:
             raise ValueError(
@@ -234,10 +241,7 @@ def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
     forward = forward_of(model)
     inputs = reader.inputs(batch, forward)
     run = partial(call_forward, forward, inputs[:PROBE_ROWS] if isinstance(inputs, Tensor) else inputs)
-    with torch.no_grad(), record_logits(model) as records:
-        run()
-    # Of a model that has diverged the probe can say nothing; the pass names the batch.
-    if all(logits.isfinite().all() for logits in records):
+    with suppress(NotFiniteError):  # of a model that has diverged the probe can say nothing; the pass names the batch
         probe(run, model)
 
 

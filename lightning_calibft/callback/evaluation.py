@@ -35,7 +35,7 @@ class EvaluationMetrics(HeadAttachment):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._monitor.start_batch(pl_module, batch)
+        self._monitor.start_batch(batch)
 
     @override
     def on_validation_batch_end(

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_calibft.calibration import BatchReader
+from lightning_calibft.calibration import BatchReader, JoinedBatches
 from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, target_error
-from lightning_calibft.functional import calibrate_logits
 from lightning_calibft.head import get_gamma, record_logits
+from lightning_calibft.head.record import LogitRecording
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
 from lightning_calibft.split import ClassSplit
 
@@ -24,7 +24,8 @@ class LogitMonitor:
 
     def __init__(self) -> None:
         self._reader = BatchReader()
-        self._recording = ExitStack()
+        self._recording: LogitRecording | None = None
+        self._batch = ExitStack()  # what is open between the start and the end of a batch
         self._records: list[Tensor] = []
         self._target: Tensor | None = None
         self._unmapped = torch.tensor(NO_LABEL)
@@ -34,6 +35,7 @@ class LogitMonitor:
         self.step = -1
         self.counted = False  # whether any batch was
         self.metrics: list[MetricCollection] = []
+        self._joined: list[JoinedBatches] = []
 
     def start(
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
@@ -41,24 +43,27 @@ class LogitMonitor:
         """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
         self._reader = reader
         self._unmapped = torch.tensor(NO_LABEL, device=model.device)
-        self.split, self.counted, self.step, self.metrics = split, False, step, []
-        self.gamma = get_gamma(model) or 0.0
+        if split != self.split or num_loaders != len(self.metrics):
+            self.metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]
+        self.split, self.counted, self.step, self.gamma = split, False, step, get_gamma(model) or 0.0
         if split is not None:
-            ids = (split.num_classes, split.seen_classes, split.absent_classes)
-            self.metrics = [
-                absent_class_metrics(*ids, validate_args=False).to(model.device) for _ in range(num_loaders)
-            ]
+            for metrics in self.metrics:
+                metrics.to(model.device).reset()
+            self._joined = [JoinedBatches(metrics.update) for metrics in self.metrics]
+            self._recording = record_logits(model)
+            self._shift = self.gamma * split.absent_mask.to(model.device, torch.float32)
 
-    def start_batch(self, model: LightningModule, batch: Any) -> None:
-        """Record the logits of ``model`` until :meth:`end_batch`."""
+    def start_batch(self, batch: Any) -> None:
+        """Record the logits of the model until :meth:`end_batch`."""
         if self.split is None:
             return
+        assert self._recording is not None
         try:
-            self._target = self._reader.rows(batch)  # now: the step may take it out of the batch
+            self._target = self._reader.rows(batch).clone()  # now: the step may change the batch
         except (TypeError, ValueError) as error:
             self._warn_once(str(error))
         else:
-            self._records = self._recording.enter_context(record_logits(model))
+            self._records = self._batch.enter_context(self._recording)
 
     def end_batch(self, dataloader_idx: int) -> None:
         """Count the batch in the metrics of its loader."""
@@ -76,18 +81,20 @@ class LogitMonitor:
             return
         if self._reader.maps:
             self._unmapped = largest_outside(self._unmapped, target, self.split.num_classes)
-        logits = calibrate_logits(records[0], self.gamma, self.split.seen_classes, self.split.absent_classes)
-        self.metrics[dataloader_idx].update(logits, target)
+        logits = records[0] if self.gamma == 0 else (records[0] + self._shift).to(records[0].dtype)
+        self._joined[dataloader_idx].add(logits, target)
         self.counted = True
 
     def stop(self) -> None:
         """Stop recording; after an exception as well."""
-        self._recording.close()
+        self._batch.close()
 
     def values(self, prefix: str) -> dict[str, Tensor]:
         """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""
         if self.split is not None and (label := int(self._unmapped)) != NO_LABEL:
             self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
+        for joined in self._joined:
+            joined.flush()
         return self._named(prefix, [metrics.compute() for metrics in self.metrics])
 
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
@@ -111,3 +118,7 @@ class LogitMonitor:
         if not self._warned:
             self._warned = True
             warnings.warn(f"AbsentClassCalibration logs no metrics for some {of}. {reason}", stacklevel=2)
+
+
+def _metrics_of(split: ClassSplit) -> MetricCollection:
+    return absent_class_metrics(split.num_classes, split.seen_classes, split.absent_classes, validate_args=False)

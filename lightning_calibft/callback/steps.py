@@ -5,11 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_calibft.calibration import BatchReader, CalibrationResult, result_of
+from lightning_calibft.calibration import BatchReader, CalibrationResult, JoinedBatches, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head import record_logits
 from lightning_calibft.split import ClassSplit
@@ -40,19 +39,24 @@ class TrainingSteps:
         self._choice = estimator
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
         self._num_classes = split.num_classes
-        self._recording = ExitStack()
-        self._records = self._recording.enter_context(record_logits(model))
+        self._joined = JoinedBatches(self._estimator.update)
+        self._recording = record_logits(model)
+        self._open = ExitStack()
+        self._records: list[Tensor] | None = None
         self._target: Tensor | None = None
         self.counted = False  # whether any step was, in this process
 
     def start_epoch(self) -> None:
         """Forget the steps so far."""
+        self._joined.clear()
         self._estimator.reset()
 
     def start_step(self, batch: Any) -> None:
         """Read the labels of a batch; now, since the step may change it."""
-        self._records.clear()
         self._target = self._reader.rows(batch).clone()
+        if self._records is None:
+            self._records = self._open.enter_context(self._recording)
+        self._records.clear()
 
     def end_step(self) -> None:
         """Count the logits of the step.
@@ -61,6 +65,7 @@ class TrainingSteps:
             ValueError: If the step ran the head more or less than once on its batch.
         """
         assert self._target is not None
+        assert self._records is not None
         if [logits.shape for logits in self._records] != [(len(self._target), self._num_classes)]:
             raise ValueError(
                 f"Expected argument `source` to be 'train' or 'validation' for this module, but got 'training_steps':"
@@ -68,14 +73,16 @@ class TrainingSteps:
                 f" {[tuple(logits.shape) for logits in self._records]}, not one of"
                 f" {(len(self._target), self._num_classes)}."
             )
-        with torch.no_grad():
-            self._estimator.update(self._records.pop(), self._target)
+        self._joined.add(self._records.pop(), self._target)
         self.counted = True
 
     def result(self) -> CalibrationResult:
         """Return gamma of the steps since the last :meth:`start_epoch`, of all processes."""
+        self.stop()
+        self._joined.flush()
         return result_of(self._estimator, self._choice)
 
     def stop(self) -> None:
-        """Record no more."""
-        self._recording.close()
+        """Record no more until the next step: what validation gives is nobody's."""
+        self._open.close()
+        self._records = None

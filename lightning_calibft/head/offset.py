@@ -16,6 +16,7 @@ from lightning_calibft.split import ClassSplit
 CHILD_NAME = "absent_class_calibration"
 # What `fold` leaves on a head: an attribute, not in the state dict, that is true.
 FOLDED_NAME = "_absent_class_calibration_folded"
+Recorder = Callable[["AbsentClassOffset", Tensor], None]
 
 
 class AbsentClassOffset(nn.Module):
@@ -39,7 +40,7 @@ class AbsentClassOffset(nn.Module):
         self.coefficient = 1.0
         # What `record_logits` calls. The flag is apart because a compiled model guards on all that `forward` reads.
         self.recording = False
-        self.recorder: Callable[[AbsentClassOffset, Tensor], None] | None = None
+        self.recorder: Recorder | None = None
         # What `detach` removes: the hooks on the head.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.

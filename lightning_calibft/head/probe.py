@@ -30,6 +30,10 @@ from lightning_calibft.head.record import class_axis_last
 Forward = Callable[[], Any]
 
 
+class NotFiniteError(ValueError):
+    """What the head gives is NaN or infinite, so the probe can say nothing of it."""
+
+
 def probe(forward: Forward, model: nn.Module) -> None:
     r"""Check that adding an offset to the output of the attached head moves the model's logits by that offset.
 
@@ -59,9 +63,11 @@ def probe(forward: Forward, model: nn.Module) -> None:
         raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
     with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         base = _logits(forward, model)
+        effects = [_effect(forward, model, base, head) for head in heads.values()]
+        if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
+            raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
         if base.isnan().any():
             raise ValueError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
-        effects = [_effect(forward, model, base, head) for head in heads.values()]
         problem = _problem(effects, base)
         if problem is None:
             _store_coefficients(heads, effects)

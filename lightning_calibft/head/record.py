@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_calibft.head.offset import AbsentClassOffset, attached_heads, offset_of
+from lightning_calibft.head.offset import AbsentClassOffset, Recorder, attached_heads, offset_of
 
 
-@contextmanager
-def record_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+def record_logits(model: nn.Module) -> LogitRecording:
     """Collect the raw logits of each forward of an attached model: without gamma, in training and in eval mode.
 
     Where several heads give the logits together, their weighted mean is recorded. The weights are equal, or what
@@ -23,9 +23,10 @@ def record_logits(model: nn.Module) -> Iterator[list[Tensor]]:
     Args:
         model: A model that :func:`attach` has seen, or its head.
 
-    Yields:
-        A list that grows by one tensor ``(N, C)`` a forward, detached and copied; ``(N, ..., C)`` if the head gives
-        the logits of several positions. Clear it between batches to keep it small.
+    Returns:
+        A context manager for a ``with`` block, or for many one after the other. It gives a list, in each block a new
+        one, that grows by one tensor ``(N, C)`` a forward, detached and copied; ``(N, ..., C)`` if the head gives the
+        logits of several positions. Clear it between batches to keep it small.
 
     Example:
         >>> import torch
@@ -36,29 +37,41 @@ def record_logits(model: nn.Module) -> Iterator[list[Tensor]]:
         >>> [x.shape for x in logits]
         [torch.Size([3, 5])]
     """
-    children = [offset_of(head) for head in attached_heads(model).values()]
-    before = [(child, child.recorder) for child in children]
-    recorded: list[Tensor] = []
-    met: set[AbsentClassOffset] = set()
+    return LogitRecording(model)
 
-    def record(child: AbsentClassOffset, logits: Tensor) -> None:
+
+class LogitRecording(AbstractContextManager[list[Tensor]]):
+    """What :func:`record_logits` returns. The heads are looked up once, which takes longer than a small forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._children = [offset_of(head) for head in attached_heads(model).values()]
+        self._before: list[Recorder | None] = []
+        self._recorded: list[Tensor] = []
+        self._met: set[AbsentClassOffset] = set()
+
+    @override
+    def __enter__(self) -> list[Tensor]:
+        self._before = [child.recorder for child in self._children]
+        self._recorded, self._met = [], set()
+        for child in self._children:
+            child.recorder, child.recording = self._record, True
+        return self._recorded
+
+    @override
+    def __exit__(self, *_: Any) -> None:
+        for child, recorder in zip(self._children, self._before, strict=True):
+            child.recorder, child.recording = recorder, recorder is not None
+
+    def _record(self, child: AbsentClassOffset, logits: Tensor) -> None:
         raw = class_axis_last(logits.detach(), child.channels_first)
         raw = raw.clone() if child.coefficient == 1 else raw * child.coefficient
         # A head that has been met already begins a new forward.
-        if child in met or not recorded:
-            met.clear()
-            recorded.append(raw)
+        if child in self._met or not self._recorded:
+            self._met.clear()
+            self._recorded.append(raw)
         else:
-            recorded[-1] = recorded[-1] + raw
-        met.add(child)
-
-    try:
-        for child, _ in before:
-            child.recorder, child.recording = record, True
-        yield recorded
-    finally:
-        for child, recorder in before:
-            child.recorder, child.recording = recorder, recorder is not None
+            self._recorded[-1] = self._recorded[-1] + raw
+        self._met.add(child)
 
 
 def class_axis_last(logits: Tensor, channels_first: bool) -> Tensor:

@@ -23,9 +23,10 @@ How to read it:
 
 - A batch of 256 x 10 logits is so little that its ratio is the fixed cost of calling a metric, some 0.1 ms, and not of
   its arithmetic. Likewise AUSUC of many samples of 10 classes is in large part the sort, which the floor does not have.
-- The steps of one small layer are so short that microseconds show.
-- The pass begins with three forwards of eight samples, which probe the head: some 6 % of 20 batches as small as here,
-  and nothing of a thousand.
+- The steps of one small layer are so short that microseconds show. A callback that does nothing is the floor there:
+  what Lightning takes to call it.
+- The pass begins with two forwards of four samples, which probe the head: some 3 % of 20 batches as small as here, and
+  nothing of a thousand.
 - Wide quartiles mean that other work shared the processor's caches. A difference within them means nothing.
 - A loop over thresholds that would take hours is extrapolated from a few of them, and marked so.
 """

@@ -83,8 +83,10 @@ def resnet18(num_classes: int = NUM_CLASSES) -> Classifier:
 
 @pytest.fixture
 def callback(request, tmp_path):
-    """A callback with its classes given, or without, when it reads the labels of each step."""
+    """A callback with its classes given, or without, when it reads the labels of each step; or one of Lightning's."""
     name, _, how = request.param.partition(", ")
+    if name == EMPTY:
+        return lambda: [pl.Callback()]
     options = {"output": str(tmp_path / "report.md")} if name == "CalibrationDiagnostics" else {}
     if how == "source=training_steps":
         options["source"] = "training_steps"
@@ -93,7 +95,10 @@ def callback(request, tmp_path):
     return lambda: [kind(*classes, **options)]
 
 
+# What Lightning itself takes to call one callback more.
+EMPTY = "a callback that does nothing"
 EACH_WAY = [
+    EMPTY,
     "AbsentClassCalibration",
     "AbsentClassCalibration, classes not given",
     "AbsentClassCalibration, source=training_steps",
@@ -144,9 +149,10 @@ def test_validation_of_resnet18(ratio, callback, num_classes, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("estimator", ["alg", "matched_maxima"])
-def test_pass_over_resnet18(ratio, estimator, device):
-    """The calibration pass (20 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
-    data = loader((3, 32, 32), 20, 64, 10)
+@pytest.mark.parametrize("num_batches", [20, 100])
+def test_pass_over_resnet18(ratio, num_batches, estimator, device):
+    """The calibration pass (20 or 100 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
+    data = loader((3, 32, 32), num_batches, 64, 10)
     model = attach(resnet18(1000).net).to(device).eval()
 
     def bare():

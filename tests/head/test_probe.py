@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_calibft.head import attach, probe, record_logits, set_gamma
-from lightning_calibft.head.probe import _random_offset
+from lightning_calibft.head.probe import NotFiniteError, _random_offset
 
 from .models import (
     GAMMA,
@@ -105,6 +105,14 @@ def test_a_wrong_head_is_refused(kind, words, dtype):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=words):
         _probe(After(kind).to(dtype), head="classifier", x=inputs().to(dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_of_a_model_that_has_diverged_nothing_is_said(value):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, NUM_CLASSES))
+    model[1].bias.data[1] = value
+    with pytest.raises(NotFiniteError, match=r"Expected the head of Sequential to give finite logits"):
+        _probe(model)
 
 
 def test_a_class_with_a_scale_of_its_own_is_refused():
