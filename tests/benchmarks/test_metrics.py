@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -21,7 +18,7 @@ from lightning_calibft.metrics import (
     absent_class_metrics,
 )
 from tests.benchmarks.conftest import DEVICES
-from tests.benchmarks.samples import logits_and_target, seen_classes, two_maxima
+from tests.benchmarks.samples import bytes_at_most, logits_and_target, seen_classes, two_maxima
 
 METRICS = {
     "AUSUC": AUSUC,
@@ -81,17 +78,6 @@ def test_collection(ratio, size, device):
         metrics.reset()
 
     assert ratio(ours, lambda: [accuracy.update(logits, target) for _ in range(times)], rounds=5, budget="none")
-
-
-def bytes_at_most(function, folder) -> int:
-    """How many bytes more than before are allocated at the worst moment of a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    totals = [e["args"]["Total Allocated"] for e in memory]
-    return max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
 
 
 @pytest.mark.parametrize("name", METRICS)
