@@ -127,6 +127,20 @@ def test_training_step_of_resnet18(ratio, callback, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
+def test_training_step_of_two_layers(ratio, callback, device):
+    """Training steps of a small network, 1000 a second (32 samples, 256 and 512 features), with against without."""
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES))
+    data, module = loader((256,), 500, 32, 10), Classifier(net)
+    assert ratio(
+        lambda: run("fit", module, data, callback(), device),
+        lambda: run("fit", module, data, [], device),
+        rounds=7,
+        budget="1.01",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
 def test_training_step_of_one_layer(ratio, callback, device):
     """The worst case, training steps of one small layer (8 samples, 16 features), with a callback against without."""
     data, module = loader((16,), 1000, 8, 10), Classifier(nn.Linear(16, NUM_CLASSES))
