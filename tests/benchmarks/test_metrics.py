@@ -64,6 +64,21 @@ def test_update(ratio, name, size, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", METRICS)
+def test_bandwidth(ratio, name, device):
+    """Update with 50,000 x 1,000 logits, against a copy of them: to read them once at that bandwidth would be 0.5."""
+    logits, target = logits_and_target(50_000, 1000, device)
+    metric, update = make(name, logits, target)
+    copy = torch.empty_like(logits)
+
+    def ours():
+        update()
+        metric.reset()
+
+    assert ratio(ours, lambda: copy.copy_(logits), rounds=5, budget="none")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]:,} x {size[1]:,}")
 def test_collection(ratio, size, device):
     """Update of absent_class_metrics, five metrics, against the MulticlassAccuracy of torchmetrics."""
