@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -79,6 +81,18 @@ def calibration_loaders(
         )
     share = max_samples and math.ceil(max_samples / max(1, len(flat)))
     return [_anew(loader, share, max_batches, at_random) if _is_plain(loader) else loader for loader in flat]
+
+
+def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
+    """Yield the first batches of a loader. After an error in it, its worker processes end at once."""
+    try:
+        yield from islice(loader, max_batches)
+    except Exception as error:
+        if getattr(loader, "num_workers", 0):
+            # The frames of torch hold each other and the workers: these would stay until Python looks for such cycles,
+            # which then waits 5 seconds for each of them.
+            traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _of_batches(leaf: Any) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
@@ -152,7 +152,9 @@ class RunningCalibration(EvaluationMetrics):
         except ValueError as error:  # such as logits that are not finite; training may recover from them
             reset_gamma(model)
             self.result = None
-            rank_zero_warn(f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}")
+            # On each process: the others may not know why.
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            warnings.warn(text, stacklevel=2)
             return
         self._refreshed[trainer.global_step] = result
         self._put(model, result)
