@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import traceback
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -76,6 +78,29 @@ def test_one_batch_with_nan(place, tmp_path):
     data = Armed(lambda: torch.full((5,), torch.nan))
     text = "ValueError: Expected finite logits in the calibration pass, but batch 3 has NaN or infinite ones."
     assert_survived(faulty(data), data, place, tmp_path, text)
+
+
+@pytest.mark.parametrize("error", [KeyError("caption"), TypeError("a str is no image"), AttributeError("no photo")])
+def test_any_error_of_the_user_in_the_pass_of_a_file(error, tmp_path):
+    """It is told with its traceback, which keeps nothing of the batch that it was in."""
+    held = []
+
+    def fails():
+        batch = torch.zeros(9)
+        held.append(weakref.ref(batch))
+        raise error
+
+    data = Armed(fails)
+    module, checkpoints = faulty(data), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callback = AbsentClassCalibration(SEEN)
+    with pytest.raises(RuntimeError, match="Could not calibrate the checkpoints") as raised:
+        trainer_of(tmp_path, callback, checkpoints, Arms(data, "file")).fit(module, loader())
+    assert f"epoch=0.ckpt': {type(error).__name__}: {error}. These files are as they were" in str(raised.value)
+    assert raised.value.__cause__ is error
+    assert "fails" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    assert [batch() for batch in held] == [None]
+    assert calibrated(tmp_path) == LATTER
+    assert_sound(module, is_calibrated=True)
 
 
 class Large(Faulty):
