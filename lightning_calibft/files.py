@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-StrPath = str | os.PathLike[str]
+from lightning_calibft.arguments import StrPath, check_path
 
 METADATA_KEY = "lightning_calibft"
 SAFETENSORS = ".safetensors"
@@ -32,6 +32,7 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     What a safetensors file holds comes under ``state_dict``, and its facts about the calibration under
     ``METADATA_KEY``, as in a checkpoint of Lightning.
     """
+    check_path("path", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
     if os.path.isdir(path):
@@ -89,6 +90,7 @@ def read_exported_facts(path: StrPath) -> dict[str, Any] | None:
         ValueError: If it is damaged.
         ModuleNotFoundError: If the package ``onnx`` is missing for an ``.onnx`` file.
     """
+    check_path("path", path)
     suffix, config = Path(path).suffix, Path(path, "config.json")
     try:
         if config.is_file():

@@ -85,6 +85,19 @@ class Faults(Processes):
             )
 
 
+def check_weights(device: torch.device) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        ValueError: If it is on the device ``meta``.
+    """
+    if device.type == "meta":
+        raise ValueError(
+            "Expected argument `model` to have weights, but it is on the device 'meta'. Give it some with `to_empty`"
+            " and `load_state_dict`."
+        )
+
+
 def place_of(target: Tensor, num_classes: int) -> Tensor:
     """Return where to count each label: its class, behind them those that are no class, and last the ignored ones."""
     target = target.long()

@@ -23,6 +23,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_calibft.arguments import is_integer
+
+_MOST_SAMPLES = torch.iinfo(torch.long).max
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, ``(0, 1)`` without a process group."""
@@ -44,7 +48,7 @@ def check_max_samples(max_samples: int | None) -> None:
     Raises:
         ValueError: If ``max_samples`` is no integer of at least 1.
     """
-    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+    if max_samples is not None and not (is_integer(max_samples) and 1 <= max_samples <= _MOST_SAMPLES):
         raise ValueError(f"Expected argument `max_samples` to be an integer of at least 1, but got {max_samples!r}.")
 
 
@@ -68,7 +72,7 @@ def calibration_loaders(
         TypeError: If ``loaders`` is no iterable.
         ValueError: If there are several loaders to read ``at_random``: what is read first would be of the first alone.
     """
-    if not isinstance(loaders, Iterable):
+    if not isinstance(loaders, Iterable) or isinstance(loaders, (str, bytes)) or getattr(loaders, "ndim", 1) == 0:
         kind = type(loaders).__name__
         raise TypeError(f"Expected argument `loader` to be a DataLoader or an iterable of batches, but got a {kind}.")
     leaves = CombinedLoader(loaders, "sequential").flattened

@@ -11,13 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.callback.averaging import check_no_averaging
 from lightning_calibft.callback.data import Source, calibration_pass
 from lightning_calibft.callback.evaluation import EvaluationMetrics
 from lightning_calibft.callback.labels import LabelsMet, split_of_data
 from lightning_calibft.callback.steps import TrainingSteps
-from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
