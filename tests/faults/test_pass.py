@@ -14,9 +14,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma
+from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma, inspect_checkpoint
+from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import offset_of
 from tests.faults.checks import Armed, Arms, Faulty, assert_sound, calibrated, die, faulty, interruptible
-from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
+from tests.runs import SEEN, Plain, loader, pretrained, quiet, trainer_of
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")]
 places = pytest.mark.parametrize("place", ["model", "file"])
@@ -169,3 +171,44 @@ def test_ctrl_c_without_lightning():
     assert list(module.state_dict()) == keys
     assert module.training
     assert not module.fc._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (lambda: (_ for _ in ()).throw(OSError("the share is gone")), OSError, "the share is gone"),
+        (lambda: signal.raise_signal(signal.SIGINT), SystemExit, "1"),
+    ],
+    ids=["raises", "ctrl_c"],
+)
+@pytest.mark.filterwarnings("ignore:Fitting was interrupted", "ignore:The metric met no absent samples")
+def test_in_the_pass_before_a_validation(fault, error, text, tmp_path):
+    """The training ends with the error; what was saved before is calibrated, and so is the model as it was then."""
+    data, callback = Armed(fault), AbsentClassCalibration(SEEN, refresh="validation")
+    module, checkpoints = faulty(data), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = (callback, checkpoints, Arms(data, "validation"))
+    with interruptible(), pytest.raises(error, match=text):
+        trainer_of(tmp_path, *callbacks).fit(module, loader(), loader(shuffle=False))
+    assert calibrated(tmp_path) == {"epoch=0.ckpt": True}
+    assert get_gamma(module) == pytest.approx(inspect_checkpoint(tmp_path / "epoch=0.ckpt")["gamma"])
+    assert not any(offset_of(head).recording for head in attached_heads(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:The metric met no absent samples")
+def test_an_error_in_a_training_step_that_gamma_is_found_on(tmp_path):
+    """What was saved before has the gamma of its steps; nothing records any more."""
+
+    class Fails(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 1 and batch_idx == 2:
+                raise OSError("the share is gone")
+            return super().training_step(batch, batch_idx)
+
+    callback, checkpoints = AbsentClassCalibration(SEEN, source="training_steps"), ModelCheckpoint(tmp_path, "{epoch}")
+    module = pretrained(Fails)
+    with pytest.raises(OSError, match="the share is gone"):
+        trainer_of(tmp_path, callback, checkpoints).fit(module, loader())
+    told = inspect_checkpoint(tmp_path / "epoch=0.ckpt")
+    assert told["calibrated"]
+    assert told["gamma"] == pytest.approx(get_gamma(module))
+    assert not any(offset_of(head).recording for head in attached_heads(module).values())
