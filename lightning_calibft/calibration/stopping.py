@@ -19,7 +19,9 @@ def check_tolerance(tolerance: float | None) -> None:
     Raises:
         ValueError: If ``tolerance`` is not a positive number.
     """
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
+    if tolerance is not None and not (
+        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < math.inf
+    ):
         raise ValueError(
             f"Expected argument `tolerance` to be a positive number, a standard error in logits, but got {tolerance!r}."
         )

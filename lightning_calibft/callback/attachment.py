@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_class_lists, check_trainer
@@ -25,7 +26,6 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, get_gamma, num_classes
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.callback.averaging import check_no_averaging
 from lightning_calibft.callback.data import Source, calibration_pass
 from lightning_calibft.callback.evaluation import EvaluationMetrics
 from lightning_calibft.callback.labels import LabelsMet, split_of_data
 from lightning_calibft.callback.steps import TrainingSteps
-from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
@@ -159,7 +159,9 @@ class RunningCalibration(EvaluationMetrics):
         except ValueError as error:  # such as logits that are not finite; training may recover from them
             reset_gamma(model)
             self.result = None
-            rank_zero_warn(f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}")
+            # On each process: the others may not know why.
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            warnings.warn(text, stacklevel=2)
             return
         self._refreshed[trainer.global_step] = result
         self._refreshed_after = trainer.fit_loop.total_batch_idx
