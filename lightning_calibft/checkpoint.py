@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_calibft.arguments import check_path, check_type
 from lightning_calibft.entries import (
     LIGHTNING_VERSION,
     MASK,
@@ -56,12 +57,15 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If ``module_class`` is no LightningModule class, or ``path`` no path.
         ValueError: If the file is no checkpoint, needs ``weights_only=False``, or is not calibrated.
 
     Example::
 
         model = load_calibrated(MyModule, "checkpoints/best.ckpt")
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise TypeError(f"Expected argument `module_class` to be a LightningModule class, but got {module_class!r}.")
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     heads = calibrated_heads(checkpoint, path)
     stripped = io.BytesIO()
@@ -113,6 +117,10 @@ def fold_checkpoint(
         fold_checkpoint("checkpoints/best.ckpt", "model.safetensors")
         model = timm.create_model("resnet50", checkpoint_path="model.safetensors")
     """
+    check_path("source", source)
+    check_path("destination", destination)
+    if prefix is not None:
+        check_type("prefix", prefix, str)
     if os.path.realpath(source) == os.path.realpath(destination):
         raise ValueError(
             f"Expected argument `destination` to differ from `source`, but both are {os.fspath(source)!r}. Folding"

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from lightning_calibft.arguments import check_integer, check_tensor, is_integer
 from lightning_calibft.label_names import (
     CLASS_MAPS,
     LabelNames,
@@ -18,12 +19,13 @@ from lightning_calibft.label_names import (
     rows_of_names,
     wordnet_ids,
 )
-from lightning_calibft.split import _is_integer, check_tensor
 
 ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: samples that the loss left out
-UNMAPPED = -(2**40)  # what a target without a row is moved by: it becomes no row of any head, and can be told later
+_MOST_TARGET = 2**39
+# What a target without a row is moved by: it becomes no row of any head, and can be told later.
+UNMAPPED = -2 * _MOST_TARGET
 
 
 @overload
@@ -82,9 +84,11 @@ def resolve_class_map(
         label_names = label_set_of(num_classes) if label_names is None else label_names
     elif isinstance(class_map, (str, os.PathLike)):
         targets = read_json("class_map", class_map, CLASS_MAPS)
+    if num_classes is not None:
+        check_integer("num_classes", num_classes, least=1)
     by_name = None if label_names is None else rows_of_names(label_names, num_classes)
     rows = {target: _row(value, by_name) for target, value in _pairs(targets).items()}
-    if wrong := [row for row in rows.values() if row < 0 or (num_classes is not None and row >= num_classes)]:
+    if wrong := [row for row in rows.values() if not 0 <= row < (num_classes or _MOST_TARGET)]:
         raise ValueError(
             f"Expected argument `class_map` to hold rows of the classification head, in [0, {num_classes or 'C'}), but"
             f" got {wrong[0]}."
@@ -121,7 +125,7 @@ def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDE
     target = target.long()
     known, row = rows
     index = torch.searchsorted(known, target).clamp(max=len(known) - 1)
-    mapped = torch.where(known[index] == target, row[index], target + UNMAPPED)
+    mapped = torch.where(known[index] == target, row[index], target.clamp(-_MOST_TARGET, _MOST_TARGET - 1) + UNMAPPED)
     return mapped if ignore_index is None else torch.where(target == ignore_index, IGNORE_INDEX, mapped)
 
 
@@ -164,19 +168,21 @@ def _pairs(targets: Any) -> dict[int, Any]:
 
 def _target(key: Any) -> int:
     if isinstance(key, str) and key.isdecimal():  # as in JSON
-        return int(key)
-    if not _is_integer(key):
+        key = int(key)
+    if not is_integer(key):
         raise TypeError(
             f"Expected argument `class_map` to map the dataset's targets, which are integers, but got {key!r}. For"
             " names of folders pass the list `dataset.classes`."
         )
     if key < 0:
         raise ValueError(f"Expected argument `class_map` to map targets of at least 0, but got {key}.")
+    if key >= _MOST_TARGET:
+        raise ValueError(f"Expected argument `class_map` to map targets below {_MOST_TARGET}, but got {key}.")
     return int(key)
 
 
 def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
-    if _is_integer(value):
+    if is_integer(value):
         return int(value)
     if not isinstance(value, str):
         raise TypeError(f"Expected argument `class_map` to hold rows of the head or their names, but got {value!r}.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,43 @@ from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
 
 EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
 gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
+
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # that timm knows
+
+
+class _Arguments(ParseKwargs):
+    """Takes words as ``name=value``; what is none is wrong usage."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if wrong := [word for word in values if "=" not in word]:
+            raise argparse.ArgumentError(self, f"expected NAME=VALUE, but got {wrong[0]!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    """Read an integer of at least ``least``; the largest are no number of images, workers or rows."""
+
+    def read(word: str) -> int:
+        if not word.lstrip("-").isdecimal() or not least <= int(word) < 2**31:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, but got {word!r}")
+        return int(word)
+
+    return read
+
+
+def finite_number(word: str) -> float:
+    """Read a number that is one."""
+    if not math.isfinite(number := float(word)):
+        raise ValueError
+    return number
+
+
+def positive_number(word: str) -> float:
+    """Read a number above 0."""
+    if (number := finite_number(word)) <= 0:
+        raise ValueError
+    return number
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -33,13 +72,15 @@ def add_files(command: argparse.ArgumentParser) -> None:
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add what builds a timm model."""
-    command.add_argument("--img-size", type=int, help="height and width of the images; the model's own by default")
+    command.add_argument(
+        "--img-size", type=_integer(1), help="height and width of the images; the model's own by default"
+    )
     command.add_argument(
         "--model-kwargs",
         dest="model_args",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=_Arguments,
         metavar="NAME=VALUE",
         help="arguments of timm.create_model",
     )
@@ -47,7 +88,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def add_classes(command: argparse.ArgumentParser) -> None:
     """Add which row of the head each folder is."""
-    command.add_argument("--num-classes", type=int, help="rows of the head, where the weights do not tell it")
+    command.add_argument("--num-classes", type=_integer(2), help="rows of the head, where the weights do not tell it")
     command.add_argument(
         "--class-map",
         help="the head's row of each folder: a JSON file (a list in the folders' order, or folder: row),"
@@ -63,21 +104,24 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     names = [name for name in ESTIMATORS if not needs_absent_samples(name)]
     command.add_argument("--estimator", choices=names, default="alg", help="how gamma is found (%(default)s)")
     command.add_argument(
-        "--estimator-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE", help="its arguments"
+        "--estimator-kwargs", nargs="*", default={}, action=_Arguments, metavar="NAME=VALUE", help="its arguments"
     )
     command.add_argument(
         "--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent and midpoint"
     )
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
-    command.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    command.add_argument("--batch-size", type=_integer(1), default=64, help="(%(default)s)")
     command.add_argument(
-        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images (%(default)s)"
+        "--workers",
+        type=_integer(0),
+        default=min(4, os.cpu_count() or 1),
+        help="processes that read images (%(default)s)",
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     command.add_argument("--amp", action="store_true", help="run the model under autocast")
-    command.add_argument("--crop-pct", type=float, help="as timm's own scripts; the model's own by default")
-    command.add_argument("--mean", type=float, nargs="+", help="likewise")
-    command.add_argument("--std", type=float, nargs="+", help="likewise")
-    command.add_argument("--interpolation", help="likewise")
+    command.add_argument("--crop-pct", type=positive_number, help="as timm's own scripts; the model's own by default")
+    command.add_argument("--mean", type=finite_number, nargs="+", help="likewise")
+    command.add_argument("--std", type=positive_number, nargs="+", help="likewise")
+    command.add_argument("--interpolation", choices=_INTERPOLATIONS, help="likewise")
     command.add_argument("--quiet", action="store_true", help="show no progress bar")

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lightning_calibft.arguments import check_model, check_path, check_type
 from lightning_calibft.calibration import CalibrationResult
 from lightning_calibft.checkpoint import write_weights
 from lightning_calibft.entries import calibrated_heads, folded_facts
@@ -65,6 +66,10 @@ def export(
         calibrate(model, loader)
         export(model, "model.onnx", torch.zeros(2, 3, 224, 224))
     """
+    check_model("model", model)
+    check_path("destination", destination)
+    if result is not None:
+        check_type("result", result, CalibrationResult)
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     check_destination(model, destination, inputs)
     facts = {} if result is None else result.as_dict()
@@ -87,7 +92,7 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
     suffix, where = Path(destination).suffix, f"argument `destination` {os.fspath(destination)!r}"
     if suffix in _GRAPHS:
         rows = inputs if isinstance(inputs, tuple) else (inputs,)
-        if not all(isinstance(tensor, Tensor) and len(tensor) > 1 for tensor in rows):
+        if not all(isinstance(tensor, Tensor) and tensor.ndim and len(tensor) > 1 for tensor in rows):
             raise ValueError(
                 f"Expected argument `inputs` to hold tensors with at least two rows beside the {where}, but got"
                 f" {[tuple(x.shape) if isinstance(x, Tensor) else x for x in rows]}. Exporting runs the model on them."

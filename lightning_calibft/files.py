@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-StrPath = str | os.PathLike[str]
+from lightning_calibft.arguments import StrPath, check_path
 
 METADATA_KEY = "lightning_calibft"
 SAFETENSORS = ".safetensors"
@@ -32,6 +32,7 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     What a safetensors file holds comes under ``state_dict``, and its facts about the calibration under
     ``METADATA_KEY``, as in a checkpoint of Lightning.
     """
+    check_path("path", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
     if os.path.isdir(path):
@@ -89,6 +90,7 @@ def read_exported_facts(path: StrPath) -> dict[str, Any] | None:
         ValueError: If it is damaged.
         ModuleNotFoundError: If the package ``onnx`` is missing for an ``.onnx`` file.
     """
+    check_path("path", path)
     suffix, config = Path(path).suffix, Path(path, "config.json")
     try:
         if config.is_file():
@@ -109,10 +111,39 @@ def read_exported_facts(path: StrPath) -> dict[str, Any] | None:
     return None
 
 
-def write_atomically(checkpoint: Mapping[str, Any], path: StrPath) -> None:
+class Signature(NamedTuple):
+    """What changes when a file is written anew."""
+
+    modified: int
+    size: int
+    inode: int
+
+
+class ReplacedError(Exception):
+    """Something else has written or deleted a file in the meantime."""
+
+
+def signature(path: StrPath) -> Signature | None:
+    """Return the signature of a file, ``None`` if there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return Signature(stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
     """Write a file such that at every instant ``path`` holds what it held before, or all of ``checkpoint``.
 
     A safetensors file holds its state dict and its facts about the calibration only.
+
+    Args:
+        checkpoint: What to write.
+        path: Where to write it.
+        replaces: Of the file that it is made of, which alone it may take the place of. ``None``: of any.
+
+    Raises:
+        ReplacedError: If there is another file by now, or none; it is as it was.
     """
 
     def write(file: BinaryIO) -> None:
@@ -121,10 +152,10 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath) -> None:
         else:
             torch.save(checkpoint, file)
 
-    replace_atomically(path, write)
+    replace_atomically(path, write, replaces)
 
 
-def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
+def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], replaces: Signature | None = None) -> None:
     """Let ``write`` fill a file beside ``path`` that takes its place once it is on the disk."""
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{uuid4().hex}.tmp")
@@ -135,6 +166,8 @@ def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> No
             os.fsync(file.fileno())
         if target.exists():
             shutil.copymode(target, temporary)
+        if replaces is not None and signature(target) != replaces:
+            raise ReplacedError(os.fspath(path))
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from lightning_calibft.arguments import check_integer, check_tensor, is_integer
+
 ClassIds = Iterable[int] | Tensor
+
+_MOST_CLASSES = 2**31 - 1
 
 
 @dataclass(frozen=True, init=False)
@@ -41,10 +44,7 @@ class ClassSplit:
     absent_classes: tuple[int, ...]
 
     def __init__(self, num_classes: int, seen_classes: ClassIds, absent_classes: ClassIds | None = None) -> None:
-        if not _is_integer(num_classes):
-            raise TypeError(f"Expected argument `num_classes` to be an integer, but got {num_classes!r}.")
-        if num_classes < 2:
-            raise ValueError(f"Expected argument `num_classes` to be at least 2, but got {num_classes}.")
+        check_integer("num_classes", num_classes, least=2, most=_MOST_CLASSES)
         seen = _class_ids("seen_classes", seen_classes, num_classes)
         if absent_classes is None:
             if len(seen) == num_classes:
@@ -104,20 +104,6 @@ class ClassSplit:
         return mask
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise if an argument is no tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"Expected argument `{name}` to be a tensor, but got a {type(value).__name__}. Make it one with"
-            " `torch.as_tensor`."
-        )
-
-
-def _is_integer(value: object) -> bool:
-    # The first is what nearly all are, and ten times as fast.
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
-
-
 def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
     if isinstance(classes, (str, bytes, dict)) or not isinstance(classes, (Iterable, Tensor)):
         raise TypeError(f"Expected argument `{name}` to be a list of class ids, but got {classes!r}.")
@@ -125,7 +111,7 @@ def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...
     if len(shape) != 1:
         raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(shape)}.")
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    if wrong := [value for value in values if not _is_integer(value)]:
+    if wrong := [value for value in values if not is_integer(value)]:
         raise TypeError(
             f"Expected argument `{name}` to hold integers, but got {wrong[0]!r}."
             " Give the ids of the classes, not a mask or their names."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 # torchmetrics exports no public names for its plot types; every metric built on it imports these two.
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-__all__ = ["COLORS", "_AX_TYPE", "_PLOT_OUT_TYPE", "check_matplotlib", "draw_lines", "new_axis"]
+from lightning_calibft.arguments import check_items
+
+__all__ = ["COLORS", "_AX_TYPE", "_PLOT_OUT_TYPE", "check_matplotlib", "check_series", "draw_lines", "new_axis"]
 
 # The same for every picture: what is of seen classes, of absent ones, and of both.
 COLORS = {"seen": "tab:blue", "absent": "tab:orange", "both": "0.4"}
@@ -36,6 +38,19 @@ def new_axis(ax: _AX_TYPE | None) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
     return plt.subplots(layout="constrained")
+
+
+def check_series(steps: object, name: str, values: object, kind: type) -> None:
+    """Refuse what are not as many training steps as things measured at them.
+
+    Raises:
+        TypeError: If ``steps`` are no integers, or the argument ``name`` holds other things than of this ``kind``.
+        ValueError: If there are more of one than of the other.
+    """
+    check_items(name, values, kind)
+    check_items("steps", steps, int)
+    if len(cast(Sequence[int], steps)) != len(cast(Sequence[Any], values)):
+        raise ValueError(f"Expected argument `steps` to hold one step for each of `{name}`, but got {steps!r}.")
 
 
 def draw_lines(

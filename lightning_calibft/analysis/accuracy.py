@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, new_axis
 from lightning_calibft.analysis.outputs import Outputs, collect_outputs
+from lightning_calibft.arguments import check_model, check_type
 from lightning_calibft.calibration import UnpackBatch
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional import class_means, nearest_class_mean_logits, split_accuracy
@@ -131,6 +132,8 @@ def accuracy_gain(
         >>> gain.network.absent_among_all, gain.ncm.absent_among_all
         (-1.0, 0.0)
     """
+    check_model("before", before)
+    check_model("after", after)
     parts = []
     for model in (before, after):
         means, test = (
@@ -168,6 +171,7 @@ def plot_accuracy_gain(gain: AccuracyGain, *, ax: _AX_TYPE | None = None) -> _PL
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_type("gain", gain, AccuracyGain)
     figure, axis = new_axis(ax)
     names = ("seen\namong all", "absent\namong all", "seen\namong seen", "absent\namong absent")
     for shift, (label, values, color) in zip(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
+from lightning_calibft.arguments import check_items, check_number, check_type
 from lightning_calibft.functional import ausuc, seen_unseen_curve
 from lightning_calibft.functional._curve import point_at
 from lightning_calibft.plotting import plot_seen_unseen_curve
@@ -68,7 +69,9 @@ def compare_curves(
         >>> methods["fine-tuned"].points["ALG"]
         CurvePoint(gamma=1.5, seen_accuracy=1.0, absent_accuracy=1.0)
     """
-    gammas = gammas or {}
+    check_type("logits", logits, Mapping, " Give the logits of each method by its name.")
+    gammas = {} if gammas is None else gammas
+    check_type("gammas", gammas, Mapping)
     if unknown := sorted(gammas.keys() - logits.keys()):
         raise ValueError(
             f"Expected argument `gammas` to name methods of `logits`, {', '.join(map(repr, logits))}, but got"
@@ -78,7 +81,10 @@ def compare_curves(
     for name, of_method in logits.items():
         curve = seen_unseen_curve(of_method, target, seen_classes, absent_classes)
         points = {}
-        for text, gamma in gammas.get(name, {"no calibration": 0.0}).items():
+        of_name = gammas.get(name, {"no calibration": 0.0})
+        check_type("gammas", of_name, Mapping, " Give the gammas of each method by their names.")
+        for text, gamma in of_name.items():
+            gamma = check_number("gammas", gamma)
             seen, absent = point_at(*curve, gamma)
             points[text] = CurvePoint(gamma, seen.item(), absent.item())
         area = ausuc(of_method, target, seen_classes, absent_classes)
@@ -99,6 +105,8 @@ def plot_seen_unseen_curves(methods: Mapping[str, MethodCurve], *, ax: _AX_TYPE 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_type("methods", methods, Mapping)
+    check_items("methods", list(methods.values()), MethodCurve)
     figure, axis = new_axis(ax)
     for name, method in methods.items():
         gammas = {f"{name}, {text}": point.gamma for text, point in method.points.items()}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
+from lightning_calibft.arguments import check_integer, check_number, check_tensor, check_values
 from lightning_calibft.functional._inputs import check_matrix, check_target
 from lightning_calibft.split import ClassIds, ClassSplit
 
@@ -37,6 +38,8 @@ def tsne_features(before: Tensor, after: Tensor, *, perplexity: float = 30.0, se
             f"Expected arguments `before` and `after` to have a row for each of the same samples, but got {len(before)}"
             f" and {len(after)} rows."
         )
+    check_integer("seed", seed, least=0, most=2**32 - 1)
+    perplexity = check_number("perplexity", perplexity)
     if not 0 < perplexity < len(before):
         raise ValueError(
             f"Expected argument `perplexity` to be positive and less than the number of samples, {len(before)}, but"
@@ -87,6 +90,8 @@ def plot_embedding(
     """
     split = ClassSplit(num_classes, seen_classes, absent_classes)
     check_matrix("points", points)
+    check_tensor("target", target)
+    check_values("target", target)
     points, target = points.cpu(), target.cpu()
     check_target(target, len(points), num_classes, None)
     figure, axis = new_axis(ax)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, draw_lines, new_axis
+from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, check_series, draw_lines, new_axis
 from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype, top_classes
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.split import ClassIds
@@ -176,6 +176,7 @@ def plot_logit_levels(
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_series(steps, "levels", levels, GroupLevels)
     figure, axis = new_axis(ax)
     lines = {
         "true class": ([each.true for each in levels], "black", "-"),

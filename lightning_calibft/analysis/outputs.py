@@ -79,6 +79,7 @@ def collect_outputs(
             for batch in batches:
                 batch = move_data_to_device(batch, device)
                 if not parts:
+                    reader.rows(batch)  # says what is wrong with the batch
                     check_head(model, batch, reader)
                 parts.append(_outputs_of(model, batch, reader, width))
     if not parts:

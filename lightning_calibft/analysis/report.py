@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lightning_calibft.analysis.logits import plot_logit_levels
 from lightning_calibft.analysis.verdict import verdict
 from lightning_calibft.analysis.weight_pictures import plot_mean_similarity, plot_row_norms, plot_update_similarity
 from lightning_calibft.analysis.weights import update_similarity
+from lightning_calibft.arguments import check_choice, check_items, check_type
 from lightning_calibft.files import replace_atomically
 from lightning_calibft.split import ClassSplit
 
@@ -118,6 +119,11 @@ def calibration_report(
         <BLANKLINE>
         2 seen and 1 absent of 3 classes...
     """
+    check_items("snapshots", snapshots, Snapshot)
+    check_type("split", split, ClassSplit)
+    check_choice("format", format, get_args(Format))
+    if weights is not None:
+        check_items("weights", weights, Tensor)
     page = _Page(format)
     page.heading("Calibration report", 1)
     seen, absent = len(split.seen_classes), len(split.absent_classes)

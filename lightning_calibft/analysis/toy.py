@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
+from lightning_calibft.arguments import check_integer, check_number, check_type
 
 SEEN, ABSENT = (0, 1), (2, 3)
 _PRETRAINING_STEPS, _PRETRAINING_RATE = 2000, 0.3
@@ -93,9 +94,10 @@ def toy_example(
         >>> [round(toy.accuracy[t, 2:].mean().item(), 1) for t in (0, -1)]  # below those of the seen classes
         [0.8, 0.3]
     """
-    for name, value in (("steps", steps), ("samples_per_class", samples_per_class)):
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
+    check_integer("steps", steps, least=1)
+    check_integer("samples_per_class", samples_per_class, least=1)
+    check_integer("seed", seed)
+    learning_rate, squeeze = check_number("learning_rate", learning_rate), check_number("squeeze", squeeze)
     source, target, goal, network = _pretrain(samples_per_class, seed)
     inputs, seen = source * source.new_tensor([1.0, squeeze]), target < 2
     rows = [_look(network, inputs, target)]
@@ -150,6 +152,7 @@ def plot_toy_example(trajectory: ToyTrajectory, *, ax: _AX_TYPE | None = None) -
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_type("trajectory", trajectory, ToyTrajectory)
     figure, axis = new_axis(ax)
     for label in (*SEEN, *ABSENT):
         path, logit = trajectory.features[:, label], trajectory.true_logit[:, label]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_calibft.analysis.history import Evaluation, Snapshot
+from lightning_calibft.arguments import check_items
 
 GENTLER = "Fine-tune more gently: a smaller learning rate, fewer epochs, or frozen early layers."
 
@@ -26,6 +27,7 @@ def verdict(snapshots: Sequence[Snapshot]) -> list[str]:
         >>> verdict([Snapshot(epoch=0, step=0)])[0]
         'No validation had labelled samples of both seen and absent classes, so nothing tells whether gamma helps...'
     """
+    check_items("snapshots", snapshots, Snapshot)
     evaluated = [each for each in snapshots if each.evaluation is not None]
     if not evaluated:
         return [

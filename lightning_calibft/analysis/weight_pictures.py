@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, draw_lines, new_axis
+from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, check_series, draw_lines, new_axis
 from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms, UpdateSimilarity
+from lightning_calibft.arguments import check_type
 
 
 def plot_row_norms(steps: Sequence[int], norms: Sequence[RowNorms], *, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
@@ -22,6 +23,7 @@ def plot_row_norms(steps: Sequence[int], norms: Sequence[RowNorms], *, ax: _AX_T
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_series(steps, "norms", norms, RowNorms)
     figure, axis = new_axis(ax)
     means = {
         "seen classes": ([each.seen_mean for each in norms], COLORS["seen"], "-"),
@@ -39,6 +41,7 @@ def plot_mean_similarity(
     steps: Sequence[int], means: Sequence[MeanSimilarity], *, ax: _AX_TYPE | None = None
 ) -> _PLOT_OUT_TYPE:
     """Draw the mean cosines between updates over training; arguments and results as in :func:`plot_row_norms`."""
+    check_series(steps, "means", means, MeanSimilarity)
     figure, axis = new_axis(ax)
     lines = {
         "between seen classes": ([each.within_seen for each in means], COLORS["seen"], "-"),
@@ -63,6 +66,7 @@ def plot_update_similarity(similarity: UpdateSimilarity, *, ax: _AX_TYPE | None 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    check_type("similarity", similarity, UpdateSimilarity)
     figure, axis = new_axis(ax)
     seen, absent = similarity.split.seen_classes, similarity.split.absent_classes
     order = [*seen, *absent]

@@ -108,7 +108,7 @@ def row_norms(
         >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]), seen_classes=[0, 1])
         RowNorms(seen_mean=3.0, seen_std=2.0, absent_mean=2.0, absent_std=0.0)
     """
-    weight, split = _weight_and_split(weight, seen_classes, absent_classes, head)
+    weight, split = _weight_and_split("weight", weight, seen_classes, absent_classes, head)
     norms = weight.to(real_dtype(weight.device)).norm(dim=1).cpu()
     seen, absent = norms[list(split.seen_classes)], norms[list(split.absent_classes)]
     return RowNorms(
@@ -147,8 +147,8 @@ def update_similarity(
         >>> update_similarity(torch.zeros(3, 2), after, seen_classes=[0]).means
         MeanSimilarity(within_seen=nan, within_absent=1.0, between=-1.0)
     """
-    before, split = _weight_and_split(before, seen_classes, absent_classes, head)
-    after, _ = _weight_and_split(after, seen_classes, absent_classes, head)
+    before, split = _weight_and_split("before", before, seen_classes, absent_classes, head)
+    after, _ = _weight_and_split("after", after, seen_classes, absent_classes, head)
     if before.shape != after.shape:
         raise ValueError(
             f"Expected arguments `before` and `after` to have one shape, but got {tuple(before.shape)} and"
@@ -165,6 +165,7 @@ def mean_similarity(before: Tensor, after: Tensor, split: ClassSplit) -> MeanSim
 
 
 def _weight_and_split(
+    name: str,
     weight: Tensor | nn.Module,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None,
@@ -172,7 +173,7 @@ def _weight_and_split(
 ) -> tuple[Tensor, ClassSplit]:
     if isinstance(weight, nn.Module):
         weight = head_weight(weight, head)
-    check_matrix("weight", weight)
+    check_matrix(name, weight)
     return weight.detach(), ClassSplit(len(weight), seen_classes, absent_classes)
 
 

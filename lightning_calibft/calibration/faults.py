@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,20 +12,17 @@ from torch import Tensor
 
 from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
 from lightning_calibft.calibration.loaders import all_reduce
+from lightning_calibft.calibration.processes import Processes
 from lightning_calibft.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
 from lightning_calibft.split import ClassSplit, shorten
 
 AbsentSamples = Literal["accident", "expected", "needed"]
 
-OUT_OF_MEMORY = (
-    "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
-    " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
-)
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 NO_BATCH = torch.iinfo(torch.long).max  # larger than any
 
 
-class Faults:
+class Faults(Processes):
     """The faults of all batches, told at the end of the pass and on all processes alike.
 
     Args:
@@ -37,10 +33,10 @@ class Faults:
     """
 
     def __init__(self, split: ClassSplit, device: torch.device, mapped: bool, absent: AbsentSamples) -> None:
+        super().__init__(device)
         self._split = split
         self._mapped = mapped
         self._absent = absent
-        self._failed = False
         self._bad_batch = torch.full((), NO_BATCH, device=device)
         self._outside = torch.full((), NO_LABEL, device=device)
         self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
@@ -54,38 +50,12 @@ class Faults:
             bad = torch.where(each.isfinite().all(1), NO_BATCH, batch)
             self._bad_batch = torch.cat([self._bad_batch[None], bad]).amin()
 
-    def meet(self, failed: bool = False) -> None:
-        """Wait for the other processes; they must not wait for one that has ``failed``.
-
-        Raises:
-            RuntimeError: If another has failed.
-        """
-        if not self._failed:  # after that, no process waits for another
-            self._failed = bool(all_reduce(torch.tensor(int(failed), device=self._samples.device)))
-        if self._failed and not failed:
-            raise RuntimeError("The calibration pass has failed on another process, which says why. Gamma stays unset.")
-
-    @contextmanager
-    def told_to_others(self) -> Iterator[None]:
-        """Let the other processes know of an error in this one.
-
-        Raises:
-            torch.OutOfMemoryError: If that was the error, now with a remedy.
-        """
-        try:
-            yield
-        except Exception as error:
-            self.meet(failed=True)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY} The error was: {error}") from error
-            raise
-
     def raise_or_warn(self) -> None:
         """Tell what was wrong.
 
         Raises:
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
-            RuntimeError: If another process has failed.
+            ValueError, RuntimeError: If another process has failed.
         """
         self.meet()
         *samples, outside, _ = all_reduce(self._samples).tolist()
@@ -116,6 +86,19 @@ class Faults:
                 f" out. If they belong to the fine-tuning data, their classes are seen ones.{hint}",
                 stacklevel=2,
             )
+
+
+def check_weights(device: torch.device) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        ValueError: If it is on the device ``meta``.
+    """
+    if device.type == "meta":
+        raise ValueError(
+            "Expected argument `model` to have weights, but it is on the device 'meta'. Give it some with `to_empty`"
+            " and `load_state_dict`."
+        )
 
 
 def place_of(target: Tensor, num_classes: int) -> Tensor:

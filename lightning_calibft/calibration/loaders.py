@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+
+from lightning_calibft.arguments import is_integer
+
+_MOST_SAMPLES = torch.iinfo(torch.long).max
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -42,7 +48,7 @@ def check_max_samples(max_samples: int | None) -> None:
     Raises:
         ValueError: If ``max_samples`` is no integer of at least 1.
     """
-    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+    if max_samples is not None and not (is_integer(max_samples) and 1 <= max_samples <= _MOST_SAMPLES):
         raise ValueError(f"Expected argument `max_samples` to be an integer of at least 1, but got {max_samples!r}.")
 
 
@@ -72,7 +78,7 @@ def calibration_loaders(
         TypeError: If ``loaders`` is no iterable.
         ValueError: If there are several loaders to read ``at_random``: what is read first would be of the first alone.
     """
-    if not isinstance(loaders, Iterable):
+    if not isinstance(loaders, Iterable) or isinstance(loaders, (str, bytes)) or getattr(loaders, "ndim", 1) == 0:
         kind = type(loaders).__name__
         raise TypeError(f"Expected argument `loader` to be a DataLoader or an iterable of batches, but got a {kind}.")
     leaves = CombinedLoader(loaders, "sequential").flattened
@@ -86,6 +92,18 @@ def calibration_loaders(
     limit = max_samples and math.ceil(max_samples / max(1, len(flat)))
     share = share or rank_and_world_size()
     return [_anew(loader, limit, max_batches, at_random, share) if _is_plain(loader) else loader for loader in flat]
+
+
+def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
+    """Yield the first batches of a loader. After an error in it, its worker processes end at once."""
+    try:
+        yield from islice(loader, max_batches)
+    except Exception as error:
+        if getattr(loader, "num_workers", 0):
+            # The frames of torch hold each other and the workers: these would stay until Python looks for such cycles,
+            # which then waits 5 seconds for each of them.
+            traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _of_batches(leaf: Any) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from lightning_calibft.calibration.batch import BatchReader, call_forward
 from lightning_calibft.calibration.checks import check_pretrained, head_width
 from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.joined import JoinedBatches
-from lightning_calibft.calibration.loaders import all_reduce, rank_and_world_size
+from lightning_calibft.calibration.loaders import all_reduce, batches_of, rank_and_world_size
 from lightning_calibft.calibration.lockstep import Lockstep
+from lightning_calibft.calibration.processes import Processes
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.stopping import is_settled, when_to_look
 from lightning_calibft.class_map import IGNORE_INDEX
@@ -73,15 +73,20 @@ class Pass:
         check_pretrained(self.estimator, self.pretrained, self.model)
 
     def read_classes(self) -> list[int]:
-        """Return the classes in the data. The standard error needs them before the first sample."""
-        met = torch.zeros(self.num_classes, dtype=torch.long)
-        with eval_mode(self.model):  # transfer hooks may mix labels while training
+        """Return the classes in the data. The standard error needs them before the first sample.
+
+        Raises:
+            ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
+        """
+        met, others = torch.zeros(self.num_classes, dtype=torch.long), Processes(self.device)
+        with others.told_to_others(), eval_mode(self.model):  # transfer hooks may mix labels while training
             for batch in self._batches("Reading labels"):
                 target = self.reader.rows(batch).cpu()
                 target = target[target != IGNORE_INDEX]
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
                     raise target_error(self.num_classes, int(outside[0]))
                 met[target] = 1
+        others.meet()
         met = all_reduce(met.to(self.device))
         if not met.any():
             raise empty_error()
@@ -104,7 +109,7 @@ class Pass:
             total, read = _length(loader, self.max_batches), 0
             bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
             with bar:
-                for batch in islice(loader, self.max_batches):
+                for batch in batches_of(loader, self.max_batches):
                     if read >= share:
                         break
                     batch = move_data_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
@@ -119,7 +124,7 @@ class Pass:
             ValueError: If the head does not give the logits, one is not finite, a label is no row of it, or there are
                 no samples of the seen classes.
             torch.OutOfMemoryError: If a batch does not fit, with a remedy.
-            RuntimeError: If another process has failed, whose error says why.
+            ValueError, RuntimeError: If another process has failed, whose error says why.
         """
         forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
         forwards: list[Callable[..., Any]] = [forward]

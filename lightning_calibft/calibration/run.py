@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
+from lightning_calibft.calibration.faults import check_weights
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
@@ -118,6 +119,7 @@ def calibrate(
                 progress=progress,
                 pretrained=_weights(pretrained),
             )
+            check_weights(reading.device)
             if not isinstance(estimator, str):
                 split = estimator.split
             else:

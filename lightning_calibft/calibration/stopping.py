@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ def check_tolerance(tolerance: float | None) -> None:
     Raises:
         ValueError: If ``tolerance`` is not a positive number.
     """
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
+    if tolerance is not None and not (
+        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < math.inf
+    ):
         raise ValueError(
             f"Expected argument `tolerance` to be a positive number, a standard error in logits, but got {tolerance!r}."
         )
@@ -44,8 +47,10 @@ def when_to_look(length: int | None, device: torch.device) -> set[int]:
 
 def is_settled(estimator: Any, tolerance: float) -> bool:
     """Tell whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
-    try:
-        estimator.compute()
-    except ValueError:  # there is no gamma yet
-        return False
-    return int(estimator.num_samples) >= LEAST_SAMPLES and float(estimator.standard_error) <= tolerance
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the samples so far lack
+        try:
+            estimator.compute()
+        except ValueError:  # there is no gamma yet
+            return False
+        return int(estimator.num_samples) >= LEAST_SAMPLES and float(estimator.standard_error) <= tolerance

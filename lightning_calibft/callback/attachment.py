@@ -7,9 +7,11 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_class_lists, check_estimator_of_parts, check_launcher, check_trainer
@@ -26,8 +28,7 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.functional._inputs import check_choice
-from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, num_classes
+from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, get_gamma, num_classes
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
@@ -82,6 +83,7 @@ class HeadAttachment(Callback):
                 check_estimator_of_parts(trainer, self.estimator)
             if self._needs_weights_before():
                 self._before.watch(pl_module)
+                self._warn_if_fine_tuned(pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             # Later: `configure_model` shards the head, and torch would shard all that belongs to it. From a folder,
             # weights are restored into what the state dict has by then.
@@ -117,6 +119,11 @@ class HeadAttachment(Callback):
         self._forget_late()
         self._before.forget()
 
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget_late()  # a tuner leaves a fit in the middle without a word
+        self._before.forget()
+
     def _attach_late(self, trainer: Trainer, model: LightningModule) -> None:
         attached = bool(attached_heads(model))
         if self._late is not None or not attached:  # built, or built anew, in the module's `setup`
@@ -150,6 +157,17 @@ class HeadAttachment(Callback):
 
     def _needs_weights_before(self) -> bool:
         return self._retraining is not None or needs_pretrained_logits(self.estimator)
+
+    def _warn_if_fine_tuned(self, model: LightningModule) -> None:
+        if get_gamma(model) is None:
+            return
+        name = self.estimator if isinstance(self.estimator, str) else type(self.estimator).__name__
+        calibrate = f"`lightning_calibft.calibrate(model, loader, estimator={name!r}, pretrained=...)` after the fit"
+        rank_zero_warn(
+            f"The estimator {name!r} takes the weights that this fit begins with for those from before fine-tuning, but"
+            " the model is calibrated, so it has been fine-tuned already. If these are not meant, build the module anew"
+            + (f", or call {calibrate}." if self._retraining is None else ".")
+        )
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))

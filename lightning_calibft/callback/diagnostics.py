@@ -17,6 +17,7 @@ from lightning_calibft.analysis import Snapshot
 from lightning_calibft.analysis._axes import check_matplotlib
 from lightning_calibft.analysis.history import History
 from lightning_calibft.analysis.report import FORMATS, write_report
+from lightning_calibft.arguments import check_integer, check_path
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.listening import Observer
@@ -87,10 +88,8 @@ class CalibrationDiagnostics(Callback):
         label_names: LabelNames | None = None,
     ) -> None:
         check_class_lists(seen_classes, absent_classes)
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(
-                f"Expected argument `every_n_epochs` to be an integer above 0, but got {every_n_epochs!r}."
-            )
+        check_integer("every_n_epochs", every_n_epochs, least=1)
+        check_path("output", output)
         if Path(output).suffix not in FORMATS:
             raise ValueError(f"Expected argument `output` to end in .md or .html, but got {output!r}.")
         self.seen_classes = seen_classes

@@ -139,7 +139,8 @@ class FitCalibration(RunningCalibration):
             self._labels = None  # mixed labels: those of the calibration data are read at the end
 
     def _forget(self) -> None:
-        """Free the memory of what was kept from before the fit."""
+        """Free the memory of what was kept for the fit."""
+        self._steps = None
         self._before.forget()
         if self._retraining is not None:
             self._retraining.forget()
@@ -150,7 +151,7 @@ class FitCalibration(RunningCalibration):
         self._stop_steps()
         if self._steps is not None and self.result is not None:
             return
-        if (found := self._refreshed.get(trainer.global_step)) is not None:  # of these weights, by the last validation
+        if (found := self._found_for(trainer)) is not None:
             self._put(model, found)
             return
         self.result = None
@@ -190,10 +191,11 @@ class FitCalibration(RunningCalibration):
     def _result_of_file(
         self, trainer: Trainer, model: LightningModule, reading: Pass, split: ClassSplit, checkpoint: dict[str, Any]
     ) -> CalibrationResult:
-        return self._found_on_the_way(model, checkpoint) or self._find(trainer, reading, split)
+        return self._found_on_the_way(model, checkpoint, split) or self._find(trainer, reading, split)
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         before, after = {}, {}
-        if trainer.strategy.reduce_boolean_decision(self._monitor.counted, all=False):
+        same = self._monitor.counted and self._monitor.split == result.split  # or classes were met after validation
+        if trainer.strategy.reduce_boolean_decision(same, all=False):
             before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
         report(trainer, result, before, after, self._monitor.step, self.checkpoint_results)

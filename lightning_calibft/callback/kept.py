@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
 from lightning_calibft.entries import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
-from lightning_calibft.files import read_checkpoint, write_atomically
+from lightning_calibft.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
 from lightning_calibft.head import get_gamma, set_gamma
 
 
@@ -33,7 +34,7 @@ class KeptCheckpoints:
         # These keep all files, but know the latest only.
         self._forgetful = [each for each in self._callbacks if each.save_top_k == -1 and each.monitor is None]
         self._noted: set[str] = set()
-        self._earlier = {path: _signature(path) for path in self._paths()}
+        self._earlier = {path: signature(path) for path in self._paths()}
 
     def note(self) -> None:
         """Remember the files that will be forgotten; between any two that are written, this must be called."""
@@ -50,7 +51,7 @@ class KeptCheckpoints:
         found = {
             os.path.realpath(path)
             for path in paths
-            if os.path.isfile(path) and _signature(path) != self._earlier.get(path)
+            if os.path.isfile(path) and signature(path) != self._earlier.get(path)
         }
         remote = [path for path in paths if "://" in path]
         if remote and not refreshed:
@@ -91,7 +92,7 @@ def calibrate_files(
         run: Given the checkpoint, makes one pass with its weights, which ``model`` has at the time.
 
     Returns:
-        The result of each file.
+        The result of each file; without those, with a warning, that something else has written meanwhile.
 
     Raises:
         RuntimeError: If a file could not be read, calibrated or written. It is as it was, and the others are done.
@@ -102,8 +103,10 @@ def calibrate_files(
     }
     results: dict[str, CalibrationResult] = {}
     failed: dict[str, str] = {}
+    cause: Exception | None = None
     try:
         for file in files:
+            found = signature(file)
             checkpoint, error_text = _read(file) if trainer.is_global_zero else ({}, None)
             # What the first process reads: another node may have no such file on its disk, or another one.
             needed = {key: checkpoint.get(key) for key in ("state_dict", "global_step")}
@@ -118,14 +121,17 @@ def calibrate_files(
                 else:
                     model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
                     results[file] = run(checkpoint)
-            except (OSError, RuntimeError, ValueError) as error:
-                failed[file] = str(error)
+            except Exception as error:  # the user's data and model can raise any
+                _free(error)
+                failed[file], cause = _told(error), cause or error
                 continue
             set_gamma(model, results[file].gamma, live.split.seen_classes, live.split.absent_classes)
             put_calibration(checkpoint, calibration_entries(model.state_dict()), results[file])
-            error_text = _write(checkpoint, file) if trainer.is_global_zero else None
-            if error_text := trainer.strategy.broadcast(error_text):
-                failed[file] = error_text
+            error_text = _write(checkpoint, file, found) if trainer.is_global_zero else None
+            if (error_text := trainer.strategy.broadcast(error_text)) is not None:
+                del results[file]
+                if error_text:
+                    failed[file] = error_text
     finally:
         model.load_state_dict(weights, strict=model.strict_loading)
     if failed:
@@ -134,7 +140,7 @@ def calibrate_files(
             + "; ".join(f"{file!r}: {reason}" for file, reason in failed.items())
             + ". These files are as they were, and the model in memory is calibrated: `trainer.save_checkpoint` saves"
             " it with its gamma."
-        )
+        ) from cause
     return results
 
 
@@ -166,17 +172,36 @@ def _read(file: str) -> tuple[dict[str, Any], str | None]:
     try:
         checkpoint = read_checkpoint(file, weights_only=False)  # this run wrote it
         state_dict_of(checkpoint, file)
-    except (OSError, ValueError) as error:
-        return {}, str(error)
+    except Exception as error:  # unpickling can raise any
+        return {}, _told(error)
     return checkpoint, None if "state_dict" in checkpoint else "it is no checkpoint of Lightning any more"
 
 
-def _write(checkpoint: dict, file: str) -> str | None:
+def _write(checkpoint: dict, file: str, replaces: Signature | None) -> str | None:
+    """Return what went wrong, and nothing to tell if only a warning did; ``None`` if all went well."""
     try:
-        write_atomically(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        return str(error)
+        write_atomically(checkpoint, file, replaces)
+    except ReplacedError:
+        rank_zero_warn(
+            f"AbsentClassCalibration leaves {file} as it is: something else has written or deleted it while its gamma"
+            " was found. Load what is there now and calibrate it with `calibrate(model, loader)`."
+        )
+        return ""
+    except Exception as error:  # pickling can raise any
+        return _told(error)
     return None
+
+
+def _free(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: the next file may need the memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _told(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, (OSError, RuntimeError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def _same_weights(state: dict[str, Tensor], live: dict[str, Tensor]) -> bool:
@@ -186,12 +211,3 @@ def _same_weights(state: dict[str, Tensor], live: dict[str, Tensor]) -> bool:
         torch.equal(state[key], value) if isinstance(value, Tensor) and key in state else key not in state
         for key, value in weights.items()
     )
-
-
-def _signature(path: str) -> tuple[int, int, int] | None:
-    """Return what changes when a file is written anew."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino

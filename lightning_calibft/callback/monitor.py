@@ -41,7 +41,7 @@ class LogitMonitor:
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
     ) -> None:
         """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
-        self._reader = reader
+        self._reader, self._target, self._records = reader, None, []  # an evaluation may have ended with an error
         self._unmapped = torch.tensor(NO_LABEL, device=model.device)
         if split != self.split or num_loaders != len(self.metrics):
             self.metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.callback.averaging import check_no_averaging
 from lightning_calibft.callback.data import Source, calibration_pass, lockstep_of
 from lightning_calibft.callback.evaluation import EvaluationMetrics
 from lightning_calibft.callback.labels import LabelsMet, split_of_data
 from lightning_calibft.callback.steps import TrainingSteps
-from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.head import get_gamma, reset_gamma, set_gamma
 from lightning_calibft.split import ClassSplit
 
@@ -56,6 +57,7 @@ class RunningCalibration(EvaluationMetrics):
         self._steps: TrainingSteps | None = None
         self._of_steps: list[CalibrationResult] = []
         self._refreshed: dict[int, CalibrationResult] = {}  # by the training step
+        self._refreshed_after = -1  # batches, the last time
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -98,11 +100,16 @@ class RunningCalibration(EvaluationMetrics):
             self._steps.start_step(batch)
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._steps is not None:
+            self._steps.end_forward()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._steps is not None:
-            self._steps.end_step()
+            self._steps.end_step(skipped=pl_module.automatic_optimization and not outputs)  # the step returned None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,9 +167,12 @@ class RunningCalibration(EvaluationMetrics):
         except ValueError as error:  # such as logits that are not finite; training may recover from them
             reset_gamma(model)
             self.result = None
-            rank_zero_warn(f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}")
+            # On each process: the others may not know why.
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            warnings.warn(text, stacklevel=2)
             return
         self._refreshed[trainer.global_step] = result
+        self._refreshed_after = trainer.fit_loop.total_batch_idx
         self._put(model, result)
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
@@ -172,14 +182,26 @@ class RunningCalibration(EvaluationMetrics):
     def _split_of(self, trainer: Trainer, reading: Pass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
 
-    def _found_on_the_way(self, model: LightningModule, checkpoint: dict[str, Any]) -> CalibrationResult | None:
-        """Return what had been found when a checkpoint was written, whose weights ``model`` has now."""
+    def _found_for(self, trainer: Trainer) -> CalibrationResult | None:
+        """Return what the last validation has found, if nothing was trained since."""
+        # Where a module steps its optimizers by itself, the number of steps may not tell.
+        same = trainer.fit_loop.total_batch_idx == self._refreshed_after
+        return self._refreshed.get(trainer.global_step) if same else None
+
+    def _found_on_the_way(
+        self, model: LightningModule, checkpoint: dict[str, Any], split: ClassSplit
+    ) -> CalibrationResult | None:
+        """Return what had been found when a checkpoint was written, whose weights ``model`` has now.
+
+        Not if classes were met later: gamma of fewer would not fit the mask of all.
+        """
         found = self._of_steps
         if self.refresh is not None:
             step = checkpoint.get("global_step")
             found = [result for each, result in self._refreshed.items() if each == step]
         gamma = get_gamma(model) or 0.0  # by which the file is known: another may lie in its place now
-        return next((result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6)), None)
+        same = (result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6) and result.split == split)
+        return next(same, None)
 
     def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
         return calibration_pass(

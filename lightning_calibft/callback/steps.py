@@ -42,10 +42,11 @@ class TrainingSteps:
         self._choice = estimator
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
         self._num_classes = split.num_classes
-        self._joined = JoinedBatches(self._estimator.update)
+        self._joined = JoinedBatches(self._count)
         self._recording = record_logits(model)
         self._open = ExitStack()
         self._records: list[Tensor] | None = None
+        self._of_step: list[Tensor] | None = None
         self._target: Tensor | None = None
         self.counted = False  # whether any step was, in this process
 
@@ -60,23 +61,32 @@ class TrainingSteps:
         if self._records is None:
             self._records = self._open.enter_context(self._recording)
         self._records.clear()
+        self._of_step = None
 
-    def end_step(self) -> None:
-        """Count the logits of the step.
+    def end_forward(self) -> None:
+        """Take what was recorded for the step's own; what comes later, such as pictures of another callback, is not."""
+        if self._of_step is None and self._records is not None:
+            self._of_step = self._records[:]
+
+    def end_step(self, skipped: bool) -> None:
+        """Count the logits of the step, unless the module has skipped it.
 
         Raises:
             ValueError: If the step ran the head more or less than once on its batch.
         """
+        self.end_forward()
         assert self._target is not None
-        assert self._records is not None
-        if [logits.shape for logits in self._records] != [(len(self._target), self._num_classes)]:
+        assert self._of_step is not None
+        expected = (len(self._target), self._num_classes)
+        if skipped or (not self._of_step and self.counted):
+            return
+        if [logits.shape for logits in self._of_step] != [expected]:
             raise ValueError(
                 f"Expected argument `source` to be 'train' or 'validation' for this module, but got 'training_steps':"
                 f" a training step with {len(self._target)} labels gave logits of the shapes"
-                f" {[tuple(logits.shape) for logits in self._records]}, not one of"
-                f" {(len(self._target), self._num_classes)}."
+                f" {[tuple(logits.shape) for logits in self._of_step]}, not one of {expected}."
             )
-        rows = (self._records.pop(), self._target)
+        rows = (self._of_step.pop(), self._target)
         # An update with no rows, not none at all, after which a metric would not wait for the other processes.
         self._joined.add(*(each if self._counts else each[:0] for each in rows))
         self.counted = True
@@ -91,3 +101,6 @@ class TrainingSteps:
         """Record no more until the next step: what validation gives is nobody's."""
         self._open.close()
         self._records = None
+
+    def _count(self, logits: Tensor, target: Tensor) -> None:
+        self._estimator.update(logits, target)

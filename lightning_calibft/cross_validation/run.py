@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
+from lightning_calibft.arguments import check_integer, check_model
 from lightning_calibft.calibration import (
     BatchReader,
     CalibrationResult,
@@ -112,12 +113,17 @@ def pseudo_cross_validation(
         >>> fit(pretrained, dataset)
         >>> _ = set_gamma(pretrained, result.gamma, result.split.seen_classes, result.split.absent_classes)
     """
+    check_model("model", model)
+    check_integer("batch_size", batch_size, least=1)
+    check_integer("num_workers", num_workers, least=0)
     plan = Plan(num_splits, candidates, seed, folder)
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"Expected argument `dataset` to be map-style, of which a part can be taken, but got a"
             f" {type(dataset).__name__}. Read it into a list."
         )
+    if collate_fn is not None and not callable(collate_fn):
+        raise TypeError(f"Expected argument `collate_fn` to be a function, but got {collate_fn!r}.")
     if not callable(fit_fn):
         raise TypeError(f"Expected argument `fit_fn` to be a function, but got {fit_fn!r}.")
     before = reset_gamma(attach(copy.deepcopy(model), head))

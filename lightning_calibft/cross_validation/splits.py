@@ -15,14 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import MetricCollection
 
+from lightning_calibft.arguments import check_choice, check_integer, check_path
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.files import StrPath
 from lightning_calibft.functional._curve import UnreachableAccuracyError
-from lightning_calibft.functional._inputs import check_choice
 from lightning_calibft.metrics import SeenUnseenCurve
-from lightning_calibft.split import ClassSplit, _is_integer
+from lightning_calibft.split import ClassSplit
+
+_MOST_SPLITS, _MOST_SEED = 1000, 2**32 - 1  # a training for each; numpy takes no larger seed
 
 Candidates = Literal["seen", "all"]
 
@@ -32,8 +34,8 @@ class Plan:
     """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
 
     Raises:
-        TypeError: If ``num_splits`` or ``seed`` is no integer.
-        ValueError: If ``num_splits`` is less than 1, or ``candidates`` is neither ``"seen"`` nor ``"all"``.
+        TypeError: If ``num_splits`` or ``seed`` is no integer, or ``folder`` no path.
+        ValueError: If ``num_splits`` or ``seed`` is out of range, or ``candidates`` neither ``"seen"`` nor ``"all"``.
     """
 
     num_splits: int = 3
@@ -42,11 +44,10 @@ class Plan:
     folder: StrPath | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_splits", "seed"):
-            if not _is_integer(value := getattr(self, name)):
-                raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
-        if self.num_splits < 1:
-            raise ValueError(f"Expected argument `num_splits` to be at least 1, but got {self.num_splits}.")
+        check_integer("num_splits", self.num_splits, least=1, most=_MOST_SPLITS)
+        check_integer("seed", self.seed, least=0, most=_MOST_SEED - self.num_splits)
+        if self.folder is not None:
+            check_path("folder", self.folder)
         check_choice("candidates", self.candidates, get_args(Candidates))
 
     def pseudo_splits(self, split: ClassSplit) -> list[ClassSplit]:

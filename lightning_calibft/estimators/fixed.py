@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import check_number, real_dtype
+from lightning_calibft.arguments import check_number
+from lightning_calibft.functional._inputs import real_dtype
 from lightning_calibft.metrics.mean_gap import MeanGap
 from lightning_calibft.split import ClassIds
 
@@ -46,7 +47,7 @@ class FixedGamma(MeanGap):
         gamma: float,
         **kwargs: Any,
     ) -> None:
-        check_number("gamma", gamma)
+        gamma = check_number("gamma", gamma)
         if not math.isfinite(gamma):
             raise ValueError(f"Expected argument `gamma` to be finite, but got {gamma}.")
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(gamma,), **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import check_number
+from lightning_calibft.arguments import check_number
 from lightning_calibft.functional.gaps import log_sum_exp_gaps, matched_maxima_gaps, quantile_gaps
 from lightning_calibft.functional.pseudo_absent import pseudo_absent_margins
 from lightning_calibft.metrics.mean_gap import MeanGap
@@ -97,7 +97,7 @@ class QuantileGap(MeanGap):
         quantile: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        check_number("quantile", quantile)
+        quantile = check_number("quantile", quantile)
         if not 0 <= quantile <= 1:
             raise ValueError(f"Expected argument `quantile` to be in [0, 1], but got {quantile}.")
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(quantile,), **kwargs)
@@ -150,7 +150,7 @@ class LogSumExpGap(MeanGap):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        check_number("temperature", temperature)
+        temperature = check_number("temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {temperature}.")
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(temperature,), **kwargs)

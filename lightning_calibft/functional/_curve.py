@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,
     Average,
     Groups,
-    check_choice,
     real_dtype,
     top_classes,
     warn_if_empty,
@@ -45,7 +45,8 @@ class Goal:
         check_choice("criterion", self.criterion, ("accuracy", "harmonic_mean", "equal_accuracies"))
         for name in ("min_seen_accuracy", "min_absent_accuracy"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 <= float(value) <= 1):
+            real = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (real and 0 <= value <= 1):
                 raise ValueError(
                     f"Expected argument `{name}` to be a number in [0, 1], but got {value!r}. Accuracies are fractions,"
                     " not percentages."

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft.split import ClassIds, ClassSplit, check_tensor
+from lightning_calibft.arguments import check_integer, check_tensor, check_values
+from lightning_calibft.split import ClassIds, ClassSplit
 
 Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
@@ -61,18 +61,23 @@ def prepare(
     check_tensor("logits", logits)
     if logits.ndim != 2:
         raise ValueError(f"Expected argument `logits` to have shape (N, C), but got {tuple(logits.shape)}.")
+    if logits.shape[1] < 2:
+        raise ValueError(f"Expected argument `logits` to have a column for each class, but got {tuple(logits.shape)}.")
+    check_ignore_index(ignore_index)
     split = ClassSplit(logits.shape[1], seen_classes, absent_classes)
     if validate_args:
         check_inputs(logits, target, split.num_classes, ignore_index)
     return Groups.from_split(split, logits.device)
 
 
-def check_inputs(logits: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """Raise if a batch of logits and labels is not one."""
-    check_matrix("logits", logits)
+def check_inputs(
+    logits: Tensor, target: Tensor, num_classes: int, ignore_index: int | None, name: str = "logits"
+) -> None:
+    """Raise if a batch of logits, the argument ``name``, and labels is not one."""
+    check_matrix(name, logits)
     if logits.shape[1] != num_classes:
         raise ValueError(
-            f"Expected argument `logits` to have {num_classes} columns, one per class, but got {logits.shape[1]}."
+            f"Expected argument `{name}` to have {num_classes} columns, one per class, but got {logits.shape[1]}."
             " Argument `num_classes` is the width of the classification head."
         )
     check_target(target, len(logits), num_classes, ignore_index)
@@ -81,6 +86,7 @@ def check_inputs(logits: Tensor, target: Tensor, num_classes: int, ignore_index:
 def check_matrix(name: str, value: Tensor) -> None:
     """Raise if an argument is not a floating point matrix."""
     check_floating(name, value)
+    check_values(name, value)
     if value.ndim != 2:
         raise ValueError(f"Expected argument `{name}` to be two-dimensional, but got shape {tuple(value.shape)}.")
 
@@ -98,6 +104,7 @@ def check_floating(name: str, value: Tensor) -> None:
 def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_index: int | None) -> None:
     """Raise if labels are not one class id per sample."""
     check_tensor("target", target)
+    check_values("target", target)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
             f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
@@ -119,17 +126,10 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
         )
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise if an argument is no real number; a tensor with one element is one."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"Expected argument `{name}` to be a number, but got {value!r}.")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise if an argument is none of the known words."""
-    if value not in choices:
-        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Raise if a label to leave out is none."""
+    if ignore_index is not None:
+        check_integer("ignore_index", ignore_index)
 
 
 def warn_if_probabilities(logits: Tensor) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lightning_calibft.arguments import check_choice, check_number
 from lightning_calibft.functional._inputs import (
     Average,
     Group,
     Groups,
-    check_choice,
     check_floating,
-    check_number,
     prepare,
     real_dtype,
     top_classes,
@@ -45,12 +46,15 @@ def calibrate_logits(
         tensor([[2.0000, 1.0000, 3.5000]])
     """
     check_floating("logits", logits)
-    check_number("gamma", gamma)
-    if logits.ndim == 0:
-        raise ValueError("Expected argument `logits` to have shape (..., C), but got ().")
+    number = check_number("gamma", gamma)
+    if math.isnan(number):
+        raise ValueError("Expected argument `gamma` to be a number, but got nan.")
+    if logits.ndim == 0 or logits.shape[-1] < 2:
+        raise ValueError(f"Expected argument `logits` to have shape (..., C), but got {tuple(logits.shape)}.")
     absent = ClassSplit(logits.shape[-1], seen_classes, absent_classes).absent_mask.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.where(absent, (logits.to(dtype) + gamma).to(logits.dtype), logits)
+    shifted = logits.to(dtype) + (gamma if isinstance(gamma, Tensor) else number)
+    return torch.where(absent, shifted.to(logits.dtype), logits)
 
 
 def split_accuracy(

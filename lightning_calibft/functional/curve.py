@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_calibft.arguments import check_choice
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,
@@ -14,7 +15,7 @@ from lightning_calibft.functional._curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.functional._inputs import Average, check_choice, prepare, warn_if_probabilities
+from lightning_calibft.functional._inputs import Average, prepare, warn_if_probabilities
 from lightning_calibft.split import ClassIds
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_calibft.functional._inputs import Average, Group, check_matrix, check_target
+from lightning_calibft.arguments import check_integer
+from lightning_calibft.functional._inputs import Average, Group, check_ignore_index, check_matrix, check_target
 from lightning_calibft.functional.accuracy import split_accuracy
-from lightning_calibft.split import ClassIds, _is_integer
+from lightning_calibft.split import _MOST_CLASSES, ClassIds
 
 
 def class_means(
@@ -38,10 +39,8 @@ def class_means(
         tensor([[   nan,    nan],
                 [0.5000, 0.5000]])
     """
-    if not _is_integer(num_classes):
-        raise TypeError(f"Expected argument `num_classes` to be an integer, but got {num_classes!r}.")
-    if num_classes < 1:
-        raise ValueError(f"Expected argument `num_classes` to be at least 1, but got {num_classes}.")
+    check_integer("num_classes", num_classes, least=1, most=_MOST_CLASSES)
+    check_ignore_index(ignore_index)
     if validate_args:
         check_matrix("features", features)
         check_target(target, len(features), num_classes, ignore_index)

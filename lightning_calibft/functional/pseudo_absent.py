@@ -116,7 +116,7 @@ def pseudo_absent_gamma(
     groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_seen_classes(len(groups.seen))
     if validate_args:
-        check_inputs(pretrained_logits, target, logits.shape[1], ignore_index)
+        check_inputs(pretrained_logits, target, logits.shape[1], ignore_index, "pretrained_logits")
         warn_if_probabilities(logits)
         warn_if_probabilities(pretrained_logits)
     margins = pseudo_absent_margins(logits, target, pretrained_logits, groups)

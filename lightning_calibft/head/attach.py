@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor, nn
 
+from lightning_calibft.arguments import check_gamma
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, head_names, num_classes
 from lightning_calibft.head.offset import (
@@ -127,12 +126,12 @@ def set_gamma(
         >>> get_gamma(model)
         2.5
     """
-    _check_gamma(gamma)
+    gamma = check_gamma(gamma)
     heads = as_tuple(find_head(model, head))
     split = ClassSplit(num_classes(heads), seen_classes, absent_classes)
     attach(model, head)
     for module in heads:
-        offset_of(module).set(float(gamma), split)
+        offset_of(module).set(gamma, split)
     return model
 
 
@@ -141,13 +140,6 @@ def reset_gamma(model: nn.Module) -> nn.Module:
     for module in attached_heads(model).values():
         offset_of(module).reset_parameters()
     return model
-
-
-def _check_gamma(gamma: object) -> None:
-    if isinstance(gamma, bool) or not isinstance(gamma, Real):
-        raise TypeError(f"Expected argument `gamma` to be a number, but got {gamma!r}.")
-    if not abs(float(gamma)) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"Expected argument `gamma` to be finite in float32, but got {gamma}.")
 
 
 def _device(head: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_calibft.arguments import check_model
 from lightning_calibft.head.layers import (
     Head,
     candidates,
@@ -60,6 +61,7 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
         >>> find_head(model)
         Linear(in_features=16, out_features=5, bias=True)
     """
+    check_model("model", model)
     if head is not None:
         heads = _explicit(model, head)
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_calibft.arguments import check_model
 from lightning_calibft.files import METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
@@ -179,6 +180,7 @@ def offset_of(head: nn.Module) -> AbsentClassOffset:
 
 def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads of ``model`` that carry a calibration, by their dotted names."""
+    check_model("model", model)
     return {name: module for name, module in model.named_modules() if is_attached(module)}
 
 
@@ -189,6 +191,7 @@ def is_folded(model: nn.Module) -> bool:
         >>> is_folded(nn.Linear(16, 5))
         False
     """
+    check_model("model", model)
     return any(vars(module).get(FOLDED_NAME) is True or _told_by_config(module) for module in model.modules())
 
 

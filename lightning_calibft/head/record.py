@@ -46,13 +46,13 @@ class LogitRecording(AbstractContextManager[list[Tensor]]):
 
     def __init__(self, model: nn.Module) -> None:
         self._children = [offset_of(head) for head in attached_heads(model).values()]
-        self._before: list[Recorder | None] = []
         self._recorded: list[Tensor] = []
         self._met: set[AbsentClassOffset] = set()
+        self._outer: list[tuple[list[Recorder | None], list[Tensor], set[AbsentClassOffset]]] = []
 
     @override
     def __enter__(self) -> list[Tensor]:
-        self._before = [child.recorder for child in self._children]
+        self._outer.append(([child.recorder for child in self._children], self._recorded, self._met))
         self._recorded, self._met = [], set()
         for child in self._children:
             child.recorder, child.recording = self._record, True
@@ -60,7 +60,8 @@ class LogitRecording(AbstractContextManager[list[Tensor]]):
 
     @override
     def __exit__(self, *_: Any) -> None:
-        for child, recorder in zip(self._children, self._before, strict=True):
+        recorders, self._recorded, self._met = self._outer.pop()
+        for child, recorder in zip(self._children, recorders, strict=True):
             child.recorder, child.recording = recorder, recorder is not None
 
     def _record(self, child: AbsentClassOffset, logits: Tensor) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_calibft.arguments import check_number, check_tensor, check_values
+
 
 class ZeroShotHead(nn.Linear):
     r"""Classify images by the texts that their features are closest to, as CLIP and SigLIP do.
@@ -44,7 +46,7 @@ class ZeroShotHead(nn.Linear):
 
     def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0, logit_bias: float | Tensor = 0.0):
         _check_features(text_features)
-        scale, bias = float(logit_scale), float(logit_bias)
+        scale, bias = check_number("logit_scale", logit_scale), check_number("logit_bias", logit_bias)
         if not 0 < scale < math.inf:
             raise ValueError(
                 f"Expected argument `logit_scale` to be positive and finite, but got {scale}. Pass the multiplier, not"
@@ -78,6 +80,8 @@ def _check_features(features: object) -> None:
             f"Expected argument `text_features` to be a floating point tensor, but got {got}. Of an output of"
             " transformers, pass its `text_embeds` or `pooler_output`."
         )
+    check_tensor("text_features", features)
+    check_values("text_features", features)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(
             f"Expected argument `text_features` to have the shape (C, D), but got {tuple(features.shape)}. Give each"

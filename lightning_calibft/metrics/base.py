@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_calibft.class_map import IGNORE_INDEX, ClassMap, check_mapped, resolve_class_map, rows_tensor, to_rows
-from lightning_calibft.functional._inputs import Groups, check_inputs, real_dtype, warn_if_probabilities
+from lightning_calibft.functional._inputs import (
+    Groups,
+    check_ignore_index,
+    check_inputs,
+    real_dtype,
+    warn_if_probabilities,
+)
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
@@ -47,6 +53,7 @@ class AbsentClassMetric(Metric):
     ) -> None:
         super().__init__(**kwargs)
         self.split = ClassSplit(num_classes, seen_classes, absent_classes)
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.validate_args = validate_args
         self.class_map = resolve_class_map(class_map, label_names, num_classes)
@@ -92,7 +99,7 @@ class AbsentClassMetric(Metric):
 
     def _check_pretrained_logits(self, pretrained_logits: Tensor, rows: Tensor) -> None:
         if self.validate_args:
-            check_inputs(pretrained_logits, rows, self.split.num_classes, self._ignored_row)
+            check_inputs(pretrained_logits, rows, self.split.num_classes, self._ignored_row, "pretrained_logits")
 
     @property
     def _ignored_row(self) -> int | None:

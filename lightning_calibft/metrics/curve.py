@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_calibft.arguments import check_choice, check_number
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._curve import (
     Criterion,
@@ -21,7 +22,7 @@ from lightning_calibft.functional._curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.functional._inputs import Average, check_choice, check_number
+from lightning_calibft.functional._inputs import Average
 from lightning_calibft.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
@@ -130,7 +131,7 @@ class SeenUnseenCurve(AbsentClassMetric):
             TypeError: If ``gamma`` is no number.
             ValueError: If ``gamma`` is NaN.
         """
-        check_number("gamma", gamma)
+        gamma = check_number("gamma", gamma)
         if math.isnan(gamma):
             raise ValueError("Expected argument `gamma` to be a number, but got nan.")
         values = curve_accuracies(self._computed_curve(), gamma)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_calibft.arguments import check_type
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._inputs import _SEEN
 from lightning_calibft.functional.logit_gap import check_seen_classes, gap_compute, gap_sums
@@ -60,6 +61,7 @@ class GammaEstimator(AbsentClassMetric):
             label_names,
             **kwargs,
         )
+        check_type("configuration", configuration, tuple)
         check_seen_classes(len(self.split.seen_classes))
         self._name_states(type(self).__name__, *configuration)
         self._add_states()

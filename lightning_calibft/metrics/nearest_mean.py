@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_calibft.arguments import check_integer
 from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._inputs import Average, Group, check_matrix
 from lightning_calibft.functional.nearest_mean import nearest_class_mean_logits
@@ -70,6 +71,7 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
+        check_integer("num_classes", num_classes, least=2)
         check_matrix("class_means", class_means)
         if len(class_means) != num_classes:
             raise ValueError(

@@ -1,12 +1,15 @@
-"""Logits to measure with, and the least that anything could do with them."""
+"""Logits to measure with, the least that anything could do with them, and how much memory something takes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 @lru_cache(maxsize=1)
@@ -28,3 +31,14 @@ def two_maxima(logits: Tensor) -> Callable[[], object]:
     """The floor: one plain maximum for each group, as if the columns of a group already stood together."""
     half = (logits.shape[1] + 1) // 2
     return lambda: (logits[:, :half].max(1), logits[:, half:].max(1))
+
+
+def bytes_at_most(function: Callable[[], object], folder: Path) -> int:
+    """How many bytes more than before are allocated at the worst moment of a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in memory]
+    return max(totals) - (totals[0] - memory[0]["args"]["Bytes"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -21,7 +18,7 @@ from lightning_calibft.metrics import (
     absent_class_metrics,
 )
 from tests.benchmarks.conftest import DEVICES
-from tests.benchmarks.samples import logits_and_target, seen_classes, two_maxima
+from tests.benchmarks.samples import bytes_at_most, logits_and_target, seen_classes, two_maxima
 
 METRICS = {
     "AUSUC": AUSUC,
@@ -67,6 +64,21 @@ def test_update(ratio, name, size, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", METRICS)
+def test_bandwidth(ratio, name, device):
+    """Update with 50,000 x 1,000 logits, against a copy of them: to read them once at that bandwidth would be 0.5."""
+    logits, target = logits_and_target(50_000, 1000, device)
+    metric, update = make(name, logits, target)
+    copy = torch.empty_like(logits)
+
+    def ours():
+        update()
+        metric.reset()
+
+    assert ratio(ours, lambda: copy.copy_(logits), rounds=5, budget="none")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]:,} x {size[1]:,}")
 def test_collection(ratio, size, device):
     """Update of absent_class_metrics, five metrics, against the MulticlassAccuracy of torchmetrics."""
@@ -81,17 +93,6 @@ def test_collection(ratio, size, device):
         metrics.reset()
 
     assert ratio(ours, lambda: [accuracy.update(logits, target) for _ in range(times)], rounds=5, budget="none")
-
-
-def bytes_at_most(function, folder) -> int:
-    """How many bytes more than before are allocated at the worst moment of a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    totals = [e["args"]["Total Allocated"] for e in memory]
-    return max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
 
 
 @pytest.mark.parametrize("name", METRICS)

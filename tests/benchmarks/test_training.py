@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as pl
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, attach, calibrate
 from tests.benchmarks.conftest import DEVICES, clock
+from tests.benchmarks.samples import bytes_at_most
 
 NUM_CLASSES = 20
 
@@ -61,7 +64,9 @@ def loader(shape: tuple[int, ...], num_batches: int, batch_size: int, num_classe
     return DataLoader(TensorDataset(inputs, target), batch_size)
 
 
-def run(what: str, module: Classifier, data: DataLoader, callbacks: list[pl.Callback], device: str) -> float:
+def run(
+    what: str, module: Classifier, data: DataLoader, callbacks: list[pl.Callback], device: str, *val: DataLoader
+) -> float:
     """Fit or validate and return the seconds between start and stop."""
     start = Start()
     trainer = pl.Trainer(
@@ -73,7 +78,7 @@ def run(what: str, module: Classifier, data: DataLoader, callbacks: list[pl.Call
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    getattr(trainer, what)(module, data)
+    getattr(trainer, what)(module, data, *val)
     return module.stopped - start.time
 
 
@@ -122,6 +127,20 @@ def test_training_step_of_resnet18(ratio, callback, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
+def test_training_step_of_two_layers(ratio, callback, device):
+    """Training steps of a small network, 1000 a second (32 samples, 256 and 512 features), with against without."""
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES))
+    data, module = loader((256,), 500, 32, 10), Classifier(net)
+    assert ratio(
+        lambda: run("fit", module, data, callback(), device),
+        lambda: run("fit", module, data, [], device),
+        rounds=7,
+        budget="1.01",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
 def test_training_step_of_one_layer(ratio, callback, device):
     """The worst case, training steps of one small layer (8 samples, 16 features), with a callback against without."""
     data, module = loader((16,), 1000, 8, 10), Classifier(nn.Linear(16, NUM_CLASSES))
@@ -152,15 +171,44 @@ def test_validation_of_resnet18(ratio, callback, num_classes, device):
 @pytest.mark.parametrize("num_batches", [20, 100])
 def test_pass_over_resnet18(ratio, num_batches, estimator, device):
     """The calibration pass (20 or 100 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
+    ours, bare = passes(num_batches, estimator, device)
+    assert ratio(ours, bare, rounds=4, budget="1.05")
+
+
+def passes(num_batches: int, estimator: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a calibration of resnet18 with 1000 classes, and the bare loop."""
     data = loader((3, 32, 32), num_batches, 64, 10)
     model = attach(resnet18(1000).net).to(device).eval()
 
-    def bare():
+    def bare() -> None:
         with torch.no_grad():
             for inputs, target in data:
                 model(inputs.to(device)), target.to(device)
 
-    def ours():
+    def ours() -> None:
         calibrate(model, data, list(range(10)), estimator=estimator, progress=False)
 
-    assert ratio(ours, bare, rounds=4, budget="1.05")
+    return ours, bare
+
+
+@pytest.mark.parametrize("estimator", ["alg", "matched_maxima"])
+def test_bytes_of_a_pass(report, tmp_path, estimator):
+    """Most bytes allocated at once by the pass over 20 batches of 64 images of 32 x 32, against a bare loop."""
+    ours, bare = passes(20, estimator, "cpu")
+    ours(), bare()
+    share = bytes_at_most(ours, tmp_path) / bytes_at_most(bare, tmp_path)
+    report(f"{share:.3f}")
+    assert share > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("max_samples", [128, 640])
+def test_refresh(ratio, max_samples, device):
+    """Validation of resnet18 in a fit (640 images), with gamma found before it from max_samples, against without."""
+    train, val, module = loader((3, 32, 32), 20, 32, 10), loader((3, 32, 32), 10, 64, NUM_CLASSES), resnet18()
+
+    def validation(**options) -> float:
+        callback = AbsentClassCalibration(list(range(10)), calibrate_checkpoints=False, **options)
+        return run("fit", module, train, [callback], device, val)
+
+    assert ratio(lambda: validation(refresh="validation", max_samples=max_samples), validation, rounds=4, budget="none")

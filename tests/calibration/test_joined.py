@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma
-from lightning_calibft.calibration import JoinedBatches
+from lightning_calibft import AbsentClassCalibration, ClassSplit, calibrate, get_gamma
+from lightning_calibft.calibration import BatchReader, JoinedBatches
+from lightning_calibft.calibration.faults import Faults
+from lightning_calibft.callback.labels import LabelsMet
 from tests.callback.measures import Measures, logged
 from tests.references import _reference_gap
 from tests.runs import ABSENT, SEEN, TRAIN, VAL, Plain, loader, pretrained, quiet, raw_logits, trainer_of
@@ -90,3 +92,18 @@ def test_a_training_loader_may_write_over_its_batches(tmp_path):
         trainer_of(tmp_path, AbsentClassCalibration(SEEN, source="training_steps")).fit(model, batches)
         gammas.append(get_gamma(model))
     assert gammas[0] == pytest.approx(gammas[1], abs=1e-12)
+
+
+def test_counting_never_waits_for_the_device():
+    """On the device without values whatever reads one fails, as does copying to the host."""
+    device = torch.device("meta")
+    logits, target = torch.empty(70, 8, 6, device=device), torch.empty(70, 8, dtype=torch.long, device=device)
+    faults, labels = Faults(ClassSplit(6, SEEN), device, False, "accident"), LabelsMet(6, mapped=False)
+    joined = JoinedBatches(lambda logits, target, batch: faults.count(target, batch, logits))
+    reader = BatchReader(rows={7: 0, 9: 5})
+    for index in range(70):
+        labels.add(reader.rows((logits[index], target[index])))
+        joined.add(logits[index], target[index], torch.full_like(target[index], index))
+    joined.flush()
+    with pytest.raises(RuntimeError, match="meta"):
+        faults.raise_or_warn()

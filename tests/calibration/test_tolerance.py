@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -104,3 +105,13 @@ def test_impossible_numbers_of_samples(max_samples):
 def test_no_batches():
     with pytest.raises(ValueError, match="to hold samples of the seen classes, but got none"):
         calibrate(net(), [], SEEN, tolerance=0.1, progress=False)
+
+
+def test_no_warning_of_what_the_first_batches_lack():
+    """The first batches hold no sample of a seen class."""
+    data = TensorDataset(torch.randn(600, 8), torch.arange(600) % 40)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*met no")
+        warnings.filterwarnings("ignore", ".*samples in the calibration pass are not of")
+        result = calibrate(nn.Linear(8, 40), DataLoader(data, 4), [0, 1], tolerance=0.05, progress=False)
+    assert result.num_samples == 30

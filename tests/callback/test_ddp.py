@@ -168,7 +168,27 @@ def _calibrate(rank: int, folder: str) -> None:
             calibrate(model, DataLoader(TensorDataset(inputs, target), 4), SEEN, progress=False)
         except ValueError as error:
             results[name] = str(error), len(attached_heads(model))
+    for name in ("image", "label"):
+        inputs, target = (tensor.clone() for tensor in TRAIN.tensors)
+        if name == "label":
+            target[35] = 6
+        data, model = Unreadable(inputs, target, at=35 if name == "image" else None), Scheduled().fc
+        try:
+            calibrate(model, DataLoader(data, 4), progress=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            results[f"classes_{name}"] = type(error), str(error), len(attached_heads(model)), model.training
     hand_over(results, Path(folder), rank)
+
+
+class Unreadable(TensorDataset):
+    def __init__(self, *tensors, at):
+        super().__init__(*tensors)
+        self.at = at
+
+    def __getitem__(self, index):
+        if index == self.at:
+            raise OSError("the share is gone")
+        return super().__getitem__(index)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +199,10 @@ def plain(tmp_path_factory):
 
 
 def test_calibrate_in_a_process_group(plain):
-    assert plain[0] == plain[1]
+    first, second = (
+        {key: value for key, value in rank.items() if not str(key).startswith("classes")} for rank in plain
+    )
+    assert first == second
     for size in (101, 3, 2):
         model = Scheduled().body.append(Scheduled().fc)
         data = TensorDataset(*(tensor[:size] for tensor in TRAIN.tensors))
@@ -224,3 +247,25 @@ def test_all_processes_raise_what_one_meets(plain):
         assert "[0, 6)" in message
         assert "1 of 101 samples" in message
         assert attached == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text", "of_the_first"),
+    [
+        ("image", OSError, "the share is gone", RuntimeError),
+        (
+            "label",
+            ValueError,
+            "Expected targets to be class ids in [0, 6), rows of the classification head, but got 6.",
+            ValueError,
+        ),
+    ],
+)
+def test_what_one_meets_while_it_looks_for_the_classes(name, error, text, of_the_first, plain):
+    """The other hears of it, at once."""
+    kind, message, *model = plain[1][f"classes_{name}"]
+    assert (kind, model) == (error, [0, True])
+    assert message.startswith(text)
+    kind, message, *model = plain[0][f"classes_{name}"]
+    assert (kind, model) == (of_the_first, [0, True])
+    assert message == "The calibration pass has failed on another process, which says why. Gamma stays unset."

@@ -209,11 +209,11 @@ def test_classes_met_later_make_earlier_numbers_void(tmp_path):
 def test_arguments_and_what_is_refused(tmp_path):
     for arguments, message in (
         ({"absent_classes": [1]}, "`seen_classes` beside `absent_classes`"),
-        ({"every_n_epochs": 0}, "an integer above 0, but got 0"),
-        ({"every_n_epochs": True}, "an integer above 0, but got True"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, but got 0"),
+        ({"every_n_epochs": True}, "`every_n_epochs` to be an integer, but got True"),
         ({"output": "report.pdf"}, r"end in .md or .html, but got 'report.pdf'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             CalibrationDiagnostics(**arguments)
     with pytest.raises(ValueError, match="class ids in"):
         fit(tmp_path, CalibrationDiagnostics([0, 6]))

@@ -167,3 +167,24 @@ def test_validation_without_absent_samples(tmp_path):
     assert values["val_acc_seen"] > 0
     assert values["val_acc_absent"] != values["val_acc_absent"]
     assert get_gamma(module) == pytest.approx(assert_calibrated(module.state_dict()))
+
+
+def test_a_batch_of_an_evaluation_that_failed_is_not_counted_in_the_next(tmp_path):
+    class Fails(Plain):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            raise ArithmeticError
+
+    callback = AbsentClassCalibration(SEEN)
+    with pytest.raises(ArithmeticError):
+        trainer_of(tmp_path, callback).validate(pretrained(Fails), val_loader(), verbose=False)
+
+    class Triples(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch[:2]))
+
+    data = TensorDataset(*HARD.tensors, torch.zeros(len(HARD)))
+    trainer = trainer_of(tmp_path, callback)
+    with pytest.warns(UserWarning, match="logs no metrics for some batches"):
+        trainer.validate(pretrained(Triples), loader(data), verbose=False)
+    assert trainer.callback_metrics.keys() == {"val_loss"}

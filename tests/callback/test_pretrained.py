@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
 from lightning_calibft.functional import pseudo_absent_gamma
@@ -91,3 +94,23 @@ def test_the_copy_goes_when_training_fails(tmp_path):
     with pytest.raises(RuntimeError, match=r"^no$"):
         trainer_of(tmp_path, callback).fit(module, loader())
     assert callback._before.weights is None
+
+
+def test_a_model_that_was_fine_tuned_before_is_told(tmp_path):
+    """The weights that the second fit begins with are not those of before fine-tuning."""
+    module = pretrained()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The estimator")
+        trainer_of(tmp_path, AbsentClassCalibration(SEEN), max_epochs=1).fit(module, loader())
+    with pytest.warns(
+        UserWarning, match=r"'pseudo_absent' takes the weights that this fit begins .* estimator='pseudo"
+    ):
+        trainer_of(tmp_path, AbsentClassCalibration(estimator="pseudo_absent"), max_epochs=1).fit(module, loader())
+
+
+def test_a_tuner_leaves_nothing_behind(tmp_path):
+    module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent")
+    trainer = trainer_of(tmp_path, callback)
+    Tuner(trainer).lr_find(module, loader(), num_training=5, update_attr=False)
+    assert callback._before.weights is None
+    pickle.dumps(module)  # no hook of ours is on it

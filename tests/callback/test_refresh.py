@@ -6,6 +6,7 @@ import fsspec
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
 from lightning_calibft.functional import calibrate_logits, split_accuracy
@@ -203,3 +204,41 @@ def test_files_elsewhere_have_the_gamma_of_their_validation(tmp_path):
         trainer_of(tmp_path, refreshing(), checkpoints).fit(pretrained(Nervous), loader(), val())
     with fsspec.open(checkpoints.best_model_path) as file:
         assert_calibrated(torch.load(file, weights_only=True)["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:15 of 45 samples in the calibration pass are not of")
+def test_a_class_that_is_met_late(tmp_path):
+    """What was found with fewer classes does not stand in a file beside the mask of all."""
+    inputs, target = TRAIN.tensors
+    order = target.argsort(stable=True)
+    data = TensorDataset(inputs[order], target[order])
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor="val_acc")
+    trainer = trainer_of(
+        tmp_path, refreshing(None), checkpoints, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0
+    )
+    trainer.fit(pretrained(), loader(data, shuffle=False), val())
+    for step in (2, 4, 6):
+        file = tmp_path / f"step={step}.ckpt"
+        gamma = assert_calibrated(read(file)["state_dict"])
+        facts = inspect_checkpoint(file)
+        assert (facts["seen_classes"], facts["num_samples"]) == (SEEN, len(TRAIN))
+        assert facts["gamma"] == pytest.approx(gamma)
+
+
+def test_steps_that_lightning_does_not_count(tmp_path):
+    """The weights have changed since the last validation, though the number of steps says that they have not."""
+
+    class Raw(Nervous):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    module = pretrained(Raw)
+    trainer = trainer_of(tmp_path, refreshing(), max_epochs=3, check_val_every_n_epoch=2)
+    trainer.fit(module, loader(), val())
+    assert trainer.global_step == 0
+    assert_calibrated(module.state_dict())

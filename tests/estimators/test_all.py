@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
+from lightning_calibft import ClassSplit
+from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absent_samples, needs_pretrained_logits
 from tests.estimators.cases import CASES, inputs, make, reference
+from tests.estimators.references import pretrained_logits
 from tests.processes import hand_over
 from tests.references import random_case
 
@@ -59,6 +61,16 @@ def test_equals_the_reference(case, seed, dtype):
     assert metric.num_samples == int(torch.isin(batch[1], torch.tensor(seen)).sum())
     if error is not None:
         assert metric.standard_error.item() == pytest.approx(error, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_an_update_never_waits_for_the_device(name):
+    """On the device without values whatever reads one fails, as does copying to the host."""
+    logits, target, *_ = random_case(0)
+    before = (pretrained_logits(logits).to("meta"),) if needs_pretrained_logits(name) else ()
+    options = {"gamma": 1.0} if name == "fixed" else {}
+    metric = make_estimator(name, ClassSplit(9, SEEN, ABSENT), options).to("meta")
+    metric.update(logits.to("meta"), target.to("meta"), *before)
 
 
 @pytest.mark.parametrize(

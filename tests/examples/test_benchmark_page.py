@@ -24,7 +24,7 @@ def page():
 
 def test_each_table_is_in_a_block_of_a_command(page):
     commands = [shlex.split(match.group(2)) for match in page.BLOCK.finditer(TEXT)]
-    assert len(commands) == TEXT.count("<!-- end -->") == 8
+    assert len(commands) == TEXT.count("<!-- end -->") == 9
     for python, script, *_ in commands:
         assert python == "python"
         assert (ROOT / script).is_file()

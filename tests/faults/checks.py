@@ -39,11 +39,14 @@ class Armed(Dataset):
 
 
 class Arms(Callback):
-    """Arms the data before the pass for the model, or after it, before those for the files."""
+    """Arms the data before the pass for a validation or for the model, or after it, before those for the files."""
 
     def __init__(self, data: Armed, place: str) -> None:
         self.data = data
         self.place = place
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.data.armed = self.place == "validation" and trainer.current_epoch == 1
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.data.armed = self.place == "model" and trainer.current_epoch == trainer.max_epochs - 1

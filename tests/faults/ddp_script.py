@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ FAULTS = {
     "second_dies": (1, "model", die),
     "first_dies": (0, "before_replace", die),
     "second_raises": (1, "file", OSError),
+    "second_raises_while_training": (1, "validation", ValueError),
 }
 PATIENCE = 120  # seconds: who has not ended by then, hangs
 
@@ -47,10 +49,11 @@ def run(folder: Path, fault: str, rank: int) -> None:
     data.fault = meet_fault
     mine = place if rank == faulty_rank else "nowhere"
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    callbacks = [AbsentClassCalibration(SEEN), checkpoints, Arms(data, mine), Kills(folder, mine)]
-    module = faulty(data)
+    refresh = "validation" if place == "validation" else None
+    callbacks = [AbsentClassCalibration(SEEN, refresh=refresh), checkpoints, Arms(data, mine), Kills(folder, mine)]
+    module, validation = faulty(data), loader(shuffle=False) if refresh else None
     try:
-        trainer_of(folder, *callbacks, max_epochs=3, strategy="ddp", devices=2).fit(module, loader())
+        trainer_of(folder, *callbacks, max_epochs=3, strategy="ddp", devices=2).fit(module, loader(), validation)
     except RuntimeError:
         assert_sound(module, is_calibrated=place != "model")
         raise
@@ -64,7 +67,11 @@ def start(folder: Path, fault: str, rank: int, port: int) -> int:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with open(folder / f"{fault}_{rank}.log", "w") as file:
         try:
-            run(folder / fault, fault, rank)
+            with warnings.catch_warnings(record=True) as met:
+                warnings.simplefilter("always")
+                run(folder / fault, fault, rank)
+            file.writelines(f"{warning.message}\n" for warning in met)
+            file.flush()
             os._exit(0)
         except BaseException:
             traceback.print_exc(file=file)

@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import Armed, Arms, die, faulty
-from tests.runs import SEEN, loader, trainer_of
+from tests.runs import SEEN, VAL, loader, trainer_of
 
 # The place, and what has been done in the folder by then: calibrated files of three, and hidden files.
 PLACES = {
     "training": ([False, False], 0),
+    "pass_of_a_validation": ([True], 0),
     "pass_of_the_model": ([False, False, False], 0),
     "pass_of_a_file": ([False, False, False], 0),
     "between_two_writes": ([True, False, False], 0),
@@ -64,10 +65,12 @@ class Kills(Callback):
 def run(folder: Path, place: str, **options) -> None:
     torch.manual_seed(0)
     data = Armed(die)
-    arms = Arms(data, {"pass_of_the_model": "model", "pass_of_a_file": "file"}.get(place, "nowhere"))
+    passes = {"pass_of_a_validation": "validation", "pass_of_the_model": "model", "pass_of_a_file": "file"}
+    arms = Arms(data, passes.get(place, "nowhere"))
+    refresh, validation = ("validation", loader(VAL, shuffle=False)) if "validation" in place else (None, None)
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    callbacks = [AbsentClassCalibration(SEEN), checkpoints, arms, Kills(folder, place)]
-    trainer_of(folder, *callbacks, max_epochs=3, **options).fit(faulty(data), loader())
+    callbacks = [AbsentClassCalibration(SEEN, refresh=refresh), checkpoints, arms, Kills(folder, place)]
+    trainer_of(folder, *callbacks, max_epochs=3, **options).fit(faulty(data), loader(), validation)
 
 
 if __name__ == "__main__":

@@ -64,3 +64,13 @@ def test_the_second_fails_in_the_pass_of_a_file(folder):
         assert "epoch=1" not in log
         assert "AssertionError" not in log
     assert (calibrated, hidden) == ([False, True, True], 0)
+
+
+def test_the_second_fails_in_the_pass_before_a_validation(folder):
+    """Both go on with the training, and find gamma later."""
+    codes, told, calibrated, hidden = ended(folder, "second_raises_while_training")
+    assert codes == "0 0"
+    texts = ("The calibration pass has failed on another process, which says why.", "the share is gone")
+    for log, text in zip(told, texts, strict=True):
+        assert re.search(f"leaves step [0-9]+ without gamma. {text}", log)
+    assert (calibrated, hidden) == ([True, True, True], 0)

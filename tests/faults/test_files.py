@@ -12,8 +12,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_calibft import AbsentClassCalibration
-from tests.faults.checks import Armed, Arms, assert_sound, calibrated, faulty
+from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
+from tests.faults.checks import Armed, Arms, assert_sound, assert_whole, calibrated, faulty
 from tests.runs import SEEN, loader, pretrained, quiet, read, trainer_of
 
 pytestmark = [
@@ -34,11 +34,11 @@ class AtTheEnd(Callback):
         self.action()
 
 
-def fit(folder, *callbacks, module=None, refresh=None):
+def fit(folder, *callbacks, module=None, refresh=None, calibration=None):
     """Fit, and leave ``epoch=0.ckpt`` with weights of its own and ``epoch=1.ckpt`` with the last ones."""
     module = module or faulty(Armed())
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    calibration = AbsentClassCalibration(SEEN, refresh=refresh)
+    calibration = calibration or AbsentClassCalibration(SEEN, refresh=refresh)
     trainer = trainer_of(folder, calibration, checkpoints, *callbacks)
     data = (loader(),) if refresh is None else (loader(), loader(shuffle=False))
     trainer.fit(module, *data)
@@ -60,6 +60,49 @@ def test_deleted_while_the_files_are_calibrated(tmp_path):
     with pytest.raises(RuntimeError, match=r"Could not calibrate .*epoch=1.ckpt': Expected .* does not exist"):
         fit(tmp_path, Arms(data, "file"), module=module)
     assert calibrated(tmp_path) == {"epoch=0.ckpt": True}
+    assert_sound(module, is_calibrated=True)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_replaced_or_deleted_in_its_own_pass(deleted, tmp_path):
+    """What lies there by now is newer: it is left alone."""
+    path, other = tmp_path / "mine" / "epoch=0.ckpt", fit_another(tmp_path / "other") / "epoch=0.ckpt"
+    expected = [] if deleted else [other.read_bytes()]
+    data = Armed(path.unlink if deleted else lambda: os.replace(other, path) if other.exists() else None)
+    module, callback = faulty(data), AbsentClassCalibration(SEEN)
+    with pytest.warns(UserWarning, match=rf"leaves {path} as it is: something else has written or deleted it while"):
+        fit(path.parent, Arms(data, "file"), module=module, calibration=callback)
+    assert [path.read_bytes() for path in [path] if path.exists()] == expected
+    assert list(callback.checkpoint_results) == [str(path.with_name("epoch=1.ckpt"))]
+    assert calibrated(path.parent) == {**dict.fromkeys(["epoch=0.ckpt"] * (not deleted), True), "epoch=1.ckpt": True}
+    assert_sound(module, is_calibrated=True)
+
+
+def becomes_a_lambda():
+    return lambda: 0
+
+
+class Once:
+    """Can be pickled, but what it is unpickled to cannot."""
+
+    def __reduce__(self):
+        return becomes_a_lambda, ()
+
+
+class SavesOnce(Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.current_epoch == 0:
+            checkpoint["once"] = Once()
+
+
+def test_a_file_that_cannot_be_pickled_again(tmp_path):
+    module = faulty(Armed())
+    with pytest.raises(RuntimeError, match=r"Could not calibrate .*epoch=0.ckpt': .*[pP]ickle") as raised:
+        fit(tmp_path, SavesOnce(), module=module)
+    assert "epoch=1.ckpt" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    assert not inspect_checkpoint(tmp_path / "epoch=0.ckpt", weights_only=False)["calibrated"]
+    assert assert_whole(tmp_path / "epoch=1.ckpt")
     assert_sound(module, is_calibrated=True)
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import signal
+import traceback
 import warnings
+import weakref
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma
+from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma, inspect_checkpoint
+from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import offset_of
 from tests.faults.checks import Armed, Arms, Faulty, assert_sound, calibrated, die, faulty, interruptible
-from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
+from tests.runs import SEEN, Plain, loader, pretrained, quiet, trainer_of
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")]
 places = pytest.mark.parametrize("place", ["model", "file"])
@@ -38,6 +41,7 @@ def fit(module, data, place, folder):
 def assert_survived(module, data, place, folder, text):
     """The pass of ``place`` has failed with this text, and nothing else has."""
     told = fit(module, data, place, folder)
+    assert not multiprocessing.active_children()
     kind, _, rest = text.partition(": ")
     if place == "model":
         assert told.startswith(kind)
@@ -51,8 +55,6 @@ def assert_survived(module, data, place, folder, text):
     assert rest in told
     data.armed = False
     assert_sound(module, is_calibrated=place == "file")
-    gc.collect()
-    assert not multiprocessing.active_children()
 
 
 def missing_image():
@@ -78,6 +80,29 @@ def test_one_batch_with_nan(place, tmp_path):
     data = Armed(lambda: torch.full((5,), torch.nan))
     text = "ValueError: Expected finite logits in the calibration pass, but batch 3 has NaN or infinite ones."
     assert_survived(faulty(data), data, place, tmp_path, text)
+
+
+@pytest.mark.parametrize("error", [KeyError("caption"), TypeError("a str is no image"), AttributeError("no photo")])
+def test_any_error_of_the_user_in_the_pass_of_a_file(error, tmp_path):
+    """It is told with its traceback, which keeps nothing of the batch that it was in."""
+    held = []
+
+    def fails():
+        batch = torch.zeros(9)
+        held.append(weakref.ref(batch))
+        raise error
+
+    data = Armed(fails)
+    module, checkpoints = faulty(data), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callback = AbsentClassCalibration(SEEN)
+    with pytest.raises(RuntimeError, match="Could not calibrate the checkpoints") as raised:
+        trainer_of(tmp_path, callback, checkpoints, Arms(data, "file")).fit(module, loader())
+    assert f"epoch=0.ckpt': {type(error).__name__}: {error}. These files are as they were" in str(raised.value)
+    assert raised.value.__cause__ is error
+    assert "fails" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    assert [batch() for batch in held] == [None]
+    assert calibrated(tmp_path) == LATTER
+    assert_sound(module, is_calibrated=True)
 
 
 class Large(Faulty):
@@ -146,3 +171,44 @@ def test_ctrl_c_without_lightning():
     assert list(module.state_dict()) == keys
     assert module.training
     assert not module.fc._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (lambda: (_ for _ in ()).throw(OSError("the share is gone")), OSError, "the share is gone"),
+        (lambda: signal.raise_signal(signal.SIGINT), SystemExit, "1"),
+    ],
+    ids=["raises", "ctrl_c"],
+)
+@pytest.mark.filterwarnings("ignore:Fitting was interrupted", "ignore:The metric met no absent samples")
+def test_in_the_pass_before_a_validation(fault, error, text, tmp_path):
+    """The training ends with the error; what was saved before is calibrated, and so is the model as it was then."""
+    data, callback = Armed(fault), AbsentClassCalibration(SEEN, refresh="validation")
+    module, checkpoints = faulty(data), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = (callback, checkpoints, Arms(data, "validation"))
+    with interruptible(), pytest.raises(error, match=text):
+        trainer_of(tmp_path, *callbacks).fit(module, loader(), loader(shuffle=False))
+    assert calibrated(tmp_path) == {"epoch=0.ckpt": True}
+    assert get_gamma(module) == pytest.approx(inspect_checkpoint(tmp_path / "epoch=0.ckpt")["gamma"])
+    assert not any(offset_of(head).recording for head in attached_heads(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:The metric met no absent samples")
+def test_an_error_in_a_training_step_that_gamma_is_found_on(tmp_path):
+    """What was saved before has the gamma of its steps; nothing records any more."""
+
+    class Fails(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 1 and batch_idx == 2:
+                raise OSError("the share is gone")
+            return super().training_step(batch, batch_idx)
+
+    callback, checkpoints = AbsentClassCalibration(SEEN, source="training_steps"), ModelCheckpoint(tmp_path, "{epoch}")
+    module = pretrained(Fails)
+    with pytest.raises(OSError, match="the share is gone"):
+        trainer_of(tmp_path, callback, checkpoints).fit(module, loader())
+    told = inspect_checkpoint(tmp_path / "epoch=0.ckpt")
+    assert told["calibrated"]
+    assert told["gamma"] == pytest.approx(get_gamma(module))
+    assert not any(offset_of(head).recording for head in attached_heads(module).values())

@@ -99,6 +99,22 @@ def test_recordings_nest():
     assert [len(logits) for logits in inner] == [3]
 
 
+def test_one_recording_serves_many_blocks_and_nests_in_itself():
+    model = attach(Plain()).eval()
+    recording = record_logits(model)
+    for number in (2, 3):
+        with recording as recorded:
+            model(inputs(number))
+            with recording as inner:
+                model(inputs(1))
+            model(inputs(5))
+        assert [len(logits) for logits in recorded] == [number, 5]
+        assert [len(logits) for logits in inner] == [1]
+        assert not model.fc.absent_class_calibration.recording
+        model(inputs(7))
+    assert len(recorded) == 2
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_not_recorded(copy_of):
     model = attach(Plain())

@@ -112,6 +112,16 @@ def test_moving_devices_moves_all_that_update_needs(name):
     assert all(value.device.type == "meta" for value in metric._constants.values())
 
 
+# The nearest mean switches autocast off, which knows no such device.
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"nearest_mean"}))
+def test_an_update_never_waits_for_the_device(name, batch):
+    """On the device without values whatever reads one fails, as does copying to the host; code is that of a GPU."""
+    metric = make(name, validate_args=False).to("meta")
+    metric.update(*(part.to("meta") for part in batch))
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        metric.compute()
+
+
 def test_float64_becomes_float32_only_where_there_is_none():
     assert real_dtype(torch.device("mps")) == torch.float32
     assert real_dtype(torch.device("cuda")) == torch.float64

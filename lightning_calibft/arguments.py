@@ -1,0 +1,104 @@
+"""What arguments must be, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+StrPath = str | os.PathLike[str]
+
+_LARGEST = torch.iinfo(torch.long).max
+
+
+def is_integer(value: object) -> bool:
+    """Tell whether a value is an integer; ``bool`` is none."""
+    # The first is what nearly all are, and ten times as fast.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_integer(name: str, value: object, least: int = -_LARGEST, most: int = _LARGEST) -> None:
+    """Raise if an argument is no integer, or out of its range."""
+    if not is_integer(value):
+        raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
+    number = cast(int, value)
+    if number < least:
+        raise ValueError(f"Expected argument `{name}` to be at least {least}, but got {value}.")
+    if number > most:
+        raise ValueError(f"Expected argument `{name}` to be at most {most}, but got {value}.")
+
+
+def check_number(name: str, value: object) -> float:
+    """Raise if an argument is no real number, and return it; a tensor with one element is one."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+    number = value.item() if isinstance(value, Tensor) and one else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"Expected argument `{name}` to be a number, but got {value!r}.")
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"Expected argument `{name}` to be a number that float64 holds, but got {value!r}.") from None
+
+
+def check_gamma(gamma: object) -> float:
+    """Raise if gamma is no number, or not one that can be added to logits, and return it."""
+    number = check_number("gamma", gamma)
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"Expected argument `gamma` to be finite in float32, but got {gamma}.")
+    return number
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise if an argument is none of the known words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise if an argument cannot be the path of a file."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"Expected argument `{name}` to be a path, a string or `pathlib.Path`, but got {value!r}.")
+
+
+def check_type(name: str, value: object, kind: type, remedy: str = "") -> None:
+    """Raise if an argument is no instance of a class."""
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {got}.{remedy}")
+
+
+def check_items(name: str, value: object, kind: type) -> None:
+    """Raise if an argument is no list of instances of a class, or an empty one."""
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
+    if not listed or not all(isinstance(item, kind) for item in cast(Sequence[object], value)):
+        raise TypeError(f"Expected argument `{name}` to be a list of at least one {kind.__name__}, but got {value!r}.")
+
+
+def check_model(name: str, value: object) -> None:
+    """Raise if an argument is no model."""
+    check_type(name, value, nn.Module, " Pass the `torch.nn.Module` itself, with its weights loaded.")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise if an argument is no dense tensor. On the device ``meta`` it may be: not all that takes one reads it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected argument `{name}` to be a tensor, but got a {type(value).__name__}. Make it one with"
+            " `torch.as_tensor`."
+        )
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "quantized" if value.is_quantized else "sparse or nested"
+        raise TypeError(
+            f"Expected argument `{name}` to be a dense tensor, but got a {kind} one. Make it one with `to_dense`,"
+            " `dequantize` or `to_padded_tensor`."
+        )
+
+
+def check_values(name: str, value: Tensor) -> None:
+    """Raise if a tensor has a shape alone."""
+    if value.is_meta:
+        raise TypeError(f"Expected argument `{name}` to have values, but got a tensor on the device 'meta'.")
