@@ -37,8 +37,8 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
         raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
     if os.path.isdir(path):
         raise ValueError(
-            f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. Sharded checkpoints must be"
-            " consolidated first."
+            f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. Consolidate a sharded checkpoint"
+            " first, with `python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER`."
         )
     if is_safetensors(path):
         return _read_safetensors(path)

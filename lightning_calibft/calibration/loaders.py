@@ -54,7 +54,12 @@ def check_max_samples(max_samples: int | None) -> None:
 
 
 def calibration_loaders(
-    loaders: Any, max_samples: int | None = None, max_batches: int | None = None, *, at_random: bool = False
+    loaders: Any,
+    max_samples: int | None = None,
+    max_batches: int | None = None,
+    *,
+    at_random: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> list[Iterable[Any]]:
     """Return, for each loader in ``loaders``, one that reads this process' share of its samples once and in order.
 
@@ -68,6 +73,7 @@ def calibration_loaders(
         max_batches: Read as many samples as are in this many of the loader's batches: the first, or of a loader that
             shuffles a random subset.
         at_random: Read a plain loader in random order (with a fixed seed), so that one can stop anywhere.
+        share: Which share of a plain loader's samples is read, and of how many. ``None``: each process reads its own.
 
     Raises:
         TypeError: If ``loaders`` is no iterable.
@@ -84,8 +90,11 @@ def calibration_loaders(
             " samples are of one alone. Limit what is read with `max_samples`, or join the datasets with"
             " `torch.utils.data.ConcatDataset`."
         )
-    share = max_samples and math.ceil(max_samples / max(1, len(flat)))
-    return [_anew(loader, share, max_batches, at_random) if _is_plain(loader) else _apart(loader) for loader in flat]
+    limit = max_samples and math.ceil(max_samples / max(1, len(flat)))
+    share = share or rank_and_world_size()
+    return [
+        _anew(loader, limit, max_batches, at_random, share) if _is_plain(loader) else _apart(loader) for loader in flat
+    ]
 
 
 def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
@@ -137,11 +146,12 @@ def _sized(loader: DataLoader) -> bool:
     return hasattr(_batches_of_indices(loader), "__len__")
 
 
-def _anew(loader: DataLoader, max_samples: int | None, max_batches: int | None, at_random: bool) -> DataLoader:
-    rank, world_size = rank_and_world_size()
-    indices, batch_size = sample_indices(loader), _batch_size(loader)
+def _anew(
+    loader: DataLoader, max_samples: int | None, max_batches: int | None, at_random: bool, share: tuple[int, int]
+) -> DataLoader:
+    (rank, shares), indices, batch_size = share, sample_indices(loader), _batch_size(loader)
     if max_batches is not None:
-        size, sampler = max_batches * (batch_size or 1) * world_size, _batches_of_indices(loader)
+        size, sampler = max_batches * (batch_size or 1) * shares, _batches_of_indices(loader)
         shuffles = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True)
         indices = _random_subset(indices, size) if shuffles else indices[:size]
     if max_samples is not None:
@@ -151,7 +161,7 @@ def _anew(loader: DataLoader, max_samples: int | None, max_batches: int | None, 
     return DataLoader(
         loader.dataset,
         batch_size=batch_size,
-        sampler=indices[rank::world_size],
+        sampler=indices[rank::shares],
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -20,9 +20,11 @@ from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.batch import BatchReader, call_forward
+from lightning_calibft.calibration.checks import check_pretrained, head_width
 from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
 from lightning_calibft.calibration.joined import JoinedBatches
 from lightning_calibft.calibration.loaders import all_reduce, batches_of, rank_and_world_size
+from lightning_calibft.calibration.lockstep import Lockstep
 from lightning_calibft.calibration.processes import Processes
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.stopping import is_settled, when_to_look
@@ -34,7 +36,7 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
+from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, probe, record_logits
 from lightning_calibft.head.probe import NotFiniteError
 from lightning_calibft.head.record import LogitRecording
 from lightning_calibft.split import ClassSplit
@@ -59,6 +61,7 @@ class Pass:
     pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
+    lockstep: Lockstep | None = None  # of processes that hold parts of one model
     device: torch.device = field(init=False)
     num_classes: int = field(init=False)
 
@@ -100,8 +103,8 @@ class Pass:
 
     def _batches(self, what: str) -> Iterator[Any]:
         """Yield this process' batches on the device, of each loader up to its share of ``max_samples``."""
-        rank, world_size = rank_and_world_size()
-        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / world_size
+        rank, size, *_ = self.lockstep or rank_and_world_size()
+        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / size
         for loader in self.loaders:
             total, read = _length(loader, self.max_batches), 0
             bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
@@ -135,14 +138,15 @@ class Pass:
         recording, joined = record_logits(self.model), JoinedBatches(count)
         looks, probed = self._looks(), False
         with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
-            for index, batch in enumerate(self._batches("Calibrating")):
+            for index, batch, counts in self._numbered_batches(faults):
                 target = self.reader.rows(batch).clone()  # the loader may write over it
                 if not probed and len(target) > 0:
                     with self.context():
                         check_head(self.model, batch, self.reader)
                     probed = True
                 logits, *before = [self._logits(recording, each, batch, target) for each in forwards]
-                joined.add(logits, target, torch.full_like(target, index), *before)
+                rows = (logits, target, torch.full_like(target, index), *before)
+                joined.add(*(each if counts else each[:0] for each in rows))
                 if self.tolerance is not None and index + 1 in looks:
                     joined.flush()
                     faults.meet()
@@ -150,6 +154,13 @@ class Pass:
                         break
             joined.flush()
         faults.raise_or_warn()
+
+    def _numbered_batches(self, faults: Faults) -> Iterator[tuple[int, Any, bool]]:
+        """Yield the batches with their numbers and whether they count."""
+        batches = self._batches("Calibrating")
+        if self.lockstep is not None:
+            return self.lockstep.batches(batches, self.device, faults.meet)
+        return ((index, batch, True) for index, batch in enumerate(batches))
 
     def _looks(self) -> set[int]:
         if self.tolerance is None or not self.loaders:
@@ -187,36 +198,6 @@ class Pass:
                 " `unpack_batch` that fits this model, or another `head`."
             )
         return records[0]
-
-
-def head_width(model: nn.Module) -> int:
-    """Return the number of rows of the attached head of ``model``."""
-    return num_classes(next(iter(attached_heads(model).values())))
-
-
-def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor] | None, model: nn.Module) -> None:
-    """Refuse an estimator that needs the weights from before fine-tuning without them, or with others.
-
-    Raises:
-        ValueError: If they are missing, not needed, or do not fit the model.
-    """
-    name = estimator if isinstance(estimator, str) else type(estimator).__name__
-    if needs_pretrained_logits(estimator) != (pretrained is not None):
-        needed = "the model before fine-tuning" if pretrained is None else "None"
-        raise ValueError(
-            f"Expected argument `pretrained` to be {needed} beside the estimator {name!r}, but got"
-            f" {'None' if pretrained is None else 'weights'}."
-        )
-    if pretrained is None:
-        return
-    # Besides tensors, a state dict may hold what modules tell as their extra state.
-    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    shapes = {key: value.shape for key, value in tensors.items() if CHILD_NAME not in key}
-    if wrong := [key for key, shape in shapes.items() if key not in pretrained or pretrained[key].shape != shape]:
-        raise ValueError(
-            f"Expected argument `pretrained` to hold the weights of the same model before fine-tuning, but {wrong[0]!r}"
-            " is missing or has another shape."
-        )
 
 
 def forward_of(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
@@ -13,8 +14,9 @@ from typing_extensions import override
 from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
-from lightning_calibft.callback.checks import check_class_lists, check_trainer
+from lightning_calibft.callback.checks import check_class_lists, check_estimator_of_parts, check_launcher, check_trainer
 from lightning_calibft.callback.data import Source
+from lightning_calibft.callback.kept import restore_calibration
 from lightning_calibft.callback.pretrained import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.class_map import ClassMap, resolve_class_map
@@ -76,9 +78,17 @@ class HeadAttachment(Callback):
         check_trainer(trainer, pl_module)
         if stage == TrainerFn.FITTING:
             check_averaging_order(trainer, pl_module, self)
+            check_launcher(trainer, pl_module, self.head)
+            if self._needs_weights_before():
+                check_estimator_of_parts(trainer, self.estimator)
             if self._needs_weights_before():
                 self._before.watch(pl_module)
                 self._warn_if_fine_tuned(pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            # Later: `configure_model` shards the head, and torch would shard all that belongs to it. From a folder,
+            # weights are restored into what the state dict has by then.
+            self._late = pl_module.register_state_dict_pre_hook(lambda *_: self._attach(pl_module))
+            return
         try:
             self._attach(pl_module)
         except HeadNotFoundError:
@@ -115,9 +125,12 @@ class HeadAttachment(Callback):
         self._before.forget()
 
     def _attach_late(self, trainer: Trainer, model: LightningModule) -> None:
-        if self._late is not None or not attached_heads(model):  # built, or built anew, in the module's `setup`
+        attached = bool(attached_heads(model))
+        if self._late is not None or not attached:  # built, or built anew, in the module's `setup`
             self._forget_late()
             self._attach(model)
+        if isinstance(trainer.strategy, ModelParallelStrategy) and not attached:
+            restore_calibration(trainer, model)
 
     def _forget_late(self) -> None:
         if self._late is not None:

@@ -40,6 +40,12 @@ class AbsentClassCalibration(FitCalibration):
         A ``calibration_dataloader()`` of the datamodule or the module, if there is one, is read instead of the
         training data: the place for clean transforms or for labels that are not mixed.
         ``WeightAveraging`` callbacks must stand behind this one in the list of callbacks.
+        With ``ddp_spawn`` and ``ddp_notebook``, :func:`~lightning_calibft.attach` the module before the fit: else the
+        Trainer could not bring gamma back into it, and is refused. The attributes of this callback stay in the
+        processes that it ran in; :func:`~lightning_calibft.get_gamma` and
+        :func:`~lightning_calibft.inspect_checkpoint` tell gamma.
+        With ``ModelParallelStrategy`` checkpoints have the gamma that the model has when they are written, and are not
+        calibrated again after the fit: it needs ``refresh="validation"`` or ``source="training_steps"``.
 
     Args:
         seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.

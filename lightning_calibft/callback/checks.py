@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_calibft.entries import is_folded
+from lightning_calibft.head import HeadNotFoundError, attached_heads, find_head
 
 
 def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:
@@ -29,7 +32,7 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
 
     Raises:
         TypeError: If the Trainer or the module come from the package ``pytorch_lightning``.
-        RuntimeError: If the strategy shards the weights.
+        RuntimeError: If the strategy shards the weights in a way that is not supported.
     """
     for name, value, expected in (("trainer", trainer, Trainer), ("module", model, LightningModule)):
         if not isinstance(value, expected):
@@ -38,11 +41,64 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
                 f"Expected a {name} of the package `lightning`, but got {kind.__module__}.{kind.__name__}."
                 " Import from `lightning.pytorch`: its classes and those of `pytorch_lightning` do not mix."
             )
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
         raise RuntimeError(
-            f"AbsentClassCalibration does not support {type(trainer.strategy).__name__}, which shards the weights and"
-            " their checkpoints. Train without the callback, then call `lightning_calibft.calibrate(model, loader)` on"
-            " the consolidated model; or use the strategy 'ddp'."
+            f"Expected another strategy than {type(trainer.strategy).__name__}, which flattens the weights and runs on"
+            " GPUs alone: that gamma is right there has not been shown. Shard the module with"
+            " `torch.distributed.fsdp.fully_shard` in its `configure_model` and train with `ModelParallelStrategy`, or"
+            " train with the strategy 'ddp'. Or train without the callback, then call"
+            " `lightning_calibft.calibrate(model, loader)` on the consolidated model."
+        )
+
+
+def check_launcher(trainer: Any, model: LightningModule, head: str | None) -> None:
+    """Refuse a module to whose original, in the process that started this one, gamma would not come back.
+
+    Raises:
+        RuntimeError: If this process was spawned or forked by the Trainer and the module has no calibration.
+    """
+    # Private in Lightning, which tells in no other way that it has left the process in which the user's code runs.
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or attached_heads(model):
+        return
+    with suppress(HeadNotFoundError):  # built later, in this process alone: then its weights do not come back either
+        find_head(model, head)
+        raise RuntimeError(
+            "Expected a module that carries the calibration already with a strategy that spawns or forks processes:"
+            " the Trainer brings the trained weights back into the original module, which would lose gamma without a"
+            " word. Call `lightning_calibft.attach(model)` before `fit`, or use the strategy 'ddp'."
+        )
+
+
+def check_estimator_of_parts(trainer: Any, estimator: object) -> None:
+    """Refuse an estimator that needs other weights in the model, where these are shared out among processes.
+
+    Raises:
+        ValueError: If the strategy is ``ModelParallelStrategy``.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        name = estimator if isinstance(estimator, str) else type(estimator).__name__
+        raise ValueError(
+            "Expected argument `estimator` to look at the fine-tuned model alone with ModelParallelStrategy, but got"
+            f" {name!r}, which runs it with other weights: it is sharded, and cannot be copied or changed. Choose"
+            " another, such as 'alg', or calibrate the consolidated model after training."
+        )
+
+
+def check_kept_parts(trainer: Any, refresh: str | None) -> None:
+    """Refuse checkpoints of sharded weights that would have to be calibrated after they are written.
+
+    Raises:
+        ValueError: If the strategy is ``ModelParallelStrategy`` and no validation finds gamma before they are.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy) or not trainer.checkpoint_callbacks:
+        return
+    if refresh is None or not trainer.enable_validation:
+        got = "None" if refresh is None else f"{refresh!r} without validation data"
+        raise ValueError(
+            "Expected argument `refresh` to be 'validation' with ModelParallelStrategy, so that checkpoints have their"
+            f" gamma when they are written, but got {got}: sharded files cannot be calibrated later. Pass"
+            " `refresh='validation'` with validation data, or `source='training_steps'`; or"
+            " `calibrate_checkpoints=False`, and `trainer.save_checkpoint` after the fit."
         )
 
 

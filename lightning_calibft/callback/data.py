@@ -9,12 +9,21 @@ from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_calibft.calibration import BatchReader, Pass, calibration_loaders, check_head, empty_error
+from lightning_calibft.calibration import (
+    BatchReader,
+    Lockstep,
+    Pass,
+    calibration_loaders,
+    check_head,
+    empty_error,
+    same_for_all,
+)
 from lightning_calibft.class_map import check_mapped
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head import eval_mode
@@ -61,6 +70,16 @@ def move_batch(trainer: Trainer, batch: Any) -> Any:
         trainer.state.stage = stage
 
 
+def lockstep_of(trainer: Any) -> Lockstep | None:
+    """Return how the processes of a model that is shared out among them pass over data; ``None`` for a whole model."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    shares = strategy.distributed_sampler_kwargs
+    first = strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
+    return Lockstep(shares["rank"], shares["num_replicas"], counts=first)
+
+
 def _first_calibration_batch(trainer: Trainer) -> Any:
     """Return the first batch of the user's ``calibration_dataloader()`` on the device, or ``None``.
 
@@ -70,7 +89,8 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
     loader = calibration_dataloader(trainer)
     if loader is None:
         return None
-    for batch in chain.from_iterable(calibration_loaders(loader)):
+    # The first share: that of another process may be empty.
+    for batch in chain.from_iterable(calibration_loaders(loader, share=(0, 1))):
         return move_batch(trainer, batch)
     raise empty_error()  # not a `StopIteration`, with which training would end as if it were done
 
@@ -88,6 +108,8 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         rows = reader.rows(batch)
         if reader.maps:
             check_mapped(rows)
+        if lockstep_of(trainer) is not None:  # the forwards need all processes, and depend on what comes out
+            batch = same_for_all(batch, model.device)
         check_head(model, batch, reader)
 
 
@@ -113,10 +135,12 @@ def calibration_pass(
         data = "validation" if source == "validation" else "training"
         rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
         return None
-    progress_bar = trainer.progress_bar_callback
+    progress_bar, lockstep = trainer.progress_bar_callback, lockstep_of(trainer)
     return Pass(
         model,
-        calibration_loaders(loaders, max_samples, max_batches, at_random=tolerance is not None),
+        calibration_loaders(
+            loaders, max_samples, max_batches, at_random=tolerance is not None, share=lockstep and lockstep[:2]
+        ),
         estimator,
         estimator_kwargs,
         reader,
@@ -128,6 +152,7 @@ def calibration_pass(
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
         context=trainer.precision_plugin.forward_context,
+        lockstep=lockstep,
     )
 
 

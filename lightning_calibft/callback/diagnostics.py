@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -112,13 +113,12 @@ class CalibrationDiagnostics(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        try:
-            check_trainer(trainer, pl_module)
-        except RuntimeError:
+        check_trainer(trainer, pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             raise RuntimeError(
-                f"CalibrationDiagnostics does not support {type(trainer.strategy).__name__}, which shards the weights."
-                " Train without it, or use the strategy 'ddp'."
-            ) from None
+                "CalibrationDiagnostics does not support ModelParallelStrategy: it compares whole weights of the head,"
+                " of which each process has a part. Train without it, or use the strategy 'ddp'."
+            )
         if stage == TrainerFn.FITTING:
             check_matplotlib()
             if trainer.is_global_zero:

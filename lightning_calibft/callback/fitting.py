@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_calibft.calibration import CalibrationResult, Pass, head_width
 from lightning_calibft.callback.averaging import averaged_copies
-from lightning_calibft.callback.checks import order_callbacks
-from lightning_calibft.callback.data import calibration_dataloader, check_first_batch, check_source
+from lightning_calibft.callback.checks import check_kept_parts, order_callbacks
+from lightning_calibft.callback.data import calibration_dataloader, check_first_batch, check_source, lockstep_of
 from lightning_calibft.callback.kept import KeptCheckpoints, calibrate_files
 from lightning_calibft.callback.labels import LabelsMet, training_batches
 from lightning_calibft.callback.monitor import LogitMonitor
@@ -47,6 +47,8 @@ class FitCalibration(RunningCalibration):
         if stage == TrainerFn.FITTING:
             if self._retraining is not None:
                 self._retraining.setup(trainer)
+            if self.calibrate_checkpoints and self.source != "training_steps":
+                check_kept_parts(trainer, self.refresh)
             order_callbacks(trainer, self)
             self._start_afresh()
 
@@ -67,6 +69,10 @@ class FitCalibration(RunningCalibration):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        # As at the start of the fit, for strategies that restore a checkpoint after it.
+        reset_gamma(pl_module)
+        if self._labels is not None:
+            self._labels.add_classes(self._restored_classes)
         if self._retraining is not None:
             self._retraining.check(trainer)
 
@@ -97,16 +103,17 @@ class FitCalibration(RunningCalibration):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The strategy has moved the model to the CPU, and asynchronous writers have finished.
+        # Most strategies have moved the model to the CPU, and asynchronous writers have finished.
+        device = pl_module.device
         pl_module.to(trainer.strategy.root_device)
         if not self._finished:  # or nothing was left to train, so `on_train_end` was not called
             self._calibrate(trainer, pl_module, trained=False)
         if self.result is not None:
-            if self.calibrate_checkpoints:
+            if self.calibrate_checkpoints and lockstep_of(trainer) is None:  # else they have had a gamma from the first
                 self._calibrate_kept(trainer, pl_module, self.result)
             self._report(trainer, self.result)
         self._forget()
-        pl_module.cpu()
+        pl_module.to(device)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -106,10 +107,14 @@ def calibrate_files(
     try:
         for file in files:
             found = signature(file)
-            checkpoint, error_text = _read(file)
-            if not trainer.strategy.reduce_boolean_decision(error_text is None):  # else the others wait for ever
-                failed[file] = error_text or "not every process could read it"
+            checkpoint, error_text = _read(file) if trainer.is_global_zero else ({}, None)
+            # What the first process reads: another node may have no such file on its disk, or another one.
+            needed = {key: checkpoint.get(key) for key in ("state_dict", "global_step")}
+            needed, error_text = trainer.strategy.broadcast((needed, error_text))
+            if error_text is not None:
+                failed[file] = error_text
                 continue
+            checkpoint = checkpoint or needed
             try:
                 if _same_weights(checkpoint["state_dict"], weights):
                     results[file] = live
@@ -137,6 +142,14 @@ def calibrate_files(
             " it with its gamma."
         ) from cause
     return results
+
+
+def restore_calibration(trainer: Any, model: LightningModule) -> None:
+    """Take gamma from the file that a model was restored from before its calibration was attached."""
+    path = trainer.ckpt_path
+    if trainer.state.fn != TrainerFn.FITTING and path is not None and os.path.isfile(path):
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # the Trainer has loaded it
+        model.load_state_dict(calibration_entries(checkpoint["state_dict"]), strict=False)
 
 
 def put_calibration_of(

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_calibft.arguments import check_choice
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.callback.averaging import check_no_averaging
-from lightning_calibft.callback.data import Source, calibration_pass
+from lightning_calibft.callback.data import Source, calibration_pass, lockstep_of
 from lightning_calibft.callback.evaluation import EvaluationMetrics
 from lightning_calibft.callback.labels import LabelsMet, split_of_data
 from lightning_calibft.callback.steps import TrainingSteps
@@ -73,7 +73,15 @@ class RunningCalibration(EvaluationMetrics):
         super().on_fit_start(trainer, pl_module)
         if self.source == "training_steps":
             assert self._split is not None
-            self._steps = TrainingSteps(pl_module, self._reader, self.estimator, self.estimator_kwargs, self._split)
+            lockstep = lockstep_of(trainer)
+            self._steps = TrainingSteps(
+                pl_module,
+                self._reader,
+                self.estimator,
+                self.estimator_kwargs,
+                self._split,
+                counts=lockstep is None or lockstep.counts,
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,6 +25,7 @@ class TrainingSteps:
         estimator: As the callback takes it.
         estimator_kwargs: Likewise.
         split: The seen and the absent classes.
+        counts: Whether the logits of this process count, or another has the same.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class TrainingSteps:
         estimator: str | Estimator,
         estimator_kwargs: dict[str, Any] | None,
         split: ClassSplit,
+        counts: bool = True,
     ) -> None:
+        self._counts = counts
         self._reader = reader
         self._choice = estimator
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
@@ -83,7 +86,9 @@ class TrainingSteps:
                 f" a training step with {len(self._target)} labels gave logits of the shapes"
                 f" {[tuple(logits.shape) for logits in self._of_step]}, not one of {expected}."
             )
-        self._joined.add(self._of_step.pop(), self._target)
+        rows = (self._of_step.pop(), self._target)
+        # An update with no rows, not none at all, after which a metric would not wait for the other processes.
+        self._joined.add(*(each if self._counts else each[:0] for each in rows))
         self.counted = True
 
     def result(self) -> CalibrationResult:

@@ -138,8 +138,7 @@ def set_gamma(
 def reset_gamma(model: nn.Module) -> nn.Module:
     """Make an attached model uncalibrated again, in place: it keeps the calibration's keys, with zeros."""
     for module in attached_heads(model).values():
-        for buffer in offset_of(module).buffers():
-            buffer.zero_()
+        offset_of(module).reset_parameters()
     return model
 
 

@@ -12,6 +12,7 @@ from lightning_calibft.arguments import check_model
 from lightning_calibft.files import METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
+from lightning_calibft.head.sharded import beside
 from lightning_calibft.split import ClassSplit
 
 CHILD_NAME = "absent_class_calibration"
@@ -59,7 +60,10 @@ class AbsentClassOffset(nn.Module):
             _record(self, logits)
         if self.training:
             return logits
-        return (logits + self.shift()).to(logits.dtype)
+        shift = self.shift()
+        if not torch.jit.is_scripting():
+            shift = beside(shift, logits)
+        return (logits + shift).to(logits.dtype)
 
     def shift(self) -> Tensor:
         """Return what is added to the logits, in float32 and so that it broadcasts against them.
@@ -78,6 +82,11 @@ class AbsentClassOffset(nn.Module):
         with torch.no_grad():
             self.offset.fill_(gamma)
             self.mask.copy_(split.absent_mask)
+
+    def reset_parameters(self) -> None:
+        """Be uncalibrated again, in place. So torch calls what fills the memory of a module that had none."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def extra_repr(self) -> str:
         """Show the width."""

@@ -26,6 +26,7 @@ from lightning_calibft.head.numerics import are_probabilities, centred, epsilon,
 from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.head.record import class_axis_last
+from lightning_calibft.head.sharded import beside, whole
 
 Forward = Callable[[], Any]
 
@@ -106,7 +107,7 @@ def _logits(forward: Forward, model: nn.Module) -> Tensor:
     logits = get_logits(output)
     if not logits.is_floating_point() or logits.ndim < 2:
         raise ValueError(f"Expected the output of {type(model).__name__} to hold logits, but got {type(output)}.")
-    return logits.detach().cpu()  # Some devices have no float64.
+    return whole(logits.detach()).cpu()  # Some devices have no float64.
 
 
 def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -> _Effect:
@@ -118,11 +119,12 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         logits = get_logits(output)
+        on_cpu = whole(logits).cpu()
         if grow and not outputs:
-            offset.mul_(logits.abs().max().cpu().clamp(min=1))
-        outputs.append(class_axis_last(logits.cpu(), channels_first))
+            offset.mul_(on_cpu.abs().max().clamp(min=1))
+        outputs.append(class_axis_last(on_cpu, channels_first))
         shift = offset.to(logits.device)
-        shifted = logits + (shift[:, None, None] if channels_first else shift)
+        shifted = logits + beside(shift[:, None, None] if channels_first else shift, logits)
         return replace_logits(output, shifted.to(logits.dtype))
 
     handle = head.register_forward_hook(add)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_calibft.head.offset import AbsentClassOffset, Recorder, attached_heads, offset_of
+from lightning_calibft.head.sharded import whole
 
 
 def record_logits(model: nn.Module) -> LogitRecording:
@@ -64,7 +65,7 @@ class LogitRecording(AbstractContextManager[list[Tensor]]):
             child.recorder, child.recording = recorder, recorder is not None
 
     def _record(self, child: AbsentClassOffset, logits: Tensor) -> None:
-        raw = class_axis_last(logits.detach(), child.channels_first)
+        raw = class_axis_last(whole(logits.detach()), child.channels_first)
         raw = raw.clone() if child.coefficient == 1 else raw * child.coefficient
         # A head that has been met already begins a new forward.
         if child in self._met or not self._recorded:

@@ -90,10 +90,10 @@ class Logged(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            self.metrics[trainer.global_step] = _numbers(trainer.callback_metrics)
+            self.metrics[trainer.global_step] = numbers(trainer.callback_metrics)
 
 
-def _numbers(metrics):
+def numbers(metrics):
     return {name: value.item() for name, value in metrics.items()}
 
 
@@ -145,7 +145,7 @@ def fit(folder: Path, name: str, devices: int) -> dict:
         "files": {Path(file).name: result.as_dict() for file, result in calibration.checkpoint_results.items()},
         "classes": calibration.state_dict(),
         "logged": logged.metrics,
-        "test": _numbers(trainer.callback_metrics),
+        "test": numbers(trainer.callback_metrics),
         "gamma_after_test": get_gamma(module),
         "state": state,
         "training": training,
@@ -175,10 +175,29 @@ def fit_steps(folder: Path, devices: int) -> dict:
     return {"result": calibration.result.as_dict(), "gaps": module.gaps, "live": get_gamma(module)}
 
 
+class OneSample(Scheduled):
+    """Gamma is found on one sample, so that all processes but the first have none."""
+
+    def calibration_dataloader(self):
+        return DataLoader(Subset(TRAIN, [0]), 4)
+
+
+def fit_one_sample(folder: Path, devices: int) -> dict:
+    module, calibration = OneSample(), AbsentClassCalibration(SEEN)
+    checkpoint = ModelCheckpoint(folder / "one_sample", "{step}", every_n_train_steps=3)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = trainer_of(
+        folder, calibration, checkpoint, devices=devices, strategy=strategy, max_epochs=-1, max_steps=3
+    )
+    trainer.fit(module, DataLoader(TRAIN, 16), DataLoader(VAL, 16))
+    files = [result.gamma for result in calibration.checkpoint_results.values()]
+    return {"gamma": calibration.result.gamma, "files": files, "samples": calibration.result.num_samples}
+
+
 def run(folder: Path, devices: int) -> dict:
     """Fit all, and return what came out in this process."""
     outcomes = {name: fit(folder, name, devices) for name in ("given", "inferred", "refreshed", "subset", "weighted")}
-    return {**outcomes, "steps": fit_steps(folder, devices)}
+    return {**outcomes, "steps": fit_steps(folder, devices), "one_sample": fit_one_sample(folder, devices)}
 
 
 def record_writes() -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_calibft import AbsentClassCalibration
+from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics
 from tests.runs import (
+    SEEN,
     Plain,
     loader,
     quiet,
@@ -36,14 +38,74 @@ def test_the_other_lightning(tmp_path):
         trainer.fit(Module(), loader())
 
 
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def group(monkeypatch):
+    """What a strategy changes in this process is put back."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):
-        monkeypatch.setenv(name, "0")  # so that they are put back
+        monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    try:
-        text = r"does not support ModelParallelStrategy, which shards .* call `lightning_calibft.calibrate\("
-        with pytest.raises(RuntimeError, match=text):
-            trainer_of(tmp_path, AbsentClassCalibration(), strategy=ModelParallelStrategy()).fit(Plain(), loader())
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning itself refuses the strategy without a GPU, but not a class made of it."""
+
+
+class WithoutItsPackage(DeepSpeedStrategy):
+    """As far as it goes without a GPU and the package of that name."""
+
+    __init__ = DDPStrategy.__init__
+    setup_environment = DDPStrategy.setup_environment
+    setup_distributed = DDPStrategy.setup_distributed
+
+
+@pytest.mark.parametrize("strategy", [OnCPU, WithoutItsPackage])
+@pytest.mark.parametrize("callback", [AbsentClassCalibration, CalibrationDiagnostics])
+def test_strategies_that_are_refused(tmp_path, group, strategy, callback):
+    text = rf"another strategy than {strategy.__name__}, .*`ModelParallelStrategy`.*call `lightning_calibft.calibrate\("
+    with pytest.raises(RuntimeError, match=text):
+        trainer_of(tmp_path, callback(), strategy=strategy()).fit(Plain(), loader())
+
+
+class Sharding(Plain):
+    def configure_model(self):
+        raise AssertionError("it must not come to this")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "validation", "message"),
+    [
+        (
+            {},
+            True,
+            r"`refresh` to be 'validation' with ModelParallelStrategy.* got None.*`calibrate_checkpoints=False`",
+        ),
+        ({"refresh": "validation"}, False, "got 'validation' without validation data: .*`source='training_steps'`"),
+        ({"estimator": "pseudo_absent"}, True, "`estimator` to look at the fine-tuned model alone .* 'pseudo_absent'"),
+        ({"estimator": "pcv"}, True, "`estimator` to look at the fine-tuned model alone .* 'pcv'"),
+    ],
+)
+def test_what_sharded_weights_do_not_go_with(tmp_path, group, arguments, validation, message):
+    callback, checkpoint = AbsentClassCalibration(SEEN, **arguments), ModelCheckpoint(tmp_path)
+    trainer = trainer_of(tmp_path, callback, checkpoint, strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Sharding(), loader(), loader() if validation else None)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "checkpoints"),
+    [
+        ({"calibrate_checkpoints": False}, [ModelCheckpoint()]),
+        ({"source": "training_steps"}, [ModelCheckpoint()]),
+        ({"refresh": "validation"}, [ModelCheckpoint()]),
+        ({}, []),
+    ],
+)
+def test_what_sharded_weights_go_with(tmp_path, group, arguments, checkpoints):
+    callback = AbsentClassCalibration(SEEN, **arguments)
+    trainer = trainer_of(tmp_path, callback, *checkpoints, strategy=ModelParallelStrategy())
+    with pytest.raises(AssertionError, match="it must not come to this"):
+        trainer.fit(Sharding(), loader(), loader())

@@ -128,6 +128,13 @@ def test_gamma_of_the_steps_of_all_processes(ranks):
     assert first["live"] == pytest.approx(first["result"]["gamma"])
 
 
+def test_a_fit_with_samples_on_one_process_alone(one, ranks):
+    for rank in ranks:
+        assert rank["one_sample"]["samples"] == 1
+        assert rank["one_sample"]["files"] == [rank["one_sample"]["gamma"]]
+        assert rank["one_sample"]["gamma"] == pytest.approx(one["one_sample"]["gamma"], **EXACT)
+
+
 def test_the_first_process_alone_writes(ranks):
     first, *others = (rank["written"] for rank in ranks)
     assert not any(others)

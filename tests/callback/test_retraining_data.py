@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_calibft import AbsentClassCalibration
+from lightning_calibft import AbsentClassCalibration, attach
 from lightning_calibft.calibration import BatchReader
 from lightning_calibft.callback.restricted import RestrictedData
 from tests.callback.retraining import DATA, SEEN, pcv
@@ -100,7 +100,7 @@ def test_several_processes(tmp_path):
     trainer = trainer_of(tmp_path, pcv(), devices=2, strategy="ddp_spawn")
     assert trainer.world_size == 2
     with pytest.raises(RuntimeError, match=r"with one device for the estimator 'pcv'.* but got 2"):
-        trainer.callbacks[0].setup(trainer, pretrained(), "fit")
+        trainer.callbacks[0].setup(trainer, attach(pretrained()), "fit")
 
 
 WEIGHTS = torch.arange(48.0)

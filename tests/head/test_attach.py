@@ -111,3 +111,15 @@ def test_a_second_head_would_count_gamma_twice():
     torch.testing.assert_close(model(inputs()), expected)
     with pytest.raises(ValueError, match=r"but 'forward' has one"):
         attach(model, "fc")
+
+
+def test_a_head_without_memory_is_filled_uncalibrated():
+    with torch.device("meta"):
+        head = attach(nn.Linear(16, 5))
+    head.to_empty(device="cpu")
+    for buffer in head.absent_class_calibration.buffers():
+        buffer.fill_(7)  # whatever was in the memory
+    for module in head.modules():
+        module.reset_parameters()
+    assert get_gamma(head) is None
+    assert head.absent_class_calibration.offset == 0
