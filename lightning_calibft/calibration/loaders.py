@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -64,7 +65,7 @@ def calibration_loaders(
 
     A plain ``DataLoader`` over a map-style dataset is built anew over the same samples, collate function and workers:
     iterating the user's own again can shorten the epoch that it is in the middle of, and drops or pads samples. Every
-    other loader is used as it is.
+    other loader is used as it is, but for persistent workers, of which it gets its own.
 
     Args:
         loaders: A loader, a collection of loaders, or any iterable of batches.
@@ -91,11 +92,17 @@ def calibration_loaders(
         )
     limit = max_samples and math.ceil(max_samples / max(1, len(flat)))
     share = share or rank_and_world_size()
-    return [_anew(loader, limit, max_batches, at_random, share) if _is_plain(loader) else loader for loader in flat]
+    return [
+        _anew(loader, limit, max_batches, at_random, share) if _is_plain(loader) else _apart(loader) for loader in flat
+    ]
 
 
 def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
-    """Yield the first batches of a loader. After an error in it, its worker processes end at once."""
+    """Yield the first batches of a loader, and leave its generators of random numbers as they were.
+
+    After an error in it, its worker processes end at once.
+    """
+    states = [(generator, generator.get_state()) for generator in _generators(loader)]
     try:
         yield from islice(loader, max_batches)
     except Exception as error:
@@ -104,6 +111,25 @@ def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
             # which then waits 5 seconds for each of them.
             traceback.clear_frames(error.__traceback__)
         raise
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    if not isinstance(loader, DataLoader):
+        return []
+    parts = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    values = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
+    return [value for value in values if isinstance(value, torch.Generator)]
+
+
+def _apart(loader: Any) -> Any:
+    """Return a loader without the workers that the user's own has, if they would end its epoch to begin another."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None  # private in torch, and where it keeps them
+    return loader
 
 
 def _of_batches(leaf: Any) -> bool:
@@ -167,13 +193,22 @@ def _batches_of_indices(loader: DataLoader) -> Any:
     return cast(Any, sampler.dataset)._sampler if isinstance(sampler, DistributedSamplerWrapper) else sampler
 
 
+def _to_read(loader: DataLoader) -> Any:
+    """Return a copy of what tells the indices: to iterate the user's own would use up random numbers of its own."""
+    sampler = _batches_of_indices(loader)
+    try:
+        return copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})  # which stays shared
+    except Exception:  # whatever it holds says that it cannot be copied
+        return sampler
+
+
 def _own_batches(loader: DataLoader) -> bool:
     return loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
 
 
 def _batch_size(loader: DataLoader) -> int | None:
     if _own_batches(loader):
-        return max(map(len, cast(Iterable[Any], loader.batch_sampler)), default=1)
+        return max(map(len, _to_read(loader)), default=1)
     return getattr(loader.batch_sampler, "batch_size", None)
 
 
@@ -187,7 +222,7 @@ def sample_indices(loader: DataLoader) -> Sequence[Any]:
         return sampler.weights.nonzero().flatten().tolist()
     if isinstance(sampler, SubsetRandomSampler):  # iterating it would use up random numbers of its generator
         return sorted(set(sampler.indices))
-    drawn = {index for batch in sampler for index in batch} if _own_batches(loader) else set(sampler)
+    drawn = {index for batch in _to_read(loader) for index in batch} if _own_batches(loader) else set(_to_read(loader))
     world_size = rank_and_world_size()[1]
     if world_size > 1:
         # A distributed sampler gives each process a share, padded: together they are what the run trains on.

@@ -31,7 +31,10 @@ class AbsentClassCalibration(FitCalibration):
     ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (and ``test_...``) of what the model predicts.
 
     Note:
-        The loss, the random state and the trained weights are the same with and without the callback.
+        The loss, the random state and the trained weights are the same with and without the callback, but for a
+        compiled module with ``source="training_steps"``, whose graph it breaks, and for a stream that keeps its place
+        in an object of this process with ``tolerance`` or ``refresh``, which read it while training goes on.
+        Its hooks run after those of all other callbacks but ``ModelCheckpoint``.
         The module must map inputs to logits (or to their softmax) in ``forward``, unless one attribute of it does so
         alone, as in ``self.net(x)``.
         A ``calibration_dataloader()`` of the datamodule or the module, if there is one, is read instead of the
@@ -60,13 +63,14 @@ class AbsentClassCalibration(FitCalibration):
             ``"validation"``: such a pass over the validation data, of which only an ``"operating_point"`` looks at the
             samples of absent classes. ``"training_steps"``: the logits of each epoch's own training steps, for data
             where a pass is too dear; validation and checkpoints then have the gamma of the steps before them. It needs
-            ``seen_classes``.
+            ``seen_classes`` and steps that run the head once; those that return ``None`` are left out.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
         class_map: The head's row of each target in the batches, where they differ, as in folders that number their
             classes from 0: the loss must map them itself. See :func:`~lightning_calibft.class_map.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
-        max_samples: Read at most about this many training samples, drawn at random with a fixed seed.
+        max_samples: Read at most about this many training samples, drawn at random with a fixed seed. Of a stream
+            without an end, ``None`` reads as many as training has, in each pass.
         tolerance: Stop reading when the standard error of gamma is at most this, in logits: then samples are read in
             random order (of a custom loader in its own), and ``result.num_samples`` tells how many it took. With one
             ``DataLoader`` only.

@@ -120,8 +120,8 @@ def check_estimator(
             )
         if estimator not in ESTIMATORS:
             raise ValueError(
-                f"Expected argument `estimator` to be one of {', '.join(map(repr, ESTIMATORS))} or a metric, but got"
-                f" {estimator!r}."
+                f"Expected argument `estimator` to be one of {', '.join(map(repr, ESTIMATORS))} (of the callback also"
+                f" 'pcv') or a metric, but got {estimator!r}."
             )
         _check_options(estimator, estimator_kwargs or {})
     elif not (isinstance(estimator, Metric) and _ATTRIBUTES.issubset(dir(estimator))):  # `hasattr` would compute them

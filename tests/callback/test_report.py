@@ -8,12 +8,14 @@ import logging
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration
 from tests.callback.measures import HARD, Measures, measured, val_loader
 from tests.runs import (
     ABSENT,
     SEEN,
+    TRAIN,
     blobs,
     loader,
     pretrained,
@@ -70,5 +72,17 @@ def test_a_second_fit_without_validation_tells_no_numbers_of_the_first(tmp_path)
     module = pretrained()
     trainer_of(tmp_path, callback).fit(module, loader(), val_loader())
     trainer_of(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(module, loader())
+    (last,) = [row for row in rows(logger) if "gamma" in row]
+    assert set(last) == {"gamma", "gamma_standard_error", "step"}
+
+
+def test_accuracies_among_fewer_classes_are_not_told(tmp_path):
+    """Validation came before the last class was met, so its numbers are not those of the final gamma."""
+    inputs, target = TRAIN.tensors
+    order = target.argsort(stable=True)
+    logger = CSVLogger(tmp_path)
+    options = {"log_every_n_steps": 1, "max_epochs": 1, "limit_train_batches": 5, "val_check_interval": 3}
+    trainer = trainer_of(tmp_path, AbsentClassCalibration(), logger=logger, **options)
+    trainer.fit(pretrained(), loader(TensorDataset(inputs[order], target[order]), shuffle=False), val_loader())
     (last,) = [row for row in rows(logger) if "gamma" in row]
     assert set(last) == {"gamma", "gamma_standard_error", "step"}
