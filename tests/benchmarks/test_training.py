@@ -120,7 +120,7 @@ def test_training_step_of_resnet18(ratio, callback, device):
     assert ratio(
         lambda: run("fit", module, data, callback(), device),
         lambda: run("fit", module, data, [], device),
-        rounds=4,
+        rounds=8,
         budget="1.01",
     )
 
@@ -134,7 +134,7 @@ def test_training_step_of_two_layers(ratio, callback, device):
     assert ratio(
         lambda: run("fit", module, data, callback(), device),
         lambda: run("fit", module, data, [], device),
-        rounds=7,
+        rounds=9,
         budget="1.01",
     )
 
@@ -161,7 +161,7 @@ def test_validation_of_resnet18(ratio, callback, num_classes, device):
     assert ratio(
         lambda: run("validate", module, data, callback(), device),
         lambda: run("validate", module, data, [], device),
-        rounds=4,
+        rounds=15,
         budget="1.03",
     )
 
@@ -172,7 +172,7 @@ def test_validation_of_resnet18(ratio, callback, num_classes, device):
 def test_pass_over_resnet18(ratio, num_batches, estimator, device):
     """The calibration pass (20 or 100 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
     ours, bare = passes(num_batches, estimator, device)
-    assert ratio(ours, bare, rounds=4, budget="1.05")
+    assert ratio(ours, bare, rounds=7, budget="1.05")
 
 
 def passes(num_batches: int, estimator: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
