@@ -1,14 +1,27 @@
-"""How a process of a group hands over its results and leaves."""
+"""How the processes of a group are started, and how one hands over its results and leaves."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def outcomes(script: str, folder: Path, processes: int) -> list[Any]:
+    """Run a script that starts so many processes, and return what each has handed over, as JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", script, str(folder), str(processes)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
 
 
 def hand_over(results: Any, folder: Path, rank: int, world_size: int = 2) -> None:

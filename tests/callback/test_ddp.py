@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,13 +16,12 @@ from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
 from tests.callback import ddp_script
 from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled, data
-from tests.processes import hand_over
+from tests.processes import hand_over, outcomes
 from tests.runs import SEEN, assert_calibrated, quiet, read
 
 pytestmark = [quiet, pytest.mark.filterwarnings('ignore:`.test.ckpt_path="best".` is called with Trainer configured')]
 
 MANY = data(SEEN, 1001, each=400)
-ROOT = Path(__file__).parents[2]
 # What a pass reads in each scenario.
 SAMPLES = {
     "given": range(101),
@@ -58,13 +54,8 @@ def together(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(together):
     """What came out in each process."""
-    folder, processes = together
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.callback.ddp_script", str(folder), str(processes)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
-    assert [rank["given"]["world_size"] for rank in ranks] == [processes] * processes
+    ranks = outcomes("tests.callback.ddp_script", *together)
+    assert [rank["given"]["world_size"] for rank in ranks] == [len(ranks)] * len(ranks)
     return ranks
 
 

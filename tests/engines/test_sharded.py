@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,11 @@ from lightning_calibft import fold_checkpoint, get_gamma, inspect_checkpoint, lo
 from tests.callback.ddp_script import TRAIN
 from tests.engines import sharded_script
 from tests.engines.sharded_script import Whole
+from tests.processes import outcomes
 from tests.runs import SEEN, assert_calibrated, quiet, read
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:.*was configured so validation will run after every batch")]
 
-ROOT = Path(__file__).parents[2]
 FITS = ("sharded", "consolidated", "tensors")
 ONCE = ("live", "some", "sure", "validation")
 # All is in float64, and only the order of summation differs: some hundred numbers of one magnitude lose at most some
@@ -41,12 +40,7 @@ def together(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(together):
     """What came out in each process."""
-    folder, processes = together
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.engines.sharded_script", str(folder), str(processes)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
+    return outcomes("tests.engines.sharded_script", *together)
 
 
 def fits(outcome: dict) -> dict[str, dict]:
