@@ -97,7 +97,7 @@ class SavesOnce(Callback):
 
 def test_a_file_that_cannot_be_pickled_again(tmp_path):
     module = faulty(Armed())
-    with pytest.raises(RuntimeError, match=r"Could not calibrate .*epoch=0.ckpt': .*[pP]ickle") as raised:
+    with pytest.raises(RuntimeError, match=r"Could not calibrate .*epoch=0.ckpt.: .*([pP]ickle|local obj)") as raised:
         fit(tmp_path, SavesOnce(), module=module)
     assert "epoch=1.ckpt" not in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
