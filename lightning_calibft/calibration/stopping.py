@@ -47,10 +47,14 @@ def when_to_look(length: int | None, device: torch.device) -> set[int]:
 
 def is_settled(estimator: Any, tolerance: float) -> bool:
     """Tell whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the samples so far lack
-        try:
-            estimator.compute()
-        except ValueError:  # there is no gamma yet
-            return False
-        return int(estimator.num_samples) >= LEAST_SAMPLES and float(estimator.standard_error) <= tolerance
+    # What a metric keeps of a look, it returns at the end where no batch came after it: without waiting for a process
+    # that had one more batch, and that waits for all.
+    kept, estimator.compute_with_cache = estimator.compute_with_cache, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the samples so far lack
+            return float(estimator.standard_error) <= tolerance and int(estimator.num_samples) >= LEAST_SAMPLES
+    except ValueError:  # there is no gamma yet
+        return False
+    finally:
+        estimator.compute_with_cache = kept

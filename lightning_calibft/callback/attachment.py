@@ -81,7 +81,6 @@ class HeadAttachment(Callback):
             check_launcher(trainer, pl_module, self.head)
             if self._needs_weights_before():
                 check_estimator_of_parts(trainer, self.estimator)
-            if self._needs_weights_before():
                 self._before.watch(pl_module)
                 self._warn_if_fine_tuned(pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):

@@ -151,6 +151,9 @@ def _calibrate(rank: int, folder: str) -> None:
     only = TensorDataset(*(tensor[:1] for tensor in TRAIN.tensors))  # the second process has no sample
     results["only"] = calibrate(Scheduled().fc, DataLoader(only, 4), SEEN, progress=False).gamma
     results["never_sure"] = calibrate(Scheduled().fc, DataLoader(MANY, 5), SEEN, tolerance=1e-9, progress=False)
+    # The last look comes after the last batch of the second process, and before that of the first.
+    few = TensorDataset(*(tensor[:33] for tensor in TRAIN.tensors))
+    results["one_more"] = calibrate(Scheduled().fc, DataLoader(few, 16), SEEN, tolerance=1e-9, progress=False)
     for name, spoil in (("inputs", torch.nan), ("target", 6)):
         inputs, target = (tensor.clone() for tensor in TRAIN.tensors)
         {"inputs": inputs, "target": target}[name][35] = spoil  # which only the second process reads
@@ -221,6 +224,7 @@ def test_processes_stop_together_when_gamma_is_sure(plain):
         assert result.standard_error == pytest.approx(expected.standard_error, **EXACT)
         assert result.standard_error <= 0.5
     assert plain[0]["never_sure"].num_samples == len(MANY)
+    assert plain[0]["one_more"].num_samples == 33
 
 
 def test_a_process_without_a_sample(plain):
