@@ -107,14 +107,10 @@ def calibrate_files(
     try:
         for file in files:
             found = signature(file)
-            checkpoint, error_text = _read(file) if trainer.is_global_zero else ({}, None)
-            # What the first process reads: another node may have no such file on its disk, or another one.
-            needed = {key: checkpoint.get(key) for key in ("state_dict", "global_step")}
-            needed, error_text = trainer.strategy.broadcast((needed, error_text))
+            checkpoint, error_text = _read_by_first(file, trainer)
             if error_text is not None:
                 failed[file] = error_text
                 continue
-            checkpoint = checkpoint or needed
             try:
                 if _same_weights(checkpoint["state_dict"], weights):
                     results[file] = live
@@ -135,11 +131,10 @@ def calibrate_files(
     finally:
         model.load_state_dict(weights, strict=model.strict_loading)
     if failed:
+        told = "; ".join(f"{file!r}: {reason}" for file, reason in failed.items())
         raise RuntimeError(
-            "Could not calibrate the checkpoints "
-            + "; ".join(f"{file!r}: {reason}" for file, reason in failed.items())
-            + ". These files are as they were, and the model in memory is calibrated: `trainer.save_checkpoint` saves"
-            " it with its gamma."
+            f"Could not calibrate the checkpoints {told}. These files are as they were, and the model in memory is"
+            " calibrated: `trainer.save_checkpoint` saves it with its gamma."
         ) from cause
     return results
 
@@ -165,6 +160,17 @@ def put_calibration_of(
                 entries = calibration_entries(model.state_dict())
             put_calibration(checkpoint, entries, result)
             return
+
+
+def _read_by_first(file: str, trainer: Trainer) -> tuple[dict[str, Any], str | None]:
+    """Return what the first process reads, on the others as much as a pass needs, or what went wrong.
+
+    Another node may have no such file on its disk, or another one.
+    """
+    checkpoint, error_text = _read(file) if trainer.is_global_zero else ({}, None)
+    needed = {key: checkpoint.get(key) for key in ("state_dict", "global_step")}
+    needed, error_text = trainer.strategy.broadcast((needed, error_text))
+    return checkpoint or needed, error_text
 
 
 def _read(file: str) -> tuple[dict[str, Any], str | None]:
