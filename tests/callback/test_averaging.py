@@ -2,81 +2,28 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from torch import nn
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, load_calibrated
-from lightning_calibft.head import attached_heads
+from tests.callback.averaging import averaging, copies, marks
 from tests.references import _reference_ausuc
 from tests.runs import (
     ABSENT,
-    NUM_CLASSES,
-    OFFSET,
     SEEN,
     VAL,
     Plain,
     assert_calibrated,
     loader,
     pretrained,
-    quiet,
     raw_logits,
     read,
     split_state,
     trainer_of,
 )
 
-pytestmark = [
-    quiet,
-    pytest.mark.filterwarnings(
-        "ignore:The verbose parameter is deprecated",
-        "ignore:.*`configure_model` hook is overridden",
-        "ignore:You're using the WeightAveraging callback with a model that overrides",
-    ),
-]
-
-COPIES = {
-    "equal": WeightAveraging,
-    "equal, own buffers": lambda: WeightAveraging(use_buffers=False),
-    "exponential": lambda: EMAWeightAveraging(decay=0.9),
-    "exponential, own buffers": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
-    "exponential, begins late": lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=8),
-}
-
-
-def _is_safe(state: dict) -> bool:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    try:
-        return bool(torch.load(file, weights_only=True))
-    except pickle.UnpicklingError:
-        return False
-
-
-SCHEDULER = torch.optim.swa_utils.SWALR(torch.optim.SGD([torch.zeros(1)], 0.1), 0.05).state_dict()
-# In older torch the scheduler of StochasticWeightAveraging saves a function, so its runs cannot be resumed anyway.
-stochastic = pytest.mark.skipif(not _is_safe(SCHEDULER), reason="torch does not load the state of its SWALR safely")
-averaging = pytest.mark.parametrize(
-    "make",
-    [
-        *(pytest.param(make, id=name) for name, make in COPIES.items()),
-        pytest.param(
-            lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2), id="stochastic", marks=stochastic
-        ),
-    ],
-)
-copies = pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+pytestmark = marks
 
 
 class Predicting(Plain):
@@ -88,29 +35,6 @@ class Predicting(Plain):
         self.log("own_absent", logits[:, ABSENT].mean(), batch_size=size)
 
     test_step = validation_step
-
-
-class WithoutBatchNorm(Plain):
-    def build(self, dropout):
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU())
-        self.fc = nn.Linear(16, NUM_CLASSES)
-
-
-class BuiltInSetup(Plain):
-    def build(self, dropout):
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU())
-
-    def setup(self, stage):
-        self.fc = nn.Linear(16, NUM_CLASSES)
-
-
-class BuiltInConfigureModel(BuiltInSetup):
-    def setup(self, stage):
-        pass
-
-    def configure_model(self):
-        if not hasattr(self, "fc"):
-            self.fc = nn.Linear(16, NUM_CLASSES)
 
 
 class Agreement(Callback):
@@ -272,54 +196,6 @@ def test_a_second_fit_with_the_same_trainer(tmp_path, make):
     assert_calibrated(module.state_dict(), make=Predicting)
     for file in checkpoint.best_k_models:
         assert_calibrated(read(file)["state_dict"], make=Predicting)
-
-
-@stochastic
-def test_stochastic_averaging_without_batch_norm_and_with_a_late_head(tmp_path):
-    for name, make in (("early", WithoutBatchNorm), ("late", BuiltInConfigureModel)):
-        module, swa = make(), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)
-        checkpoint = ModelCheckpoint(tmp_path / name, save_top_k=-1)
-        trainer_of(tmp_path, AbsentClassCalibration(head="fc"), swa, checkpoint, max_epochs=4).fit(module, loader())
-        assert_calibrated(module.state_dict(), make=make)
-        assert_calibrated(read(checkpoint.best_model_path)["state_dict"], make=make)
-
-
-@copies
-def test_the_wrong_order_is_an_error(tmp_path, make):
-    module, averages = Plain(), make()
-    trainer = trainer_of(tmp_path, averages, AbsentClassCalibration())
-    remedy = rf"AbsentClassCalibration to stand before {type(averages).__name__} .* Make a Trainer with AbsentClass"
-    with pytest.raises(RuntimeError, match=remedy):
-        trainer.fit(module, loader())
-    assert not attached_heads(module)
-    assert trainer.global_step == 0
-
-
-def test_the_order_matters_for_fitting_only(tmp_path):
-    trainer = trainer_of(tmp_path, WeightAveraging(), AbsentClassCalibration(SEEN))
-    trainer.test(pretrained(), loader(VAL, shuffle=False), verbose=False)
-    assert "test_ausuc" in trainer.callback_metrics
-
-
-@pytest.mark.parametrize("head", [None, "fc"])
-@pytest.mark.parametrize(("make", "lacks"), [(BuiltInSetup, "fc.weight"), (BuiltInConfigureModel, f"fc.{OFFSET}")])
-def test_a_late_head_is_an_error(tmp_path, make, lacks, head):
-    module = make()
-    if head is None:  # no other linear layer that could be the head
-        del module.body
-        module.body = nn.ReLU()
-        module.forward = None
-    callbacks = (AbsentClassCalibration(SEEN, head=head), WeightAveraging())
-    trainer = trainer_of(tmp_path, *callbacks)
-    with pytest.raises(RuntimeError, match=rf"copies it, but.* {lacks}.* came later. Build the .* in .*`__init__`"):
-        trainer.fit(module, loader())
-    assert trainer.global_step == 0
-
-
-def test_a_late_head_is_no_error_without_fitting(tmp_path):
-    trainer = trainer_of(tmp_path, AbsentClassCalibration(SEEN, head="fc"), WeightAveraging())
-    trainer.test(BuiltInSetup(), loader(VAL, shuffle=False), verbose=False)
-    assert "test_ausuc" in trainer.callback_metrics
 
 
 def test_weights_without_gamma_are_saved_without_it(tmp_path):

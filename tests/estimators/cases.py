@@ -44,3 +44,15 @@ def inputs(case: str, seed: int = 0, num_samples: int = 60) -> tuple[Tensor, ...
 def reference(case: str, batch: tuple[Tensor, ...], seen: list[int], absent: list[int]) -> tuple[float, float | None]:
     _, options, function = CASES[case]
     return function(*batch[:2], seen, absent, *batch[2:], **options)
+
+
+def statistics(metric: Estimator) -> tuple[float, float, int]:
+    return metric.compute().item(), metric.standard_error.item(), metric.num_samples
+
+
+def whole(case: str) -> tuple[float, float, int]:
+    """The statistics of all samples at once."""
+    *_, seen, absent = random_case(0)
+    metric = make(case, 9, seen, absent)
+    metric.update(*inputs(case))
+    return statistics(metric)
