@@ -15,12 +15,17 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+def run_script(script: str, *arguments: Any) -> None:
+    """Run a module of the tests in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
 def outcomes(script: str, folder: Path, processes: int) -> list[Any]:
     """Run a script that starts so many processes, and return what each has handed over, as JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", script, str(folder), str(processes)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script(script, folder, processes)
     return [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
 
 

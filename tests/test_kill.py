@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_calibft import inspect_checkpoint
 from tests.kill_script import FILES, Wide
+from tests.processes import run_script
 from tests.runs import ABSENT, SEEN, assert_calibrated, read, split_state
 
-ROOT = Path(__file__).parents[1]
 KILLS = 20
 
 
@@ -34,10 +32,7 @@ def _is_calibrated(file: Path) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that 20 runs need not start Python anew")
 def test_killed_while_checkpoints_are_calibrated(tmp_path):
-    command = [sys.executable, "-m", "tests.kill_script", str(tmp_path), str(KILLS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("tests.kill_script", tmp_path, KILLS)
 
     calibrated = []
     for index in range(KILLS):

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,11 @@ import torch
 from tests.callback import node_script
 from tests.callback.ddp_script import TRAIN, Scheduled
 from tests.callback.node_script import NODES
+from tests.processes import ROOT
 from tests.runs import assert_calibrated, quiet, read
 
 pytestmark = quiet
 
-ROOT = Path(__file__).parents[2]
 EXACT = {"rel": 1e-12}  # only the order of summation differs: see test_ddp.py
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,9 @@ import torch
 from lightning_calibft.functional import calibrate_logits, split_accuracy
 from tests.callback.ddp_script import TRAIN, VAL, Scheduled
 from tests.callback.spawn_script import METHODS
+from tests.processes import run_script
 from tests.runs import SEEN, assert_calibrated, raw_logits, read, split_state
 
-ROOT = Path(__file__).parents[2]
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -26,10 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.callback.spawn_script", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("tests.callback.spawn_script", folder)
     return torch.load(folder / "outcomes.pt")
 
 

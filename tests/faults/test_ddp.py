@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.faults.checks import assert_whole
-
-ROOT = Path(__file__).parents[2]
-
+from tests.processes import run_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that Python need not start anew")
 GONE = "closed by peer|reset by peer|Broken pipe"  # what gloo says of a process that has ended
@@ -22,10 +17,7 @@ GONE = "closed by peer|reset by peer|Broken pipe"  # what gloo says of a process
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "tests.faults.ddp_script", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    run_script("tests.faults.ddp_script", folder)
     return folder
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import assert_sound, assert_whole, calibrated
 from tests.faults.kill_script import PLACES
+from tests.processes import run_script
 from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     quiet,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that Python need not start anew"),
@@ -26,10 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.faults.kill_script", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_script("tests.faults.kill_script", folder)
     return folder
 
 
