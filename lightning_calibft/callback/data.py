@@ -89,7 +89,7 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
     loader = calibration_dataloader(trainer)
     if loader is None:
         return None
-    # The first share: that of another process may be empty.
+    # Of all samples: this process' share of them may be empty.
     for batch in chain.from_iterable(calibration_loaders(loader, share=(0, 1))):
         return move_batch(trainer, batch)
     raise empty_error()  # not a `StopIteration`, with which training would end as if it were done

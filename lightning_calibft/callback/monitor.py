@@ -32,6 +32,7 @@ class LogitMonitor:
         self._warned = False
         self.split: ClassSplit | None = None
         self.gamma = 0.0
+        self._shift = torch.zeros(())  # as `calibrate_logits` adds it, but with nothing to check or to move each time
         self.step = -1
         self.counted = False  # whether any batch was
         self.metrics: list[MetricCollection] = []

@@ -103,4 +103,5 @@ class TrainingSteps:
         self._records = None
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
+        # Not handed over as it is: a metric keeps its `update` in itself, and a copy of this would feed the original.
         self._estimator.update(logits, target)
