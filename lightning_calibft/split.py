@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_calibft.arguments import check_integer, check_tensor, is_integer
+from lightning_calibft._arguments import check_integer, check_tensor, is_integer
 
 ClassIds = Iterable[int] | Tensor
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from lightning_calibft import ClassSplit
-from lightning_calibft.timm_models import load_raw
+from lightning_calibft.checkpoint.timm_model import load_raw
 
 EVALUATION_CROP = 224 / 256
 

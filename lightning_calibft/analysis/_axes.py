@@ -8,7 +8,7 @@ from typing import Any, cast
 # torchmetrics exports no public names for its plot types; every metric built on it imports these two.
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_calibft.arguments import check_items
+from lightning_calibft._arguments import check_items
 
 __all__ = ["COLORS", "_AX_TYPE", "_PLOT_OUT_TYPE", "check_matplotlib", "check_series", "draw_lines", "new_axis"]
 

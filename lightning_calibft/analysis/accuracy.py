@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_calibft._arguments import check_model, check_type
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, new_axis
 from lightning_calibft.analysis.outputs import Outputs, collect_outputs
-from lightning_calibft.arguments import check_model, check_type
 from lightning_calibft.calibration import UnpackBatch
-from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional import class_means, nearest_class_mean_logits, split_accuracy
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassIds
 
 

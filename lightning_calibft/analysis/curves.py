@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lightning_calibft._arguments import check_items, check_number, check_type
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
-from lightning_calibft.arguments import check_items, check_number, check_type
 from lightning_calibft.functional import ausuc, seen_unseen_curve
 from lightning_calibft.functional._curve import point_at
 from lightning_calibft.plotting import plot_seen_unseen_curve

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_calibft._arguments import check_integer, check_number, check_tensor, check_values
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
-from lightning_calibft.arguments import check_integer, check_number, check_tensor, check_values
 from lightning_calibft.functional._inputs import check_matrix, check_target
 from lightning_calibft.split import ClassIds, ClassSplit
 

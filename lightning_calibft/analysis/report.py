@@ -13,14 +13,14 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lightning_calibft._arguments import check_choice, check_items, check_type
 from lightning_calibft.analysis._axes import COLORS, draw_lines
 from lightning_calibft.analysis.history import History, Snapshot
 from lightning_calibft.analysis.logits import plot_logit_levels
 from lightning_calibft.analysis.verdict import verdict
 from lightning_calibft.analysis.weight_pictures import plot_mean_similarity, plot_row_norms, plot_update_similarity
 from lightning_calibft.analysis.weights import update_similarity
-from lightning_calibft.arguments import check_choice, check_items, check_type
-from lightning_calibft.files import replace_atomically
+from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.split import ClassSplit
 
 Format = Literal["markdown", "html"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_calibft._arguments import check_integer, check_number, check_type
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
-from lightning_calibft.arguments import check_integer, check_number, check_type
 
 SEEN, ABSENT = (0, 1), (2, 3)
 _PRETRAINING_STEPS, _PRETRAINING_RATE = 2000, 0.3

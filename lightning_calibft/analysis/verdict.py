@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_calibft._arguments import check_items
 from lightning_calibft.analysis.history import Evaluation, Snapshot
-from lightning_calibft.arguments import check_items
 
 GENTLER = "Fine-tune more gently: a smaller learning rate, fewer epochs, or frozen early layers."
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_calibft._arguments import check_type
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, check_series, draw_lines, new_axis
 from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms, UpdateSimilarity
-from lightning_calibft.arguments import check_type
 
 
 def plot_row_norms(steps: Sequence[int], norms: Sequence[RowNorms], *, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:

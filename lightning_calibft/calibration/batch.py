@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.class_map import rows_tensor, to_rows
+from lightning_calibft.labels.class_map import rows_tensor, to_rows
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 UNPACK_REMEDY = (
@@ -51,7 +51,7 @@ class BatchReader:
 
     Args:
         unpack_batch: The user's function, or its import path, where batches are split in another way.
-        rows: The row of each target, where they differ; see :func:`~lightning_calibft.class_map.resolve_class_map`.
+        rows: The row of each target, where they differ; see :func:`~lightning_calibft.resolve_class_map`.
     """
 
     def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:

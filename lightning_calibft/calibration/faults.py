@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
 from lightning_calibft.calibration.loaders import all_reduce
 from lightning_calibft.calibration.processes import Processes
-from lightning_calibft.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
+from lightning_calibft.labels.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
 from lightning_calibft.split import ClassSplit, shorten
 
 AbsentSamples = Literal["accident", "expected", "needed"]

@@ -24,7 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_calibft.arguments import is_integer
+from lightning_calibft._arguments import is_integer
 
 _MOST_SAMPLES = torch.iinfo(torch.long).max
 

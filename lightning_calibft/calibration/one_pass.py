@@ -28,7 +28,6 @@ from lightning_calibft.calibration.lockstep import Lockstep
 from lightning_calibft.calibration.processes import Processes
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.stopping import is_settled, when_to_look
-from lightning_calibft.class_map import IGNORE_INDEX
 from lightning_calibft.estimators import (
     Estimator,
     check_estimator_width,
@@ -39,6 +38,7 @@ from lightning_calibft.estimators import (
 from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, probe, record_logits
 from lightning_calibft.head.probe import NotFiniteError
 from lightning_calibft.head.record import LogitRecording
+from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 4

@@ -14,10 +14,10 @@ from lightning_calibft.calibration.loaders import calibration_loaders, check_max
 from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.calibration.stopping import check_tolerance
-from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
 from lightning_calibft.head import attach, attached_heads, detach, set_gamma
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
@@ -57,7 +57,7 @@ def calibrate(
         seen_classes: Rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
         absent_classes: Rows of the absent classes. ``None``: all that are not seen.
         head: The module that gives the logits, or its dotted name, where it is not found by itself.
-        estimator: ``"alg"``, ``"pseudo_absent"`` (better; needs ``pretrained``), another of
+        estimator: ``"alg"``, ``"pseudo_absent"`` (needs ``pretrained``), another of
             :data:`~lightning_calibft.estimators.ESTIMATORS`, or such a metric made for its own classes.
             ``"operating_point"`` takes a ``loader`` of validation data that have absent classes.
         estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
@@ -65,7 +65,7 @@ def calibrate(
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional, a mapping the keyword arguments of ``model``.
         class_map: The head's row of each target in ``loader``, where they differ, as in folders that number their
-            classes from 0. See :func:`~lightning_calibft.class_map.resolve_class_map`.
+            classes from 0. See :func:`~lightning_calibft.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many samples, drawn at random with a fixed seed.
         tolerance: Stop reading when the standard error of gamma is at most this, in logits: then a plain ``DataLoader``

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_calibft.arguments import check_choice
+from lightning_calibft._arguments import check_choice
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.averaging import check_averaged_copies, check_averaging_order
 from lightning_calibft.callback.checks import check_class_lists, check_estimator_of_parts, check_launcher, check_trainer
@@ -19,7 +19,6 @@ from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.kept import restore_calibration
 from lightning_calibft.callback.pretrained import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
-from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.estimators import (
     Estimator,
     check_estimator,
@@ -29,7 +28,8 @@ from lightning_calibft.estimators import (
     needs_pretrained_logits,
 )
 from lightning_calibft.head import HeadNotFoundError, attach, attached_heads, find_head, get_gamma, num_classes
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 

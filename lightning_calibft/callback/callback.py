@@ -15,9 +15,9 @@ from lightning_calibft.callback.data import Source
 from lightning_calibft.callback.fitting import FitCalibration
 from lightning_calibft.callback.kept import put_calibration_of
 from lightning_calibft.callback.running import Refresh, check_refresh
-from lightning_calibft.class_map import ClassMap
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
@@ -51,8 +51,8 @@ class AbsentClassCalibration(FitCalibration):
         seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.
         absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
-        estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (better; keeps a copy of the weights that the fit
-            begins with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, such a metric, or ``"pcv"``:
+        estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
+            with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, such a metric, or ``"pcv"``:
             :func:`~lightning_calibft.pseudo_cross_validation` with this module, its data and this Trainer's settings,
             after the fit. Of the other callbacks it keeps those that shape the training, ``BaseFinetuning`` and
             ``GradientAccumulationScheduler``; it writes and logs nothing.
@@ -67,7 +67,7 @@ class AbsentClassCalibration(FitCalibration):
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
         class_map: The head's row of each target in the batches, where they differ, as in folders that number their
-            classes from 0: the loss must map them itself. See :func:`~lightning_calibft.class_map.resolve_class_map`.
+            classes from 0: the loss must map them itself. See :func:`~lightning_calibft.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many training samples, drawn at random with a fixed seed. Of a stream
             without an end, ``None`` reads as many as training has, in each pass.

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_calibft.entries import is_folded
+from lightning_calibft.checkpoint.state import is_folded
 from lightning_calibft.head import HeadNotFoundError, attached_heads, find_head
 
 

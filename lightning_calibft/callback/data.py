@@ -24,9 +24,9 @@ from lightning_calibft.calibration import (
     empty_error,
     same_for_all,
 )
-from lightning_calibft.class_map import check_mapped
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head import eval_mode
+from lightning_calibft.labels.class_map import check_mapped
 
 Source = Literal["train", "validation", "training_steps"]
 

@@ -13,17 +13,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_calibft._arguments import check_integer, check_path
 from lightning_calibft.analysis import Snapshot
 from lightning_calibft.analysis._axes import check_matplotlib
 from lightning_calibft.analysis.history import History
 from lightning_calibft.analysis.report import FORMATS, write_report
-from lightning_calibft.arguments import check_integer, check_path
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.listening import Observer
-from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.head import find_head, num_classes
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.entries import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
-from lightning_calibft.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
+from lightning_calibft.checkpoint.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
+from lightning_calibft.checkpoint.state import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
 from lightning_calibft.head import get_gamma, set_gamma
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_calibft.arguments import check_choice
+from lightning_calibft._arguments import check_choice
 from lightning_calibft.calibration import CalibrationResult, Pass
 from lightning_calibft.callback.averaging import check_no_averaging
 from lightning_calibft.callback.data import Source, calibration_pass, lockstep_of

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lightning_calibft.arguments import check_choice, check_integer, check_path
+from lightning_calibft._arguments import check_choice, check_integer, check_path
 from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
-from lightning_calibft.files import StrPath
 from lightning_calibft.functional._curve import UnreachableAccuracyError
 from lightning_calibft.metrics import SeenUnseenCurve
 from lightning_calibft.split import ClassSplit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_calibft.files import StrPath, replace_atomically
+from lightning_calibft.checkpoint.files import StrPath, replace_atomically
 
 
 class SplitStore:

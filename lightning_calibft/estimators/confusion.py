@@ -39,7 +39,7 @@ class ConfusionMatched(KeptSamples):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.arguments import check_number
+from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._inputs import real_dtype
 from lightning_calibft.metrics.mean_gap import MeanGap
 from lightning_calibft.split import ClassIds

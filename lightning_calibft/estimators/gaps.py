@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_calibft.arguments import check_number
+from lightning_calibft._arguments import check_number
 from lightning_calibft.functional.gaps import log_sum_exp_gaps, matched_maxima_gaps, quantile_gaps
 from lightning_calibft.functional.pseudo_absent import pseudo_absent_margins
 from lightning_calibft.metrics.mean_gap import MeanGap

@@ -9,7 +9,6 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._curve import (
     Criterion,
     Goal,
@@ -20,7 +19,8 @@ from lightning_calibft.functional._curve import (
     to_real,
 )
 from lightning_calibft.functional._inputs import Average
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.metrics.curve import SeenUnseenCurve
 from lightning_calibft.split import ClassIds
@@ -73,7 +73,7 @@ class OperatingPoint(SeenUnseenCurve):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_calibft.arguments import check_choice
+from lightning_calibft._arguments import check_choice
 from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft.arguments import check_integer, check_tensor, check_values
+from lightning_calibft._arguments import check_integer, check_tensor, check_values
 from lightning_calibft.split import ClassIds, ClassSplit
 
 Average = Literal["micro", "macro"]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_calibft.arguments import check_choice, check_number
+from lightning_calibft._arguments import check_choice, check_number
 from lightning_calibft.functional._inputs import (
     Average,
     Group,

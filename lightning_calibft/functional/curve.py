@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_calibft.arguments import check_choice
+from lightning_calibft._arguments import check_choice
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_calibft.arguments import check_integer
+from lightning_calibft._arguments import check_integer
 from lightning_calibft.functional._inputs import Average, Group, check_ignore_index, check_matrix, check_target
 from lightning_calibft.functional.accuracy import split_accuracy
 from lightning_calibft.split import _MOST_CLASSES, ClassIds

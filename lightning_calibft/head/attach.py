@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_calibft.arguments import check_gamma
+from lightning_calibft._arguments import check_gamma
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, head_names, num_classes
 from lightning_calibft.head.offset import (

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_calibft.arguments import check_model
+from lightning_calibft._arguments import check_model
 from lightning_calibft.head.layers import (
     Head,
     candidates,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_calibft.arguments import check_model
-from lightning_calibft.files import METADATA_KEY
+from lightning_calibft._arguments import check_model
+from lightning_calibft.checkpoint.files import METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.head.sharded import beside

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_calibft.arguments import check_number, check_tensor, check_values
+from lightning_calibft._arguments import check_number, check_tensor, check_values
 
 
 class ZeroShotHead(nn.Linear):

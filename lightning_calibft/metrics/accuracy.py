@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.class_map import ClassMap
 from lightning_calibft.functional._inputs import Average, Group
 from lightning_calibft.functional.accuracy import (
     accuracy_compute,
@@ -15,7 +14,8 @@ from lightning_calibft.functional.accuracy import (
     check_accuracy_arguments,
     harmonic_compute,
 )
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
@@ -46,7 +46,7 @@ class SplitAccuracy(AbsentClassMetric):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
@@ -140,7 +140,7 @@ class HarmonicMeanAccuracy(SplitAccuracy):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_calibft.class_map import IGNORE_INDEX, ClassMap, check_mapped, resolve_class_map, rows_tensor, to_rows
 from lightning_calibft.functional._inputs import (
     Groups,
     check_ignore_index,
@@ -18,7 +17,15 @@ from lightning_calibft.functional._inputs import (
     real_dtype,
     warn_if_probabilities,
 )
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import (
+    IGNORE_INDEX,
+    ClassMap,
+    check_mapped,
+    resolve_class_map,
+    rows_tensor,
+    to_rows,
+)
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
 
@@ -33,7 +40,7 @@ class AbsentClassMetric(Metric):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
     """

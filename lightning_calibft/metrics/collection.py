@@ -6,9 +6,9 @@ from typing import Any
 
 from torchmetrics import MetricCollection
 
-from lightning_calibft.class_map import ClassMap, resolve_class_map
 from lightning_calibft.functional._inputs import Average
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import HarmonicMeanAccuracy, SplitAccuracy
 from lightning_calibft.metrics.curve import AUSUC
 from lightning_calibft.split import ClassIds, ClassSplit
@@ -44,7 +44,7 @@ def absent_class_metrics(
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`, for each metric.
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_calibft.arguments import check_choice, check_number
-from lightning_calibft.class_map import ClassMap
+from lightning_calibft._arguments import check_choice, check_number
 from lightning_calibft.functional._curve import (
     Criterion,
     Curve,
@@ -23,7 +22,8 @@ from lightning_calibft.functional._curve import (
     to_real,
 )
 from lightning_calibft.functional._inputs import Average
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.base import AbsentClassMetric
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
@@ -54,7 +54,7 @@ class SeenUnseenCurve(AbsentClassMetric):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
@@ -227,7 +227,7 @@ class AUSUC(SeenUnseenCurve):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 

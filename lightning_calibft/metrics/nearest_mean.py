@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_calibft.arguments import check_integer
-from lightning_calibft.class_map import ClassMap
+from lightning_calibft._arguments import check_integer
 from lightning_calibft.functional._inputs import Average, Group, check_matrix
 from lightning_calibft.functional.nearest_mean import nearest_class_mean_logits
-from lightning_calibft.label_names import LabelNames
+from lightning_calibft.labels.class_map import ClassMap
+from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import SplitAccuracy
 from lightning_calibft.split import ClassIds
 
@@ -42,7 +42,7 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
         class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.class_map.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
+            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 

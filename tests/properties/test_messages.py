@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_calibft import ClassSplit, calibrate
 from lightning_calibft.calibration.batch import BatchReader
-from lightning_calibft.class_map import resolve_class_map, rows_tensor, to_rows
 from lightning_calibft.estimators import check_estimator
 from lightning_calibft.functional import (
     best_gamma,
@@ -19,6 +18,7 @@ from lightning_calibft.functional import (
     nearest_class_mean_logits,
     weight_aligning,
 )
+from lightning_calibft.labels.class_map import resolve_class_map, rows_tensor, to_rows
 from lightning_calibft.metrics import AUSUC
 
 LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

@@ -15,13 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_calibft.calibration import calibrate
-from lightning_calibft.checkpoint import fold_checkpoint, inspect_checkpoint, write_weights
-from lightning_calibft.cli_arguments import EPILOG, add_classes, add_command, add_files, add_model, add_reading
-from lightning_calibft.entries import versions
-from lightning_calibft.export import check_destination, write_model
-from lightning_calibft.folders import data_config, open_folder, rows_of_folders
+from lightning_calibft.checkpoint.export import check_destination, write_model
+from lightning_calibft.checkpoint.load import fold_checkpoint, inspect_checkpoint, write_weights
+from lightning_calibft.checkpoint.state import versions
+from lightning_calibft.checkpoint.timm_model import load_folded, load_raw
+from lightning_calibft.cli.options import EPILOG, add_classes, add_command, add_files, add_model, add_reading
+from lightning_calibft.labels.image_folders import data_config, open_folder, rows_of_folders
 from lightning_calibft.split import shorten
-from lightning_calibft.timm_models import load_folded, load_raw
 
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is that of argparse
 
@@ -187,7 +187,3 @@ def _parser() -> argparse.ArgumentParser:
     add_model(calibrate)
     add_reading(calibrate)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

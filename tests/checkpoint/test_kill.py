@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_calibft import inspect_checkpoint
-from tests.kill_script import FILES, Wide
+from tests.checkpoint.kill_script import FILES, Wide
 from tests.processes import run_script
 from tests.runs import ABSENT, SEEN, assert_calibrated, read, split_state
 
@@ -32,7 +32,7 @@ def _is_calibrated(file: Path) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that 20 runs need not start Python anew")
 def test_killed_while_checkpoints_are_calibrated(tmp_path):
-    run_script("tests.kill_script", tmp_path, KILLS)
+    run_script("tests.checkpoint.kill_script", tmp_path, KILLS)
 
     calibrated = []
     for index in range(KILLS):

@@ -12,8 +12,8 @@ from timm.data import create_transform, infer_imagenet_subset, resolve_model_dat
 from torch import nn
 from torchvision.datasets import ImageFolder
 
-from lightning_calibft.class_map import resolve_class_map
-from lightning_calibft.files import StrPath
+from lightning_calibft.checkpoint.files import StrPath
+from lightning_calibft.labels.class_map import resolve_class_map
 
 
 def data_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Fits in a child process, again and again, and kills each while it calibrates its kept checkpoints.
 
-Usage: python -m tests.kill_script FOLDER KILLS
+Usage: python -m tests.checkpoint.kill_script FOLDER KILLS
 """
 
 from __future__ import annotations

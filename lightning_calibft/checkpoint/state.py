@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.files import METADATA_KEY, StrPath
+from lightning_calibft.checkpoint.files import METADATA_KEY, StrPath
 from lightning_calibft.head import CHILD_NAME
 
 OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_calibft import attach, fold_checkpoint, get_gamma, inspect_checkpoint, load_calibrated, set_gamma
-from lightning_calibft.files import write_atomically
+from lightning_calibft.checkpoint.files import write_atomically
 from tests.runs import Plain, pretrained, quiet
 
 pytestmark = quiet

@@ -9,7 +9,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from lightning_calibft.entries import (
+from lightning_calibft.checkpoint.files import StrPath, read_checkpoint
+from lightning_calibft.checkpoint.state import (
     bare_weights,
     calibrated_heads,
     facts_of,
@@ -19,7 +20,6 @@ from lightning_calibft.entries import (
     state_dict_of,
     without_calibration,
 )
-from lightning_calibft.files import StrPath, read_checkpoint
 
 
 def load_raw(

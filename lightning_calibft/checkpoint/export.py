@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_calibft.arguments import check_model, check_path, check_type
+from lightning_calibft._arguments import check_model, check_path, check_type
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.checkpoint import write_weights
-from lightning_calibft.entries import calibrated_heads, folded_facts
-from lightning_calibft.files import METADATA_KEY, SAFETENSORS, StrPath, new_folder, replace_atomically
+from lightning_calibft.checkpoint.files import METADATA_KEY, SAFETENSORS, StrPath, new_folder, replace_atomically
+from lightning_calibft.checkpoint.load import write_weights
+from lightning_calibft.checkpoint.state import calibrated_heads, folded_facts
 from lightning_calibft.head import fold
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")

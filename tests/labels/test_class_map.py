@@ -10,7 +10,7 @@ import pytest
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from lightning_calibft.class_map import (
+from lightning_calibft.labels.class_map import (
     IGNORE_INDEX,
     check_mapped,
     is_unmapped,
@@ -19,7 +19,7 @@ from lightning_calibft.class_map import (
     to_rows,
     unmapped_error,
 )
-from lightning_calibft.label_names import CLASS_MAPS, LABEL_SETS, wordnet_ids
+from lightning_calibft.labels.label_names import CLASS_MAPS, LABEL_SETS, wordnet_ids
 
 NAMES = ["ant", "bee", "cat", "cow", "dog"]
 OF_TIMM = ["imagenet-a", "imagenet-r", "mini-imagenet"]

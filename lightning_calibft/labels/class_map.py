@@ -9,8 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lightning_calibft.arguments import check_integer, check_tensor, is_integer
-from lightning_calibft.label_names import (
+from lightning_calibft._arguments import check_integer, check_tensor, is_integer
+from lightning_calibft.labels.label_names import (
     CLASS_MAPS,
     LabelNames,
     did_you_mean,

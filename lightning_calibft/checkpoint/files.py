@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_calibft.arguments import StrPath, check_path
+from lightning_calibft._arguments import StrPath, check_path
 
 METADATA_KEY = "lightning_calibft"
 SAFETENSORS = ".safetensors"

@@ -11,8 +11,16 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_calibft.arguments import check_path, check_type
-from lightning_calibft.entries import (
+from lightning_calibft._arguments import check_path, check_type
+from lightning_calibft.checkpoint.files import (
+    METADATA_KEY,
+    StrPath,
+    is_safetensors,
+    read_checkpoint,
+    read_exported_facts,
+    write_atomically,
+)
+from lightning_calibft.checkpoint.state import (
     LIGHTNING_VERSION,
     MASK,
     OFFSET,
@@ -25,14 +33,6 @@ from lightning_calibft.entries import (
     state_dict_of,
     state_key,
     without_calibration,
-)
-from lightning_calibft.files import (
-    METADATA_KEY,
-    StrPath,
-    is_safetensors,
-    read_checkpoint,
-    read_exported_facts,
-    write_atomically,
 )
 from lightning_calibft.head import set_gamma
 

@@ -1,0 +1,1 @@
+"""What a calibrated file holds, and how it is read and written."""

@@ -1,0 +1,5 @@
+"""The command ``calibft``."""
+
+from lightning_calibft.cli.main import main
+
+__all__ = ["main"]
