@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_calibft.calibration import BatchReader, UnpackBatch, calibration_loaders, check_head, head_width
-from lightning_calibft.calibration.batch import call_forward
-from lightning_calibft.calibration.one_pass import forward_of
+from lightning_calibft.calibration.batch_reader import call_forward
+from lightning_calibft.calibration.evaluation_pass import forward_of
 from lightning_calibft.head import attach, attached_heads, detach, eval_mode, record_logits
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames

@@ -1,22 +1,20 @@
 """Find gamma in one eval-mode pass over the fine-tuning data."""
 
-from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
-from lightning_calibft.calibration.checks import head_width
-from lightning_calibft.calibration.faults import empty_error, target_error, warn_if_positions
-from lightning_calibft.calibration.joined import JoinedBatches
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.batched_updates import BatchedUpdates
+from lightning_calibft.calibration.calibrate import calibrate
+from lightning_calibft.calibration.data_check import empty_error, target_error, warn_if_positions
+from lightning_calibft.calibration.distributed import ShardedReading, first_batch_of_any
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_head, check_tolerance, head_width
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples, sample_indices
-from lightning_calibft.calibration.lockstep import Lockstep, same_for_all
-from lightning_calibft.calibration.one_pass import Pass, check_head
 from lightning_calibft.calibration.result import CalibrationResult, result_of
-from lightning_calibft.calibration.run import calibrate
-from lightning_calibft.calibration.stopping import check_tolerance
 
 __all__ = [
     "BatchReader",
+    "BatchedUpdates",
     "CalibrationResult",
-    "JoinedBatches",
-    "Lockstep",
-    "Pass",
+    "EvaluationPass",
+    "ShardedReading",
     "UnpackBatch",
     "calibrate",
     "calibration_loaders",
@@ -24,9 +22,9 @@ __all__ = [
     "check_max_samples",
     "check_tolerance",
     "empty_error",
+    "first_batch_of_any",
     "head_width",
     "result_of",
-    "same_for_all",
     "sample_indices",
     "target_error",
     "warn_if_positions",

@@ -25,22 +25,9 @@ from torch.utils.data import (
 )
 
 from lightning_calibft._arguments import is_integer
+from lightning_calibft.calibration.distributed import rank_and_world_size
 
 _MOST_SAMPLES = torch.iinfo(torch.long).max
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, ``(0, 1)`` without a process group."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
-    """Return the sum, or the maximum, over the processes; with one process ``tensor`` itself."""
-    if rank_and_world_size()[1] > 1:
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM)
-    return tensor
 
 
 def check_max_samples(max_samples: int | None) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lightning_calibft.calibration import (
     BatchReader,
-    Lockstep,
-    Pass,
+    EvaluationPass,
+    ShardedReading,
     calibration_loaders,
     check_head,
     empty_error,
-    same_for_all,
+    first_batch_of_any,
 )
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head import eval_mode
@@ -70,14 +70,14 @@ def move_batch(trainer: Trainer, batch: Any) -> Any:
         trainer.state.stage = stage
 
 
-def lockstep_of(trainer: Any) -> Lockstep | None:
+def lockstep_of(trainer: Any) -> ShardedReading | None:
     """Return how the processes of a model that is shared out among them pass over data; ``None`` for a whole model."""
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return None
     shares = strategy.distributed_sampler_kwargs
     first = strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
-    return Lockstep(shares["rank"], shares["num_replicas"], counts=first)
+    return ShardedReading(shares["rank"], shares["num_replicas"], counts=first)
 
 
 def _first_calibration_batch(trainer: Trainer) -> Any:
@@ -109,7 +109,7 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         if reader.maps:
             check_mapped(rows)
         if lockstep_of(trainer) is not None:  # the forwards need all processes, and depend on what comes out
-            batch = same_for_all(batch, model.device)
+            batch = first_batch_of_any(batch, model.device)
         check_head(model, batch, reader)
 
 
@@ -123,7 +123,7 @@ def calibration_pass(
     max_samples: int | None,
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
-) -> Pass | None:
+) -> EvaluationPass | None:
     """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
     clean = None if source == "validation" else calibration_dataloader(trainer)
     if source == "validation":
@@ -136,7 +136,7 @@ def calibration_pass(
         rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
         return None
     progress_bar, lockstep = trainer.progress_bar_callback, lockstep_of(trainer)
-    return Pass(
+    return EvaluationPass(
         model,
         calibration_loaders(
             loaders, max_samples, max_batches, at_random=tolerance is not None, share=lockstep and lockstep[:2]
@@ -152,7 +152,7 @@ def calibration_pass(
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
         context=trainer.precision_plugin.forward_context,
-        lockstep=lockstep,
+        sharded=lockstep,
     )
 
 

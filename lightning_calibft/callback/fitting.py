@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_calibft.calibration import CalibrationResult, Pass, head_width
+from lightning_calibft.calibration import CalibrationResult, EvaluationPass, head_width
 from lightning_calibft.callback.averaging import averaged_copies
 from lightning_calibft.callback.checks import check_kept_parts, order_callbacks
 from lightning_calibft.callback.data import calibration_dataloader, check_first_batch, check_source, lockstep_of
@@ -168,7 +168,7 @@ class FitCalibration(RunningCalibration):
                     result = live if trained else self._find(trainer, reading, split)
                     set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
 
-    def _find(self, trainer: Trainer, reading: Pass, split: ClassSplit) -> CalibrationResult:
+    def _find(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
         if self._retraining is None:
             return reading.run(split)
         if self.result is not None:
@@ -189,7 +189,12 @@ class FitCalibration(RunningCalibration):
             self.checkpoint_results = calibrate_files(files, trainer, model, live, run)
 
     def _result_of_file(
-        self, trainer: Trainer, model: LightningModule, reading: Pass, split: ClassSplit, checkpoint: dict[str, Any]
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        reading: EvaluationPass,
+        split: ClassSplit,
+        checkpoint: dict[str, Any],
     ) -> CalibrationResult:
         return self._found_on_the_way(model, checkpoint, split) or self._find(trainer, reading, split)
 

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration import Pass, target_error, warn_if_positions
-from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, place_of
+from lightning_calibft.calibration import EvaluationPass, target_error, warn_if_positions
+from lightning_calibft.calibration.data_check import NO_LABEL, label_bins, largest_outside
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
 
@@ -78,11 +78,11 @@ class LabelsMet:
             return
         target = torch.cat(self._pending)
         self._pending = []
-        self._met = self._met.to(target.device).index_fill(0, place_of(target, self.num_classes), 1)
+        self._met = self._met.to(target.device).index_fill(0, label_bins(target, self.num_classes), 1)
         self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
-def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: Pass) -> ClassSplit | None:
+def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: EvaluationPass) -> ClassSplit | None:
     """Return the split by the labels met in training or else in the data of a pass; ``None``, with a warning, for none.
 
     Args:

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_calibft.calibration import BatchReader, JoinedBatches
-from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, target_error
+from lightning_calibft.calibration import BatchedUpdates, BatchReader
+from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
 from lightning_calibft.head import get_gamma, record_logits
 from lightning_calibft.head.record import LogitRecording
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
@@ -36,7 +36,7 @@ class LogitMonitor:
         self.step = -1
         self.counted = False  # whether any batch was
         self.metrics: list[MetricCollection] = []
-        self._joined: list[JoinedBatches] = []
+        self._joined: list[BatchedUpdates] = []
 
     def start(
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
@@ -50,7 +50,7 @@ class LogitMonitor:
         if split is not None:
             for metrics in self.metrics:
                 metrics.to(model.device).reset()
-            self._joined = [JoinedBatches(metrics.update) for metrics in self.metrics]
+            self._joined = [BatchedUpdates(metrics.update) for metrics in self.metrics]
             self._recording = record_logits(model)
             self._shift = self.gamma * split.absent_mask.to(model.device, torch.float32)
 

@@ -15,16 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.calibration import CalibrationResult, EvaluationPass
 from lightning_calibft.callback.nested import Progress, copy_of, fit_nested, nothing
 from lightning_calibft.callback.restricted import RestrictedData, check_loaders
-from lightning_calibft.cross_validation import Plan, cost, cross_validate, of_classes
+from lightning_calibft.cross_validation import CrossValidationPlan, cost, cross_validate, of_classes
 from lightning_calibft.head import reset_gamma
 from lightning_calibft.split import ClassSplit
 
 
 @dataclass(frozen=True)
-class RetrainingPlan(Plan):
+class RetrainingPlan(CrossValidationPlan):
     """The ``estimator_kwargs`` of ``"pcv"``.
 
     Raises:
@@ -112,7 +112,7 @@ class Retraining:
         self,
         trainer: Any,
         weights: Mapping[str, Tensor],
-        reading: Pass,
+        reading: EvaluationPass,
         split: ClassSplit,
     ) -> CalibrationResult:
         """Cross-validate with nested fits; see :func:`~lightning_calibft.cross_validation.cross_validate`.
@@ -143,7 +143,7 @@ class Retraining:
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
             return module.to(device)
 
-        def read(module: nn.Module) -> Pass:
+        def read(module: nn.Module) -> EvaluationPass:
             return replace(reading, model=module, progress=False)
 
         with tqdm(desc="Cross-validating", unit="step", disable=not shown, leave=False) as bar:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_choice
-from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.calibration import CalibrationResult, EvaluationPass
 from lightning_calibft.callback.averaging import check_no_averaging
 from lightning_calibft.callback.data import Source, calibration_pass, lockstep_of
 from lightning_calibft.callback.evaluation import EvaluationMetrics
@@ -179,7 +179,7 @@ class RunningCalibration(EvaluationMetrics):
         self.result = result
         set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
 
-    def _split_of(self, trainer: Trainer, reading: Pass) -> ClassSplit | None:
+    def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
 
     def _found_for(self, trainer: Trainer) -> CalibrationResult | None:
@@ -203,7 +203,7 @@ class RunningCalibration(EvaluationMetrics):
         same = (result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6) and result.split == split)
         return next(same, None)
 
-    def _pass(self, trainer: Trainer, model: LightningModule) -> Pass | None:
+    def _pass(self, trainer: Trainer, model: LightningModule) -> EvaluationPass | None:
         return calibration_pass(
             trainer,
             model,

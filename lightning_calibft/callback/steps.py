@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_calibft.calibration import BatchReader, CalibrationResult, JoinedBatches, result_of
+from lightning_calibft.calibration import BatchedUpdates, BatchReader, CalibrationResult, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head import record_logits
 from lightning_calibft.split import ClassSplit
@@ -42,7 +42,7 @@ class TrainingSteps:
         self._choice = estimator
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
         self._num_classes = split.num_classes
-        self._joined = JoinedBatches(self._count)
+        self._joined = BatchedUpdates(self._count)
         self._recording = record_logits(model)
         self._open = ExitStack()
         self._records: list[Tensor] | None = None

@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lightning_calibft._arguments import check_choice, check_integer, check_path
-from lightning_calibft.calibration import CalibrationResult, Pass
+from lightning_calibft.calibration import CalibrationResult, EvaluationPass
 from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
@@ -30,7 +30,7 @@ Candidates = Literal["seen", "all"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CrossValidationPlan:
     """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
 
     Raises:
@@ -73,11 +73,11 @@ class Plan:
 
 
 def cross_validate(
-    plan: Plan,
+    plan: CrossValidationPlan,
     split: ClassSplit,
     before: nn.Module,
     fit: Callable[[int, ClassSplit], nn.Module],
-    reading: Callable[[nn.Module], Pass],
+    reading: Callable[[nn.Module], EvaluationPass],
     settings: Mapping[str, Any],
 ) -> CalibrationResult:
     """Fine-tune once for each pseudo split, and average the gammas that bring the pseudo-absent classes back.
@@ -116,7 +116,9 @@ def cross_validate(
     return _result([outcome for outcome in known if outcome is not None], split)
 
 
-def _accuracies_before(reading: Pass, split: ClassSplit, pseudo_splits: list[ClassSplit]) -> list[dict[str, Any]]:
+def _accuracies_before(
+    reading: EvaluationPass, split: ClassSplit, pseudo_splits: list[ClassSplit]
+) -> list[dict[str, Any]]:
     """Accuracy of the model before fine-tuning on the pseudo-absent samples of each split."""
     curves = [
         OperatingPoint(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)

@@ -19,7 +19,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_calibft.calibration.loaders import all_reduce, calibration_loaders, rank_and_world_size
+from lightning_calibft.calibration.distributed import all_reduce, rank_and_world_size
+from lightning_calibft.calibration.loaders import calibration_loaders
 from tests.runs import quiet
 
 pytestmark = quiet

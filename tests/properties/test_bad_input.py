@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_calibft import ClassSplit, calibrate, get_gamma
-from lightning_calibft.calibration.batch import TARGET_KEYS, BatchReader, call_forward
+from lightning_calibft.calibration.batch_reader import TARGET_KEYS, BatchReader, call_forward
 from lightning_calibft.functional import (
     ausuc,
     average_logit_gap,

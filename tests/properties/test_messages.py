@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_calibft import ClassSplit, calibrate
-from lightning_calibft.calibration.batch import BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.estimators import check_estimator
 from lightning_calibft.functional import (
     best_gamma,

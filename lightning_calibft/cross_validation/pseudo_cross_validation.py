@@ -17,14 +17,14 @@ from lightning_calibft._arguments import check_integer, check_model
 from lightning_calibft.calibration import (
     BatchReader,
     CalibrationResult,
-    Pass,
+    EvaluationPass,
     UnpackBatch,
     empty_error,
     head_width,
     target_error,
 )
 from lightning_calibft.checkpoint.files import StrPath
-from lightning_calibft.cross_validation.splits import Candidates, Plan, cross_validate
+from lightning_calibft.cross_validation.splits import Candidates, CrossValidationPlan, cross_validate
 from lightning_calibft.head import attach, reset_gamma
 from lightning_calibft.labels.class_map import IGNORE_INDEX, ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
@@ -116,7 +116,7 @@ def pseudo_cross_validation(
     check_model("model", model)
     check_integer("batch_size", batch_size, least=1)
     check_integer("num_workers", num_workers, least=0)
-    plan = Plan(num_splits, candidates, seed, folder)
+    plan = CrossValidationPlan(num_splits, candidates, seed, folder)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"Expected argument `dataset` to be map-style, of which a part can be taken, but got a"
@@ -149,7 +149,7 @@ def pseudo_cross_validation(
             split,
             before,
             fit,
-            lambda net: Pass(net, [loader], reader=reader, progress=False),
+            lambda net: EvaluationPass(net, [loader], reader=reader, progress=False),
             settings={"num_samples": len(of_classes(rows, split.seen_classes))},
         )
 
@@ -183,7 +183,7 @@ def of_classes(rows: Tensor, classes: Sequence[int]) -> list[int]:
     return torch.isin(rows, torch.tensor(classes)).nonzero().flatten().tolist()
 
 
-def cost(plan: Plan, split: ClassSplit, rows: Tensor) -> str:
+def cost(plan: CrossValidationPlan, split: ClassSplit, rows: Tensor) -> str:
     """Say in a line what the trainings cost.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -19,15 +20,18 @@ from torch.func import functional_call
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
-from lightning_calibft.calibration.batch import BatchReader, call_forward
-from lightning_calibft.calibration.checks import check_pretrained, head_width
-from lightning_calibft.calibration.faults import AbsentSamples, Faults, empty_error, target_error, warn_if_positions
-from lightning_calibft.calibration.joined import JoinedBatches
-from lightning_calibft.calibration.loaders import all_reduce, batches_of, rank_and_world_size
-from lightning_calibft.calibration.lockstep import Lockstep
-from lightning_calibft.calibration.processes import Processes
+from lightning_calibft.calibration.batch_reader import BatchReader, call_forward
+from lightning_calibft.calibration.batched_updates import BatchedUpdates
+from lightning_calibft.calibration.data_check import (
+    AbsentSamples,
+    DataCheck,
+    empty_error,
+    target_error,
+    warn_if_positions,
+)
+from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, all_reduce, rank_and_world_size
+from lightning_calibft.calibration.loaders import batches_of
 from lightning_calibft.calibration.result import CalibrationResult, result_of
-from lightning_calibft.calibration.stopping import is_settled, when_to_look
 from lightning_calibft.estimators import (
     Estimator,
     check_estimator_width,
@@ -35,17 +39,18 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, probe, record_logits
+from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
 from lightning_calibft.head.probe import NotFiniteError
 from lightning_calibft.head.record import LogitRecording
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 4
+LEAST_SAMPLES = 100  # of fewer, the standard error itself is a guess
 
 
 @dataclass
-class Pass:
+class EvaluationPass:
     """One reading of the fine-tuning data; see :func:`calibrate` for the fields that the two share."""
 
     model: nn.Module
@@ -61,7 +66,7 @@ class Pass:
     pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
-    lockstep: Lockstep | None = None  # of processes that hold parts of one model
+    sharded: ShardedReading | None = None  # where each process holds a part of the model
     device: torch.device = field(init=False)
     num_classes: int = field(init=False)
 
@@ -78,15 +83,15 @@ class Pass:
         Raises:
             ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
         """
-        met, others = torch.zeros(self.num_classes, dtype=torch.long), Processes(self.device)
-        with others.told_to_others(), eval_mode(self.model):  # transfer hooks may mix labels while training
+        met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors(self.device)
+        with errors.shared(), eval_mode(self.model):  # transfer hooks may mix labels while training
             for batch in self._batches("Reading labels"):
                 target = self.reader.rows(batch).cpu()
                 target = target[target != IGNORE_INDEX]
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
                     raise target_error(self.num_classes, int(outside[0]))
                 met[target] = 1
-        others.meet()
+        errors.agree()
         met = all_reduce(met.to(self.device))
         if not met.any():
             raise empty_error()
@@ -103,7 +108,7 @@ class Pass:
 
     def _batches(self, what: str) -> Iterator[Any]:
         """Yield this process' batches on the device, of each loader up to its share of ``max_samples``."""
-        rank, size, *_ = self.lockstep or rank_and_world_size()
+        rank, size, *_ = self.sharded or rank_and_world_size()
         share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / size
         for loader in self.loaders:
             total, read = _length(loader, self.max_batches), 0
@@ -126,19 +131,19 @@ class Pass:
             torch.OutOfMemoryError: If a batch does not fit, with a remedy.
             ValueError, RuntimeError: If another process has failed, whose error says why.
         """
-        forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
+        forward, check = forward_of(self.model), DataCheck(split, self.device, self.reader.maps, self._absent_samples())
         forwards: list[Callable[..., Any]] = [forward]
         if needs_pretrained_logits(self.estimator):
             forwards.append(self._forward_before(forward))
 
         def count(logits: Tensor, target: Tensor, batch: Tensor, *logits_before: Tensor) -> None:
-            faults.count(target, batch, logits, *logits_before)
+            check.count(target, batch, logits, *logits_before)
             estimator.update(logits, target, *logits_before)
 
-        recording, joined = record_logits(self.model), JoinedBatches(count)
+        recording, updates = record_logits(self.model), BatchedUpdates(count)
         looks, probed = self._looks(), False
-        with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
-            for index, batch, counts in self._numbered_batches(faults):
+        with check.errors.shared(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+            for index, batch, counts in self._numbered_batches(check.errors):
                 target = self.reader.rows(batch).clone()  # the loader may write over it
                 if not probed and len(target) > 0:
                     with self.context():
@@ -146,26 +151,26 @@ class Pass:
                     probed = True
                 logits, *before = [self._logits(recording, each, batch, target) for each in forwards]
                 rows = (logits, target, torch.full_like(target, index), *before)
-                joined.add(*(each if counts else each[:0] for each in rows))
+                updates.add(*(each if counts else each[:0] for each in rows))
                 if self.tolerance is not None and index + 1 in looks:
-                    joined.flush()
-                    faults.meet()
+                    updates.flush()
+                    check.errors.agree()
                     if is_settled(estimator, self.tolerance):
                         break
-            joined.flush()
-        faults.raise_or_warn()
+            updates.flush()
+        check.raise_or_warn()
 
-    def _numbered_batches(self, faults: Faults) -> Iterator[tuple[int, Any, bool]]:
+    def _numbered_batches(self, errors: SharedErrors) -> Iterator[tuple[int, Any, bool]]:
         """Yield the batches with their numbers and whether they count."""
         batches = self._batches("Calibrating")
-        if self.lockstep is not None:
-            return self.lockstep.batches(batches, self.device, faults.meet)
+        if self.sharded is not None:
+            return self.sharded.batches(batches, self.device, errors.agree)
         return ((index, batch, True) for index, batch in enumerate(batches))
 
     def _looks(self) -> set[int]:
         if self.tolerance is None or not self.loaders:
             return set()
-        return when_to_look(_length(self.loaders[0], self.max_batches), self.device)
+        return _looks_at_gamma(_length(self.loaders[0], self.max_batches), self.device)
 
     def _absent_samples(self) -> AbsentSamples:
         if needs_absent_samples(self.estimator):
@@ -233,3 +238,80 @@ def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
 
 def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
     return min((n for n in (sized_len(loader), max_batches) if n is not None), default=None)
+
+
+def head_width(model: nn.Module) -> int:
+    """Return the number of rows of the attached head of ``model``."""
+    return num_classes(next(iter(attached_heads(model).values())))
+
+
+def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    """Refuse an estimator that needs the weights from before fine-tuning without them, or with others.
+
+    Raises:
+        ValueError: If they are missing, not needed, or do not fit the model.
+    """
+    name = estimator if isinstance(estimator, str) else type(estimator).__name__
+    if needs_pretrained_logits(estimator) != (pretrained is not None):
+        needed = "the model before fine-tuning" if pretrained is None else "None"
+        raise ValueError(
+            f"Expected argument `pretrained` to be {needed} beside the estimator {name!r}, but got"
+            f" {'None' if pretrained is None else 'weights'}."
+        )
+    if pretrained is None:
+        return
+    # Besides tensors, a state dict may hold what modules tell as their extra state.
+    tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    shapes = {key: value.shape for key, value in tensors.items() if CHILD_NAME not in key}
+    if wrong := [key for key, shape in shapes.items() if key not in pretrained or pretrained[key].shape != shape]:
+        raise ValueError(
+            f"Expected argument `pretrained` to hold the weights of the same model before fine-tuning, but {wrong[0]!r}"
+            " is missing or has another shape."
+        )
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse a standard error that no number of samples reaches.
+
+    Raises:
+        ValueError: If ``tolerance`` is not a positive number.
+    """
+    if tolerance is not None and not (
+        isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < math.inf
+    ):
+        raise ValueError(
+            f"Expected argument `tolerance` to be a positive number, a standard error in logits, but got {tolerance!r}."
+        )
+
+
+def _looks_at_gamma(length: int | None, device: torch.device) -> set[int]:
+    """Return the numbers of batches after which to look at gamma, each a quarter above the last.
+
+    To look at all samples anew is not free, and the processes must look together.
+
+    Args:
+        length: Number of this process' batches; ``None``: unknown.
+        device: That of the processes' communication.
+    """
+    if length is None:
+        length = 0 if rank_and_world_size()[1] > 1 else torch.iinfo(torch.long).max
+    shortest = -int(all_reduce(torch.tensor(-length, device=device), maximum=True))
+    looks = [1]
+    while (later := looks[-1] + math.ceil(looks[-1] / 4)) <= shortest:
+        looks.append(later)
+    return {look for look in looks if look <= shortest}
+
+
+def is_settled(estimator: Any, tolerance: float) -> bool:
+    """Tell whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
+    # What a metric keeps of a look, it returns at the end where no batch came after it: without waiting for a process
+    # that had one more batch, and that waits for all.
+    kept, estimator.compute_with_cache = estimator.compute_with_cache, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the samples so far lack
+            return float(estimator.standard_error) <= tolerance and int(estimator.num_samples) >= LEAST_SAMPLES
+    except ValueError:  # there is no gamma yet
+        return False
+    finally:
+        estimator.compute_with_cache = kept

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class JoinedBatches:
+class BatchedUpdates:
     """Passes batches on together: an update has a fixed cost, which fast steps with few classes feel.
 
     Args:

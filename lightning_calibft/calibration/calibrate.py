@@ -8,12 +8,11 @@ from typing import Any
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_calibft.calibration.batch import BatchReader, UnpackBatch
-from lightning_calibft.calibration.faults import check_weights
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.data_check import check_weights
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance, head_width
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
-from lightning_calibft.calibration.one_pass import Pass, head_width
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.calibration.stopping import check_tolerance
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
 from lightning_calibft.head import attach, attached_heads, detach, set_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
@@ -108,7 +107,7 @@ def calibrate(
             rows = resolve_class_map(class_map, label_names, head_width(model))
             loaders = calibration_loaders(loader, max_samples, at_random=tolerance is not None)
             reader = BatchReader(unpack_batch, rows)
-            reading = Pass(
+            reading = EvaluationPass(
                 model,
                 loaders,
                 estimator,

@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration.batch import CLEAN_LABELS_REMEDY
-from lightning_calibft.calibration.loaders import all_reduce
-from lightning_calibft.calibration.processes import Processes
+from lightning_calibft.calibration.batch_reader import CLEAN_LABELS_REMEDY
+from lightning_calibft.calibration.distributed import SharedErrors, all_reduce
 from lightning_calibft.labels.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
 from lightning_calibft.split import ClassSplit, shorten
 
@@ -22,18 +21,21 @@ NO_LABEL = torch.iinfo(torch.long).min  # smaller than any
 NO_BATCH = torch.iinfo(torch.long).max  # larger than any
 
 
-class Faults(Processes):
-    """The faults of all batches, told at the end of the pass and on all processes alike.
+class DataCheck:
+    """Counts what is wrong with the batches of a pass, and raises at its end, on all processes alike.
 
     Args:
         split: The seen and the absent classes.
         device: Where the logits are.
         mapped: Whether a ``class_map`` has made rows of the labels.
         absent: What samples of absent classes are: an ``"accident"``, ``"expected"`` or ``"needed"``.
+
+    Attributes:
+        errors: Ends the pass on all processes when one of them fails.
     """
 
     def __init__(self, split: ClassSplit, device: torch.device, mapped: bool, absent: AbsentSamples) -> None:
-        super().__init__(device)
+        self.errors = SharedErrors(device)
         self._split = split
         self._mapped = mapped
         self._absent = absent
@@ -43,8 +45,8 @@ class Faults(Processes):
 
     def count(self, target: Tensor, batch: Tensor, *logits: Tensor) -> None:
         """Look at labels and numbers of batches ``(N,)`` with one or two logits ``(N, C)`` for each."""
-        place = place_of(target, self._split.num_classes)
-        self._samples.index_add_(0, place, torch.ones_like(place))
+        bins = label_bins(target, self._split.num_classes)
+        self._samples.index_add_(0, bins, torch.ones_like(bins))
         self._outside = largest_outside(self._outside, target, self._split.num_classes)
         for each in logits:
             bad = torch.where(each.isfinite().all(1), NO_BATCH, batch)
@@ -57,7 +59,7 @@ class Faults(Processes):
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
             ValueError, RuntimeError: If another process has failed.
         """
-        self.meet()
+        self.errors.agree()
         *samples, outside, _ = all_reduce(self._samples).tolist()
         bad_batch = -int(all_reduce(-self._bad_batch, maximum=True))
         label = int(all_reduce(self._outside, maximum=True))
@@ -101,7 +103,7 @@ def check_weights(device: torch.device) -> None:
         )
 
 
-def place_of(target: Tensor, num_classes: int) -> Tensor:
+def label_bins(target: Tensor, num_classes: int) -> Tensor:
     """Return where to count each label: its class, behind them those that are no class, and last the ignored ones."""
     target = target.long()
     outside = torch.where(target == IGNORE_INDEX, num_classes + 1, num_classes)
@@ -110,7 +112,7 @@ def place_of(target: Tensor, num_classes: int) -> Tensor:
 
 def largest_outside(before: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Return the largest label that is no class, among ``target`` and what was found ``before``, or ``NO_LABEL``."""
-    labels = torch.where(place_of(target, num_classes) == num_classes, target.long(), NO_LABEL)
+    labels = torch.where(label_bins(target, num_classes) == num_classes, target.long(), NO_LABEL)
     return torch.cat([before[None], labels]).amax()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_calibft import AbsentClassCalibration, ClassSplit, calibrate, get_gamma
-from lightning_calibft.calibration import BatchReader, JoinedBatches
-from lightning_calibft.calibration.faults import Faults
+from lightning_calibft.calibration import BatchedUpdates, BatchReader
+from lightning_calibft.calibration.data_check import DataCheck
 from lightning_calibft.callback.labels import LabelsMet
 from tests.callback.measures import Measures, logged
 from tests.references import _reference_gap
@@ -36,10 +36,10 @@ class Reused:
 
 @pytest.mark.parametrize("sizes", [[], [0], [7], [3, 0, 2, 30, 1], [1] * 50, [40, 1]])
 def test_every_row_once_and_in_order(sizes, monkeypatch):
-    monkeypatch.setattr(JoinedBatches, "limit", 50)
+    monkeypatch.setattr(BatchedUpdates, "limit", 50)
     logits = torch.randn(sum(sizes), 2, generator=torch.Generator().manual_seed(0))
     target, updates = torch.arange(sum(sizes)), []
-    joined = JoinedBatches(lambda *tensors: updates.append(tensors))
+    joined = BatchedUpdates(lambda *tensors: updates.append(tensors))
     for batch in zip(logits.split(sizes), target.split(sizes), strict=True):
         joined.add(*batch)
     joined.flush()
@@ -52,13 +52,13 @@ def test_every_row_once_and_in_order(sizes, monkeypatch):
 
 def test_a_large_batch_is_not_copied():
     logits, given = torch.randn(2**10, 2**9), []
-    JoinedBatches(given.append).add(logits)
+    BatchedUpdates(given.append).add(logits)
     assert given[0] is logits
 
 
 def test_what_is_forgotten_is_not_counted():
     given = []
-    joined = JoinedBatches(given.append)
+    joined = BatchedUpdates(given.append)
     joined.add(torch.zeros(1, 2))
     joined.clear()
     joined.add(torch.ones(1, 2))
@@ -98,12 +98,12 @@ def test_counting_never_waits_for_the_device():
     """On the device without values whatever reads one fails, as does copying to the host."""
     device = torch.device("meta")
     logits, target = torch.empty(70, 8, 6, device=device), torch.empty(70, 8, dtype=torch.long, device=device)
-    faults, labels = Faults(ClassSplit(6, SEEN), device, False, "accident"), LabelsMet(6, mapped=False)
-    joined = JoinedBatches(lambda logits, target, batch: faults.count(target, batch, logits))
+    check, labels = DataCheck(ClassSplit(6, SEEN), device, False, "accident"), LabelsMet(6, mapped=False)
+    joined = BatchedUpdates(lambda logits, target, batch: check.count(target, batch, logits))
     reader = BatchReader(rows={7: 0, 9: 5})
     for index in range(70):
         labels.add(reader.rows((logits[index], target[index])))
         joined.add(logits[index], target[index], torch.full_like(target[index], index))
     joined.flush()
     with pytest.raises(RuntimeError, match="meta"):
-        faults.raise_or_warn()
+        check.raise_or_warn()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.calibration.batch import BatchReader, call_forward, check_target, resolve_unpack_batch
+from lightning_calibft.calibration.batch_reader import BatchReader, call_forward, check_target, resolve_unpack_batch
 
 X, Y = torch.ones(3, 2), torch.tensor([0, 1, 2])
 Pair = namedtuple("Pair", ["image", "label"])
