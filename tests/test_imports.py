@@ -1,0 +1,81 @@
+"""The names of the top level load on demand, and the light parts of the package load nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_calibft
+
+
+def type_checked_names():
+    """Return the names that type checkers see, with their modules."""
+    tree = ast.parse(Path(lightning_calibft.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    return {alias.name: node.module for node in block.body for alias in node.names}
+
+
+def test_type_checkers_see_what_is_there():
+    names = {name: f"lightning_calibft.{module}" for name, module in lightning_calibft._MODULE_OF.items()}
+    names |= dict.fromkeys(lightning_calibft._SUBPACKAGES, "lightning_calibft")
+    assert type_checked_names() == names
+    assert sorted(lightning_calibft.__all__) == lightning_calibft.__all__ == sorted(lightning_calibft._MODULE_OF)
+
+
+@pytest.mark.parametrize("name", lightning_calibft.__all__)
+def test_each_public_name(name):
+    public = getattr(lightning_calibft, name)
+    assert public.__name__ == name
+    assert name in dir(lightning_calibft)
+    assert pickle.loads(pickle.dumps(public)) is public
+
+
+def test_star_import():
+    namespace = {}
+    exec("from lightning_calibft import *", namespace)
+    assert set(lightning_calibft.__all__) <= namespace.keys()
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(AttributeError, match="module 'lightning_calibft' has no attribute 'calibrat'"):
+        lightning_calibft.calibrat  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'calibrat'"):
+        from lightning_calibft import calibrat  # noqa: F401
+
+
+def test_help():
+    text = pydoc.render_doc(lightning_calibft, renderer=pydoc.plaintext)
+    assert "class AbsentClassCalibration(" in text
+    assert "Find gamma" in text  # from the docstring of `calibrate`
+
+
+def test_a_replaced_class_is_seen(monkeypatch):
+    import lightning_calibft.callback as room
+
+    monkeypatch.setattr(room, "AbsentClassCalibration", "replaced")
+    assert lightning_calibft.AbsentClassCalibration == "replaced"
+
+
+HEAVY = ["lightning", "matplotlib", "onnx", "pytorch_lightning", "timm", "torch", "torchmetrics", "torchvision"]
+
+
+def loaded(code):
+    """Return which of the heavy packages a fresh process has loaded after ``code``."""
+    show = f"import sys; print('loaded', *[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_the_package_itself_loads_nothing():
+    assert loaded("import lightning_calibft; dir(lightning_calibft)") == []
+
+
+def test_subpackages_are_attributes():
+    assert "torch" in loaded("import lightning_calibft; lightning_calibft.functional.ausuc")
