@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft.calibration.loaders import all_reduce, calibration_loaders, rank_and_world_size
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 
 pytestmark = quiet
 

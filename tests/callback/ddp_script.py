@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.processes import hand_over
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
 
 RARE = SEEN[-1]
 

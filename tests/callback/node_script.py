@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from tests.callback.ddp_script import TRAIN, VAL, Scheduled, record_writes
-from tests.processes import hand_over
-from tests.runs import trainer_of
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import trainer_of
 
 NODES = 2
 

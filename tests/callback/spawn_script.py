@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, attach, get_gamma
 from tests.callback.ddp_script import TRAIN, VAL, Scheduled
-from tests.runs import trainer_of
+from tests.helpers.runs import trainer_of
 
 METHODS = ("ddp_notebook", "ddp_spawn")  # to fork, and to spawn
 

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 
 from lightning_calibft import CalibrationDiagnostics
 from tests.callback.ddp_script import Scheduled, loaders
-from tests.processes import hand_over
-from tests.runs import quiet, trainer_of
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import quiet, trainer_of
 
 pytestmark = quiet
 

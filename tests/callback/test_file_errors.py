@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, fold_checkpoint
-from tests.runs import (
+from tests.helpers.runs import (
     VAL,
     Plain,
     assert_calibrated,
@@ -82,7 +82,7 @@ def test_a_full_disk(tmp_path):
         from pathlib import Path
         warnings.simplefilter("ignore")
         from lightning.pytorch import Callback, LightningModule
-        from tests.runs import *
+        from tests.helpers.runs import *
         from lightning_calibft import AbsentClassCalibration
 
         folder = Path(sys.argv[1])

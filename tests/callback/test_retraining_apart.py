@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_calibft import get_gamma, inspect_checkpoint
 from tests.callback.retraining import DATA, ROOT, Watched, _reference, pcv, weights
-from tests.runs import (
+from tests.helpers.runs import (
     VAL,
     Plain,
     loader,

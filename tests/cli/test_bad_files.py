@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.cli.running import READ, run
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 
 pytestmark = quiet
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import pseudo_cross_validation
 from tests.cross_validation.test_plain import DATA, SEEN, Fit
-from tests.runs import Plain, Stream, blobs, pretrained, quiet
+from tests.helpers.runs import Plain, Stream, blobs, pretrained, quiet
 
 pytestmark = quiet
 

@@ -15,8 +15,8 @@ from lightning_calibft import fold_checkpoint, get_gamma, inspect_checkpoint, lo
 from tests.callback.ddp_script import TRAIN
 from tests.engines import sharded_script
 from tests.engines.sharded_script import Whole
-from tests.processes import outcomes
-from tests.runs import SEEN, assert_calibrated, quiet, read
+from tests.helpers.processes import outcomes
+from tests.helpers.runs import SEEN, assert_calibrated, quiet, read
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:.*was configured so validation will run after every batch")]
 
