@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, fold_checkpoint
+from tests.helpers.processes import run_python
 from tests.helpers.runs import (
     VAL,
     Plain,
@@ -25,7 +23,6 @@ from tests.helpers.runs import (
 )
 
 pytestmark = quiet
-ROOT = Path(__file__).parents[2]
 
 
 def test_an_earlier_checkpoint_that_diverged_does_not_spoil_the_others(tmp_path):
@@ -115,9 +112,7 @@ def test_a_full_disk(tmp_path):
         assert_calibrated(read(folder / "remedy.ckpt")["state_dict"])
         print("as expected")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-c", textwrap.dedent(script), tmp_path)
     assert "as expected" in done.stdout, done.stderr
 
 
