@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_calibft.analysis import accuracy_gain, group_accuracies, plot_accuracy_gain
-from tests.analysis.references import _reference_ncm
 from tests.calibration.nets import Net
-from tests.references import _reference_split_accuracy, random_case
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, VAL, blobs, pretrained, quiet
+from tests.helpers.analysis_references import _reference_ncm
+from tests.helpers.references import _reference_split_accuracy, random_case
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, VAL, blobs, pretrained, quiet
 
 pytestmark = quiet
 CLASS_DATA = blobs([*SEEN, *ABSENT], each=9, seed=7)

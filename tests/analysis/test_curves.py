@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_calibft.analysis import compare_curves, plot_seen_unseen_curves
-from tests.references import _reference_at_gamma, _reference_ausuc, random_case
+from tests.helpers.references import _reference_at_gamma, _reference_ausuc, random_case
 
 
 def test_areas_and_operating_points():

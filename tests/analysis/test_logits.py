@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_calibft.analysis import GroupLevels, LogitLevelsMetric, logit_levels, plot_logit_levels
-from tests.analysis.references import _reference_levels
-from tests.references import random_case
+from tests.helpers.analysis_references import _reference_levels
+from tests.helpers.references import random_case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

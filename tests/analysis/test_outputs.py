@@ -14,7 +14,7 @@ from lightning_calibft import get_gamma, set_gamma
 from lightning_calibft.analysis import collect_outputs
 from lightning_calibft.head import attached_heads
 from tests.calibration.nets import Net
-from tests.runs import SEEN, VAL, Noisy, quiet
+from tests.helpers.runs import SEEN, VAL, Noisy, quiet
 
 pytestmark = quiet
 X, Y = VAL.tensors

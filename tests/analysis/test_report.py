@@ -28,8 +28,8 @@ from lightning_calibft.analysis import (
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.verdict import degraded
 from lightning_calibft.metrics import AUSUC
-from tests.analysis.references import _reference_norms, _reference_similarity
-from tests.references import (
+from tests.helpers.analysis_references import _reference_norms, _reference_similarity
+from tests.helpers.references import (
     _reference_at_gamma,
     _reference_ausuc,
     _reference_gammas,

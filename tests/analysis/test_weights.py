@@ -20,7 +20,7 @@ from lightning_calibft.analysis import (
     update_similarity,
 )
 from lightning_calibft.split import ClassSplit
-from tests.analysis.references import _reference_cosine, _reference_norms, _reference_similarity
+from tests.helpers.analysis_references import _reference_cosine, _reference_norms, _reference_similarity
 
 SEEN, ABSENT = [1, 4, 5], [0, 2, 7]  # 3 and 6 are neither
 

@@ -1,4 +1,7 @@
-"""Ratios of two costs measured in one run, printed as a table at its end and kept in the JSON of pytest-benchmark."""
+"""Costs against a floor measured in the same run: rows that fail over their budget.
+
+They are printed as a table at the end, and kept in the JSON of pytest-benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from tests.benchmarks.page import is_over
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # On one thread, the time of this process alone: what else the machine does hardly matters then.
@@ -38,30 +43,54 @@ def seconds(function: Callable[[], object]) -> float:
         gc.enable()
 
 
+def in_turns(ours: Callable[[], object], floor: Callable[[], object], rounds: int) -> Iterator[tuple[float, float]]:
+    """Time both sides in turns, so that a drift of the machine meets both."""
+    floor(), ours()  # warm up
+    for turn in range(rounds):
+        if turn % 2:
+            yield seconds(ours), seconds(floor)
+        else:
+            below = seconds(floor)
+            yield seconds(ours), below
+
+
 @pytest.fixture
 def ratio(report):
-    """Run both sides in turns, so that a drift of the machine meets both, and keep the median of the ratios."""
+    """Keep how many times as long as the floor something takes, and return it: the median of some rounds."""
 
     def measure(ours: Callable[[], object], floor: Callable[[], object], *, rounds: int, budget: str) -> float:
-        floor(), ours()  # warm up
-        pairs = []
-        for turn in range(rounds):
-            if turn % 2:
-                pairs.append((seconds(ours), seconds(floor)))
-            else:
-                below = seconds(floor)
-                pairs.append((seconds(ours), below))
-        ratios = [a / b for a, b in pairs]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        report(f"{statistics.median(ratios):.3f}", budget, f"{low:.3f} to {high:.3f}")
-        return statistics.median(a for a, _ in pairs)
+        low, median, high = statistics.quantiles((a / b for a, b in in_turns(ours, floor, rounds)), n=4)
+        report(f"{median:.3f}", budget, f"{low:.3f} to {high:.3f}")
+        return median
+
+    return measure
+
+
+@pytest.fixture
+def own_share(report):
+    """Keep how many microseconds a step something takes beyond the floor.
+
+    It is the difference of the fastest rounds: a median of differences as small as these would measure the machine,
+    and what else it does only adds time.
+    """
+
+    def measure(
+        ours: Callable[[], object], floor: Callable[[], object], *, steps: int, rounds: int, budget: str
+    ) -> None:
+        pairs = [(1e6 * a / steps, 1e6 * b / steps) for a, b in in_turns(ours, floor, rounds)]
+        low, _, high = statistics.quantiles((a - b for a, b in pairs), n=4)
+        fastest, least = (min(times) for times in zip(*pairs, strict=True))
+        report(f"{fastest - least:.1f} µs", budget, f"{low:.1f} to {high:.1f}")
 
     return measure
 
 
 @pytest.fixture
 def report(request, benchmark):
-    """Keep a row: of which section, the docstring of the test; of what, its parameters; and the value."""
+    """Keep a row: of which section, the docstring of the test; of what, its parameters; and the value.
+
+    A value over its budget fails the test, after the row is kept.
+    """
     benchmark.pedantic(lambda: None)  # the plugin writes no JSON without a call
 
     def keep(value: str, budget: str = "none", quartiles: str = "", what: str = "") -> None:
@@ -70,6 +99,7 @@ def report(request, benchmark):
         row = {"section": section, "what": what, "value": value, "quartiles": quartiles, "budget": budget}
         benchmark.extra_info.setdefault("rows", []).append(row)
         _ROWS.append((f"{section} {what}", value, quartiles, budget))
+        assert not is_over(row), f"{section} {what}: {value} is over the budget of {budget}"
 
     return keep
 

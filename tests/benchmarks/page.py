@@ -23,8 +23,8 @@ How to read it:
 
 - A batch of 256 x 10 logits is so little that its ratio is the fixed cost of calling a metric, some 0.1 ms, and not of
   its arithmetic. Likewise AUSUC of many samples of 10 classes is in large part the sort, which the floor does not have.
-- The steps of one small layer are so short that microseconds show. A callback that does nothing is the floor there:
-  what Lightning takes to call it.
+- The steps of small networks are so short that microseconds show, and Lightning alone takes more than one in a hundred
+  to call a callback that does nothing. So there our own share is measured: the microseconds beyond such a callback.
 - The pass begins with two forwards of four samples, which probe the head: some 3 % of 20 batches as small as here, and
   nothing of a thousand.
 - Wide quartiles mean that other work shared the processor's caches. A difference within them means nothing.
@@ -41,7 +41,7 @@ def rows_of(benchmarks: dict[str, Any]) -> dict[tuple[str, str], dict[str, str]]
 
 
 def is_over(row: dict[str, str]) -> bool:
-    """Tell whether a row misses its budget: a number, ``below`` one, or a range."""
+    """Return whether a row misses its budget: a number, ``below`` one, or the end of a range."""
     words = row["budget"].replace("below", "").replace(" to ", " ").split()
     return words != ["none"] and round(float(row["value"].split()[0]), 2) > float(words[-1])
 

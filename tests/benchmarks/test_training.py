@@ -16,6 +16,7 @@ from tests.benchmarks.conftest import DEVICES, clock
 from tests.benchmarks.samples import bytes_at_most
 
 NUM_CLASSES = 20
+SKIPPED = 10  # training steps before the time starts
 
 
 class Classifier(pl.LightningModule):
@@ -50,7 +51,7 @@ class Start(pl.Callback):
     """Starts the time where something begins that repeats: after a few training steps, or with an evaluation."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 10:
+        if batch_idx == SKIPPED:
             self.time = clock()
 
     def on_validation_start(self, trainer, pl_module):
@@ -88,10 +89,8 @@ def resnet18(num_classes: int = NUM_CLASSES) -> Classifier:
 
 @pytest.fixture
 def callback(request, tmp_path):
-    """A callback with its classes given, or without, when it reads the labels of each step; or one of Lightning's."""
+    """A callback with its classes given, or without, when it reads the labels of each step."""
     name, _, how = request.param.partition(", ")
-    if name == EMPTY:
-        return lambda: [pl.Callback()]
     options = {"output": str(tmp_path / "report.md")} if name == "CalibrationDiagnostics" else {}
     if how == "source=training_steps":
         options["source"] = "training_steps"
@@ -100,10 +99,7 @@ def callback(request, tmp_path):
     return lambda: [kind(*classes, **options)]
 
 
-# What Lightning itself takes to call one callback more.
-EMPTY = "a callback that does nothing"
 EACH_WAY = [
-    EMPTY,
     "AbsentClassCalibration",
     "AbsentClassCalibration, classes not given",
     "AbsentClassCalibration, source=training_steps",
@@ -117,7 +113,7 @@ EACH_WAY = [
 def test_training_step_of_resnet18(ratio, callback, device):
     """Training steps of resnet18 (32 images of 32 x 32), with a callback against without."""
     data, module = loader((3, 32, 32), 25, 32, 10), resnet18()
-    assert ratio(
+    ratio(
         lambda: run("fit", module, data, callback(), device),
         lambda: run("fit", module, data, [], device),
         rounds=8,
@@ -125,30 +121,26 @@ def test_training_step_of_resnet18(ratio, callback, device):
     )
 
 
+# At 1,000 steps a second, 1 % of a step; at more, 3 µs.
+SMALL = {
+    "two layers": (lambda: nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES)), 256, 32, "10"),
+    "one layer": (lambda: nn.Linear(16, NUM_CLASSES), 16, 8, "3"),
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
-def test_training_step_of_two_layers(ratio, callback, device):
-    """Training steps of a small network, 1000 a second (32 samples, 256 and 512 features), with against without."""
-    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES))
-    data, module = loader((256,), 500, 32, 10), Classifier(net)
-    assert ratio(
+@pytest.mark.parametrize("network", SMALL)
+def test_training_step_of_a_small_network(own_share, network, callback, device):
+    """Our own share of a training step of a small network: microseconds beyond a callback that does nothing."""
+    make, features, batch_size, budget = SMALL[network]
+    data, module = loader((features,), 1000, batch_size, 10), Classifier(make())
+    own_share(
         lambda: run("fit", module, data, callback(), device),
-        lambda: run("fit", module, data, [], device),
+        lambda: run("fit", module, data, [pl.Callback()], device),
+        steps=1000 - SKIPPED,
         rounds=9,
-        budget="1.01",
-    )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("callback", EACH_WAY, indirect=True)
-def test_training_step_of_one_layer(ratio, callback, device):
-    """The worst case, training steps of one small layer (8 samples, 16 features), with a callback against without."""
-    data, module = loader((16,), 1000, 8, 10), Classifier(nn.Linear(16, NUM_CLASSES))
-    assert ratio(
-        lambda: run("fit", module, data, callback(), device),
-        lambda: run("fit", module, data, [], device),
-        rounds=7,
-        budget="1.01",
+        budget=budget,
     )
 
 
@@ -158,7 +150,7 @@ def test_training_step_of_one_layer(ratio, callback, device):
 def test_validation_of_resnet18(ratio, callback, num_classes, device):
     """Validation of resnet18 (10 batches of 64 images of 32 x 32), with the metrics of a callback against without."""
     data, module = loader((3, 32, 32), 10, 64, num_classes), resnet18(num_classes)
-    assert ratio(
+    ratio(
         lambda: run("validate", module, data, callback(), device),
         lambda: run("validate", module, data, [], device),
         rounds=15,
@@ -172,7 +164,7 @@ def test_validation_of_resnet18(ratio, callback, num_classes, device):
 def test_pass_over_resnet18(ratio, num_batches, estimator, device):
     """The calibration pass (20 or 100 batches of 64 images of 32 x 32), against a bare loop in eval mode."""
     ours, bare = passes(num_batches, estimator, device)
-    assert ratio(ours, bare, rounds=7, budget="1.05")
+    ratio(ours, bare, rounds=7, budget="1.05")
 
 
 def passes(num_batches: int, estimator: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -198,7 +190,6 @@ def test_bytes_of_a_pass(report, tmp_path, estimator):
     ours(), bare()
     share = bytes_at_most(ours, tmp_path) / bytes_at_most(bare, tmp_path)
     report(f"{share:.3f}")
-    assert share > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -211,4 +202,4 @@ def test_refresh(ratio, max_samples, device):
         callback = AbsentClassCalibration(list(range(10)), calibrate_checkpoints=False, **options)
         return run("fit", module, train, [callback], device, val)
 
-    assert ratio(lambda: validation(refresh="validation", max_samples=max_samples), validation, rounds=4, budget="none")
+    ratio(lambda: validation(refresh="validation", max_samples=max_samples), validation, rounds=4, budget="none")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_calibft import detach, get_gamma
-from tests.references import _reference_gap
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN
 
 X, Y = TRAIN.tensors
 ALL = list(range(NUM_CLASSES))

@@ -10,8 +10,8 @@ from lightning_calibft.calibration import BatchedUpdates, BatchReader
 from lightning_calibft.calibration.data_check import DataCheck
 from lightning_calibft.callback.labels import LabelsMet
 from tests.callback.measures import Measures, logged
-from tests.references import _reference_gap
-from tests.runs import ABSENT, SEEN, TRAIN, VAL, Plain, loader, pretrained, quiet, raw_logits, trainer_of
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import ABSENT, SEEN, TRAIN, VAL, Plain, loader, pretrained, quiet, raw_logits, trainer_of
 
 pytestmark = quiet
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_calibft import CalibrationResult, ClassSplit, calibrate
 from lightning_calibft.metrics import AverageLogitGap
 from tests.calibration.nets import ALL, X, Y, assert_calibrated, net, raw
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN, assert_same, blobs, loader, quiet
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN, assert_same, blobs, loader, quiet
 
 pytestmark = quiet
 

@@ -14,7 +14,7 @@ from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.metrics import AverageLogitGap
 from tests.calibration.nets import Net, X, Y, assert_calibrated, net
-from tests.runs import ABSENT, SEEN, assert_same, quiet
+from tests.helpers.runs import ABSENT, SEEN, assert_same, quiet
 
 pytestmark = quiet
 

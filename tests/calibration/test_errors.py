@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_calibft import calibrate, get_gamma, set_gamma
 from lightning_calibft.metrics import AverageLogitGap
 from tests.calibration.nets import ALL, X, Y, net
-from tests.runs import ABSENT, SEEN, assert_same, blobs, loader, quiet
+from tests.helpers.runs import ABSENT, SEEN, assert_same, blobs, loader, quiet
 
 pytestmark = quiet
 

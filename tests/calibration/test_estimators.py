@@ -9,7 +9,7 @@ import torch
 
 from lightning_calibft import ClassSplit, calibrate, get_gamma
 from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absent_samples, needs_pretrained_logits
-from tests.runs import NUM_CLASSES, SEEN, TRAIN, VAL, loader, pretrained, quiet
+from tests.helpers.runs import NUM_CLASSES, SEEN, TRAIN, VAL, loader, pretrained, quiet
 
 pytestmark = quiet
 OPTIONS = {"fixed": {"gamma": 1.25}, "quantile_gap": {"quantile": 0.75}}

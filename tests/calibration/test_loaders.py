@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from lightning_calibft.calibration.distributed import all_reduce, rank_and_world_size
 from lightning_calibft.calibration.loaders import calibration_loaders
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 
 pytestmark = quiet
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_calibft import attach, calibrate, detach, get_gamma
 from tests.calibration.nets import Net, X, Y, assert_calibrated, net, raw, reference
-from tests.references import _reference_gap
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, Plain, blobs, loader, quiet
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, Plain, blobs, loader, quiet
 
 pytestmark = quiet
 

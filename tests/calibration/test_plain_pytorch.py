@@ -12,8 +12,8 @@ from torchvision.models import resnet18
 
 from lightning_calibft import calibrate, detach, get_gamma
 from tests.calibration.nets import net
-from tests.references import _reference_gap
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN, assert_same, blobs, quiet
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN, assert_same, blobs, quiet
 
 DATA = blobs(SEEN, (3, 32, 32), each=8)
 X, Y = DATA.tensors

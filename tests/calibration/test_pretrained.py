@@ -11,7 +11,7 @@ from torch import nn
 from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.estimators import PseudoAbsent
 from lightning_calibft.functional import pseudo_absent_gamma
-from tests.runs import SEEN, TRAIN, loader, pretrained, quiet
+from tests.helpers.runs import SEEN, TRAIN, loader, pretrained, quiet
 
 pytestmark = quiet
 

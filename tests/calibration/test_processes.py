@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
-from tests.callback.ddp_script import TRAIN, Scheduled, data
-from tests.processes import hand_over
-from tests.runs import SEEN
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import SEEN
+from tests.helpers.scheduled_runs import TRAIN, Scheduled, data
 
 MANY = data(SEEN, 1001, each=400)
 EXACT = {"rel": 1e-12}  # only the order of summation differs: see tests/callback/test_ddp.py

@@ -17,8 +17,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
 
 from lightning_calibft import attach, calibrate, detach, fold, fold_checkpoint, get_gamma, inspect_checkpoint
-from tests.references import _reference_gap
-from tests.runs import assert_same, quiet
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import assert_same, quiet
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 SEEN = [5, 1, 3]

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
-from tests.references import _reference_gap
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, blobs
 
 DATA = blobs(SEEN, each=500)  # in random order
 SORTED = TensorDataset(*(tensor[DATA.tensors[1].argsort(stable=True)] for tensor in DATA.tensors))

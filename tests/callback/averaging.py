@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-from tests.runs import NUM_CLASSES, Plain, quiet
+from tests.helpers.runs import NUM_CLASSES, Plain, quiet
 
 marks = [
     quiet,

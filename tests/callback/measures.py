@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.references import _reference_ausuc
-from tests.runs import (
+from tests.helpers.references import _reference_ausuc
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,

@@ -8,7 +8,7 @@ import torchvision
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from tests.runs import (
+from tests.helpers.runs import (
     NUM_CLASSES,
     Plain,
     pretrained_weights,

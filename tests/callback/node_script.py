@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.callback.ddp_script import TRAIN, VAL, Scheduled, record_writes
-from tests.processes import hand_over
-from tests.runs import trainer_of
+from tests.helpers.processes import hand_over, record_writes
+from tests.helpers.runs import trainer_of
+from tests.helpers.scheduled_runs import TRAIN, VAL, Scheduled
 
 NODES = 2
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_calibft import AbsentClassCalibration
 from lightning_calibft.functional import best_gamma, split_accuracy
-from tests.runs import (
+from tests.helpers.runs import (
     Plain,
     blobs,
     build,

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, attach, get_gamma
-from tests.callback.ddp_script import TRAIN, VAL, Scheduled
-from tests.runs import trainer_of
+from tests.helpers.runs import trainer_of
+from tests.helpers.scheduled_runs import TRAIN, VAL, Scheduled
 
 METHODS = ("ddp_notebook", "ddp_spawn")  # to fork, and to spawn
 

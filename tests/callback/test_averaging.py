@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, load_calibrated
 from tests.callback.averaging import averaging, copies, marks
-from tests.references import _reference_ausuc
-from tests.runs import (
+from tests.helpers.references import _reference_ausuc
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     VAL,

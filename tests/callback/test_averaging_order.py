@@ -9,7 +9,7 @@ from torch import nn
 from lightning_calibft import AbsentClassCalibration
 from lightning_calibft.head import attached_heads
 from tests.callback.averaging import BuiltInConfigureModel, BuiltInSetup, WithoutBatchNorm, copies, marks, stochastic
-from tests.runs import OFFSET, SEEN, VAL, Plain, assert_calibrated, loader, pretrained, read, trainer_of
+from tests.helpers.runs import OFFSET, SEEN, VAL, Plain, assert_calibrated, loader, pretrained, read, trainer_of
 
 pytestmark = marks
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration
-from tests.runs import (
+from tests.helpers.runs import (
     NUM_CLASSES,
     SEEN,
     TRAIN,

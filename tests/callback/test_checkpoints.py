@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
-from tests.runs import (
+from tests.helpers.runs import (
     MASK,
     OFFSET,
     VAL,

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics
-from tests.runs import (
+from tests.helpers.runs import (
     SEEN,
     Plain,
     loader,

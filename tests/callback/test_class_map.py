@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration
 from lightning_calibft.metrics import AverageLogitGap
-from tests.runs import (
+from tests.helpers.runs import (
     SEEN,
     TRAIN,
     VAL,

@@ -8,9 +8,9 @@ import pytest
 from torch.utils.data import TensorDataset
 
 from tests.callback import ddp_script
-from tests.callback.ddp_script import SUBSET, TRAIN, WEIGHTS, Scheduled
-from tests.processes import outcomes
-from tests.runs import SEEN, assert_calibrated, quiet, read
+from tests.helpers.processes import outcomes
+from tests.helpers.runs import SEEN, assert_calibrated, quiet, read
+from tests.helpers.scheduled_runs import SUBSET, TRAIN, WEIGHTS, Scheduled
 
 pytestmark = [quiet, pytest.mark.filterwarnings('ignore:`.test.ckpt_path="best".` is called with Trainer configured')]
 

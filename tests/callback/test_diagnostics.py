@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, find_head, get_gamma, set_gamma
 from lightning_calibft.analysis import verdict
 from tests.callback.diagnosing import HARD, Keep, check_evaluation, check_levels, check_weights, fit, val
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

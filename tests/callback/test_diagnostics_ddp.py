@@ -10,9 +10,9 @@ import torch
 import torch.multiprocessing as mp
 
 from lightning_calibft import CalibrationDiagnostics
-from tests.callback.ddp_script import Scheduled, loaders
-from tests.processes import hand_over
-from tests.runs import quiet, trainer_of
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import quiet, trainer_of
+from tests.helpers.scheduled_runs import Scheduled, loaders
 
 pytestmark = quiet
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_calibft import CalibrationDiagnostics
 from tests.callback.diagnosing import HARD, check_evaluation, check_levels, check_weights, fit, val
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from lightning_calibft.metrics import AverageLogitGap
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     MASK,
     NUM_CLASSES,

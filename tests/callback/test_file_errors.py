@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, fold_checkpoint
-from tests.runs import (
+from tests.helpers.processes import run_python
+from tests.helpers.runs import (
     VAL,
     Plain,
     assert_calibrated,
@@ -25,7 +23,6 @@ from tests.runs import (
 )
 
 pytestmark = quiet
-ROOT = Path(__file__).parents[2]
 
 
 def test_an_earlier_checkpoint_that_diverged_does_not_spoil_the_others(tmp_path):
@@ -82,7 +79,7 @@ def test_a_full_disk(tmp_path):
         from pathlib import Path
         warnings.simplefilter("ignore")
         from lightning.pytorch import Callback, LightningModule
-        from tests.runs import *
+        from tests.helpers.runs import *
         from lightning_calibft import AbsentClassCalibration
 
         folder = Path(sys.argv[1])
@@ -115,9 +112,7 @@ def test_a_full_disk(tmp_path):
         assert_calibrated(read(folder / "remedy.ckpt")["state_dict"])
         print("as expected")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-c", textwrap.dedent(script), tmp_path)
     assert "as expected" in done.stdout, done.stderr
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

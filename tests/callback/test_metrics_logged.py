@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from tests.callback.measures import HARD, Measures, logged, val_loader
-from tests.references import _reference_ausuc
-from tests.runs import (
+from tests.helpers.references import _reference_ausuc
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

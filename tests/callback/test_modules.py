@@ -32,7 +32,7 @@ from tests.callback.modules import (
     Triple,
     TupleInputs,
 )
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     OFFSET,

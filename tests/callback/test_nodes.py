@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.callback import node_script
-from tests.callback.ddp_script import TRAIN, Scheduled
 from tests.callback.node_script import NODES
-from tests.processes import ROOT
-from tests.runs import assert_calibrated, quiet, read
+from tests.helpers.processes import ROOT
+from tests.helpers.runs import assert_calibrated, quiet, read
+from tests.helpers.scheduled_runs import TRAIN, Scheduled
 
 pytestmark = quiet
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_calibft import AbsentClassCalibration
 from tests.callback.test_sources import Watched, gap, steps
-from tests.runs import SEEN, VAL, Plain, loader, pretrained, quiet, trainer_of
+from tests.helpers.runs import SEEN, VAL, Plain, loader, pretrained, quiet, trainer_of
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:`training_step` returned `None`")]
 

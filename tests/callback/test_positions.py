@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tests.callback.test_class_map import fit, folders
-from tests.runs import TRAIN, Plain, loader, pretrained, quiet
+from tests.helpers.runs import TRAIN, Plain, loader, pretrained, quiet
 
 pytestmark = quiet
 

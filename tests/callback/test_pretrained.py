@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
 from lightning_calibft.functional import pseudo_absent_gamma
-from tests.runs import SEEN, TRAIN, Plain, loader, pretrained, quiet, read, trainer_of
+from tests.helpers.runs import SEEN, TRAIN, Plain, loader, pretrained, quiet, read, trainer_of
 
 pytestmark = quiet
 

@@ -12,7 +12,7 @@ from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpo
 from lightning_calibft.functional import calibrate_logits, split_accuracy
 from tests.callback.measures import HARD
 from tests.callback.test_sources import Counted
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration
 from tests.callback.measures import HARD, Measures, measured, val_loader
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

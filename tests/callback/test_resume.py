@@ -10,7 +10,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     OFFSET,

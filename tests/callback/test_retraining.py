@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
 from tests.callback.retraining import ABSENT, DATA, SEEN, Watched, _reference, pcv, weights
-from tests.runs import (
+from tests.helpers.runs import (
     VAL,
     blobs,
     loader,

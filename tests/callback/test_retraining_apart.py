@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,8 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_calibft import get_gamma, inspect_checkpoint
-from tests.callback.retraining import DATA, ROOT, Watched, _reference, pcv, weights
-from tests.runs import (
+from tests.callback.retraining import DATA, Watched, _reference, pcv, weights
+from tests.helpers.processes import run_python
+from tests.helpers.runs import (
     VAL,
     Plain,
     loader,
@@ -93,8 +92,7 @@ def run_and_die(folder: Path) -> None:
 def test_killed_and_resumed(tmp_path, fits):
     """The fit is resumed with nothing left to train: the other splits are made from the weights that it began with."""
     script = f"from tests.callback.test_retraining_apart import *\nrun_and_die(Path({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_python("-c", script, status=-signal.SIGKILL)
     assert [path.name for path in (tmp_path / "splits").iterdir()] == ["split_0.json"]
     assert inspect_checkpoint(tmp_path / "last.ckpt")["calibrated"] is False
     module, callback = pretrained(Watched), pcv(folder=str(tmp_path / "splits"))

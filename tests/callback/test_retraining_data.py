@@ -13,7 +13,7 @@ from lightning_calibft import AbsentClassCalibration, attach
 from lightning_calibft.calibration import BatchReader
 from lightning_calibft.callback.restricted import RestrictedData
 from tests.callback.retraining import DATA, SEEN, pcv
-from tests.runs import (
+from tests.helpers.runs import (
     VAL,
     Plain,
     Stream,

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.runs import (
+from tests.helpers.runs import (
     VAL,
     Nervous,
     Plain,

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
 from lightning_calibft.functional import split_accuracy
 from lightning_calibft.metrics import AverageLogitGap
-from tests.references import _reference_gap
-from tests.runs import (
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,

@@ -10,8 +10,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from lightning_calibft.functional import best_gamma, split_accuracy
-from tests.references import _reference_gap
-from tests.runs import (
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lightning_calibft.functional import calibrate_logits, split_accuracy
-from tests.callback.ddp_script import TRAIN, VAL, Scheduled
 from tests.callback.spawn_script import METHODS
-from tests.processes import run_script
-from tests.runs import SEEN, assert_calibrated, raw_logits, read, split_state
+from tests.helpers.processes import run_script
+from tests.helpers.runs import SEEN, assert_calibrated, raw_logits, read, split_state
+from tests.helpers.scheduled_runs import TRAIN, VAL, Scheduled
 
 methods = pytest.mark.parametrize("method", METHODS)
 

@@ -16,8 +16,8 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.references import _reference_gap
-from tests.runs import (
+from tests.helpers.references import _reference_gap
+from tests.helpers.runs import (
     ABSENT,
     OFFSET,
     SEEN,

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     SEEN,
     TRAIN,

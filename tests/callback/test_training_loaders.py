@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_calibft import AbsentClassCalibration
 from tests.callback.test_training_untouched import Dropout, seed
-from tests.runs import TRAIN, assert_same, pretrained, quiet, trainer_of
+from tests.helpers.runs import TRAIN, assert_same, pretrained, quiet, trainer_of
 
 pytestmark = quiet
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.runs import (
+from tests.helpers.runs import (
     TRAIN,
     VAL,
     Noisy,

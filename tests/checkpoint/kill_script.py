@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from lightning_calibft import AbsentClassCalibration
-from tests.runs import NUM_CLASSES, SEEN, Plain, loader, pretrained, trainer_of
+from tests.helpers.runs import NUM_CLASSES, SEEN, Plain, loader, pretrained, trainer_of
 
 FILES = 10
 STEP = 0.0002  # seconds from one look at the files to the next

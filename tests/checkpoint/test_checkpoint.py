@@ -20,7 +20,7 @@ from lightning_calibft import (
     inspect_checkpoint,
     load_calibrated,
 )
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     OFFSET,

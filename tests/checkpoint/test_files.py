@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, attach, fold_checkpoint, inspect_checkpoint, load_calibrated
 from lightning_calibft.checkpoint.files import write_atomically
-from tests.runs import Plain, loader, pretrained, quiet, read, trainer_of
+from tests.helpers.runs import Plain, loader, pretrained, quiet, read, trainer_of
 
 pytestmark = quiet
 

@@ -11,7 +11,7 @@ from lightning_calibft import (
     inspect_checkpoint,
     set_gamma,
 )
-from tests.runs import (
+from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,

@@ -9,8 +9,8 @@ import pytest
 
 from lightning_calibft import inspect_checkpoint
 from tests.checkpoint.kill_script import FILES, Wide
-from tests.processes import run_script
-from tests.runs import ABSENT, SEEN, assert_calibrated, read, split_state
+from tests.helpers.processes import run_script
+from tests.helpers.runs import ABSENT, SEEN, assert_calibrated, read, split_state
 
 KILLS = 20
 

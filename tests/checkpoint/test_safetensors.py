@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_calibft import attach, fold_checkpoint, get_gamma, inspect_checkpoint, load_calibrated, set_gamma
 from lightning_calibft.checkpoint.files import write_atomically
-from tests.runs import Plain, pretrained, quiet
+from tests.helpers.runs import Plain, pretrained, quiet
 
 pytestmark = quiet
 

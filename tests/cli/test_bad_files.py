@@ -6,15 +6,14 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 
 from tests.cli.running import READ, run
-from tests.runs import quiet
+from tests.helpers.processes import run_python
+from tests.helpers.runs import quiet
 
 pytestmark = quiet
 
@@ -124,8 +123,7 @@ def test_a_full_disk(best, tmp_path):
         print([main(words) for words in json.loads(sys.argv[1])])
     """
     words = [list(map(str, writing(source, tmp_path / name))) for name in TARGETS]
-    command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", textwrap.dedent(script), json.dumps(words))
     assert done.stdout.splitlines()[-1] == str([1] * len(TARGETS)), done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("calibft: error: ") == len(TARGETS)

@@ -19,7 +19,7 @@ from lightning_calibft import attach, calibrate, get_gamma, inspect_checkpoint
 from lightning_calibft.estimators import QuantileGap
 from lightning_calibft.functional import pseudo_absent_gamma
 from tests.cli.running import READ, X, plain, run
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 from tests.shipping.consumer import NUM_CLASSES
 from tests.shipping.fine_tuned import SEEN
 

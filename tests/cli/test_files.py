@@ -12,7 +12,7 @@ import torch
 from lightning_calibft import inspect_checkpoint
 from lightning_calibft.cli import main
 from tests.cli.running import X, plain, run
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 from tests.shipping.consumer import NUM_CLASSES, Classifier
 
 pytestmark = quiet

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
 from lightning_calibft import inspect_checkpoint
 from tests.cli.running import READ, run
+from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that Python need not start anew")
 
@@ -55,9 +54,7 @@ def test_killed(best, raw, photos, tmp_path):
     for name in commands:
         (tmp_path / name).mkdir()
     given = json.dumps([(place, [str(word) for word in words]) for place, words in commands.values()])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), given], capture_output=True, text=True, timeout=300
-    )
+    done = run_python("-c", textwrap.dedent(SCRIPT), given)
     assert done.stdout.splitlines()[-1] == str([-9] * len(commands)), done.stderr
     assert {path: path.read_bytes() for path in before} == before
     for name in commands:

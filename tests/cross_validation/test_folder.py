@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -12,11 +10,10 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import pseudo_cross_validation
 from tests.cross_validation.test_plain import DATA, SEEN, Fit
-from tests.runs import Plain, Stream, blobs, pretrained, quiet
+from tests.helpers.processes import run_python
+from tests.helpers.runs import Plain, Stream, blobs, pretrained, quiet
 
 pytestmark = quiet
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_finished_splits_are_read(tmp_path):
@@ -52,8 +49,7 @@ def test_killed_and_resumed(tmp_path):
         "from tests.cross_validation.test_folder import *\n"
         f"pseudo_cross_validation(pretrained(), DATA, Fit(stop_at=2), folder={str(tmp_path)!r}, progress=False)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=120)
-    assert done.returncode == -9
+    run_python("-c", script, status=-signal.SIGKILL)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["split_0.json", "split_1.json"]
     fit = Fit()
     resumed = pseudo_cross_validation(pretrained(), DATA, fit, folder=tmp_path, progress=False)

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import get_gamma, pseudo_cross_validation, set_gamma
 from lightning_calibft.head import attached_heads
-from tests.references import _reference_at_gamma, _reference_gammas, _reference_split_accuracy
-from tests.runs import blobs, pretrained, quiet
+from tests.helpers.references import _reference_at_gamma, _reference_gammas, _reference_split_accuracy
+from tests.helpers.runs import blobs, pretrained, quiet
 
 pytestmark = quiet
 

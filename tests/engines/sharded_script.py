@@ -21,9 +21,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.callback.ddp_script import TRAIN, VAL, Logged, numbers
-from tests.processes import hand_over
-from tests.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
+from tests.helpers.scheduled_runs import TRAIN, VAL, Logged, numbers
 
 
 def plain(logits):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,11 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_calibft import fold_checkpoint, get_gamma, inspect_checkpoint, load_calibrated
-from tests.callback.ddp_script import TRAIN
 from tests.engines import sharded_script
 from tests.engines.sharded_script import Whole
-from tests.processes import outcomes
-from tests.runs import SEEN, assert_calibrated, quiet, read
+from tests.helpers.processes import outcomes, run_python
+from tests.helpers.runs import SEEN, assert_calibrated, quiet, read
+from tests.helpers.scheduled_runs import TRAIN
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:.*was configured so validation will run after every batch")]
 
@@ -116,7 +114,7 @@ def test_a_folder_can_be_used_when_it_is_consolidated(ranks, together, tmp_path)
     with pytest.raises(ValueError, match=r"is a directory.*`python -m lightning\.fabric\.utilities\.consolidate_check"):
         inspect_checkpoint(folder)
     module = "lightning.fabric.utilities.consolidate_checkpoint"
-    subprocess.run([sys.executable, "-m", module, str(folder), "--output_file", str(file)], check=True)
+    run_python("-m", module, folder, "--output_file", file)
     assert_usable(file, folded)
     if "consolidated" in ranks[0]:
         assert_usable(together[0] / "consolidated" / "step=4.ckpt", folded)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_calibft.estimators import ESTIMATORS, Estimator, needs_pretrained_logits
-from tests.estimators.references import (
+from tests.helpers.estimator_references import (
     _reference_confusion_matched,
     _reference_log_sum_exp_gap,
     _reference_matched_maxima,
@@ -15,7 +15,7 @@ from tests.estimators.references import (
     _reference_quantile_gap,
     pretrained_logits,
 )
-from tests.references import _reference_gap, random_case
+from tests.helpers.references import _reference_gap, random_case
 
 CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "alg": ("alg", {}, lambda *args: _reference_gap(*args)[:2]),

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_calibft import ClassSplit
 from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absent_samples, needs_pretrained_logits
 from tests.estimators.cases import CASES, inputs, make, reference, statistics, whole
-from tests.estimators.references import pretrained_logits
-from tests.references import random_case
+from tests.helpers.estimator_references import pretrained_logits
+from tests.helpers.references import random_case
 
 _, _, SEEN, ABSENT = random_case(0)
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_calibft import ClassSplit
 from lightning_calibft.estimators import ESTIMATORS, check_estimator, check_estimator_width, make_estimator
 from lightning_calibft.metrics import AverageLogitGap
-from tests.references import _reference_gap, random_case
+from tests.helpers.references import _reference_gap, random_case
 
 LOGITS, TARGET, SEEN, ABSENT = random_case(0)
 

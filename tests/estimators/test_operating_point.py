@@ -15,8 +15,8 @@ from torchmetrics import MetricCollection
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.metrics import AUSUC, SeenUnseenCurve
 from tests.functional.test_best_gamma import CONSTRAINTS, CRITERIA, _reference_best_gamma
-from tests.processes import hand_over
-from tests.references import random_case
+from tests.helpers.processes import hand_over
+from tests.helpers.references import random_case
 
 CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none
 POINTS = {

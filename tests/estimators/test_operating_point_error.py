@@ -11,7 +11,7 @@ import torch
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.functional import best_gamma
 from tests.estimators.test_operating_point import POINTS
-from tests.references import random_case
+from tests.helpers.references import random_case
 
 
 def _reference_error(logits, target, seen, absent, **kwargs):

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.estimators.cases import CASES, inputs, make, whole
-from tests.processes import hand_over
-from tests.references import random_case
+from tests.helpers.processes import hand_over
+from tests.helpers.references import random_case
 
 _, _, SEEN, ABSENT = random_case(0)
 CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none

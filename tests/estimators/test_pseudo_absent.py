@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 
 from lightning_calibft.estimators import PseudoAbsent
 from lightning_calibft.functional import pseudo_absent_gamma
-from tests.processes import hand_over
-from tests.references import random_case
+from tests.helpers.processes import hand_over
+from tests.helpers.references import random_case
 
 CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none
 

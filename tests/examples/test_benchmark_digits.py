@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_calibft import pseudo_cross_validation
 from lightning_calibft.functional import average_logit_gap, best_gamma
+from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
 
@@ -52,9 +52,7 @@ def bench():
 def printed(tmp_path_factory):
     """What the script printed, run as a user runs it, and the folder it ran in."""
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(FOLDER / "digits.py"), *SMALLEST]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_python(FOLDER / "digits.py", *SMALLEST, cwd=folder)
     return done.stdout, folder / "outputs" / "benchmark_digits"
 
 

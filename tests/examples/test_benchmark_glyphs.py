@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, combinations
@@ -15,6 +13,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
+
+from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
 
@@ -51,9 +51,7 @@ def glyphs(bench):
 def printed(glyphs, tmp_path_factory):
     """What the script printed in two processes, and the folder it ran in."""
     folder = tmp_path_factory.mktemp("glyphs")
-    command = [sys.executable, str(FOLDER / "glyphs.py"), *SMALLEST, *ONE_TABLE, "--jobs", "2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_python(FOLDER / "glyphs.py", *SMALLEST, *ONE_TABLE, "--jobs", "2", cwd=folder)
     return done, folder
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "tests" / "benchmarks" / "page.py"
@@ -27,8 +27,7 @@ NOW = [
 
 
 def run(*words):
-    done = subprocess.run([sys.executable, PAGE, *words], capture_output=True, text=True, check=True)
-    return done.stdout
+    return run_python(PAGE, *words).stdout
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
+
+from tests.helpers.processes import run_python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = [
@@ -35,15 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("demo")
     (folder / "digits_data.py").write_text("raise ImportError('not of the demo')")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "digits.py"), "--seeds", "1", "--epochs", "8"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    return run_python(EXAMPLES / "digits.py", "--seeds", "1", "--epochs", "8", cwd=folder).stdout, folder
 
 
 def table(printed: str) -> dict[str, dict[str, float]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.helpers.processes import run_python
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 FEW = ["--seeds", "2", "--epochs", "1"]
@@ -27,12 +27,6 @@ PICTURES = {
 }
 
 
-def run(*words, cwd):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pytest.importorskip("sklearn")
@@ -42,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(folder):
-    return run(FOLDER / "findings.py", *FEW, cwd=folder)
+    return run_python(FOLDER / "findings.py", *FEW, cwd=folder).stdout
 
 
 def test_figures_are_those_of_the_benchmark(printed, folder):
@@ -97,12 +91,12 @@ def test_in_a_process_of_its_own(script, tmp_path):
     """There ``digits`` is the benchmark, not the demo."""
     pytest.importorskip("peft")
     path = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nsys.path.append({str(FOLDER.parent)!r})\n"
-    run("-c", path + script, cwd=tmp_path)
+    run_python("-c", path + script, cwd=tmp_path)
 
 
 def test_pictures(tmp_path):
     pytest.importorskip("peft")
-    run(FOLDER / "pictures.py", "--epochs", "1", "--folder", tmp_path / "drawn", cwd=tmp_path)
+    run_python(FOLDER / "pictures.py", "--epochs", "1", "--folder", tmp_path / "drawn", cwd=tmp_path)
     drawn = {path.stem.removeprefix("digits_"): path for path in (tmp_path / "drawn").iterdir()}
     assert drawn.keys() == PICTURES
     for path in drawn.values():

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
+from tests.helpers.processes import run_python
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
@@ -33,15 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def run(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(SCRIPT, *words, cwd=folder, COLUMNS="100")
     return done.stdout + done.stderr
 
 

@@ -16,7 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_calibft import attach, get_gamma, inspect_checkpoint
 from lightning_calibft.head import attached_heads
 from lightning_calibft.head.offset import offset_of
-from tests.runs import ABSENT, SEEN, TRAIN, VAL, Plain, assert_calibrated, pretrained, raw_logits, read, split_state
+from tests.helpers.runs import (
+    ABSENT,
+    SEEN,
+    TRAIN,
+    VAL,
+    Plain,
+    assert_calibrated,
+    pretrained,
+    raw_logits,
+    read,
+    split_state,
+)
 
 AT = 29  # the sample that has the fault: in the fourth batch of eight, and of two processes the second reads it
 

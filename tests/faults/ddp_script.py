@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import Armed, Arms, assert_sound, die, faulty
 from tests.faults.kill_script import Kills
-from tests.runs import SEEN, loader, trainer_of
+from tests.helpers.runs import SEEN, loader, trainer_of
 
 # The process, the place, and what happens there.
 FAULTS = {

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import Armed, Arms, die, faulty
-from tests.runs import SEEN, VAL, loader, trainer_of
+from tests.helpers.runs import SEEN, VAL, loader, trainer_of
 
 # The place, and what has been done in the folder by then: calibrated files of three, and hidden files.
 PLACES = {

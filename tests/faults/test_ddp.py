@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.faults.checks import assert_whole
-from tests.processes import run_script
+from tests.helpers.processes import run_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that Python need not start anew")
 GONE = "closed by peer|reset by peer|Broken pipe"  # what gloo says of a process that has ended

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
 from tests.faults.checks import Armed, Arms, assert_sound, assert_whole, calibrated, faulty
-from tests.runs import SEEN, loader, pretrained, quiet, read, trainer_of
+from tests.helpers.runs import SEEN, loader, pretrained, quiet, read, trainer_of
 
 pytestmark = [
     quiet,

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import assert_sound, assert_whole, calibrated
 from tests.faults.kill_script import PLACES
-from tests.processes import run_script
-from tests.runs import SEEN, loader, pretrained, quiet, trainer_of
+from tests.helpers.processes import run_script
+from tests.helpers.runs import SEEN, loader, pretrained, quiet, trainer_of
 
 pytestmark = [
     quiet,

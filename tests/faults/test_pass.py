@@ -18,7 +18,7 @@ from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma, insp
 from lightning_calibft.head import attached_heads
 from lightning_calibft.head.offset import offset_of
 from tests.faults.checks import Armed, Arms, Faulty, assert_sound, calibrated, die, faulty, interruptible
-from tests.runs import SEEN, Plain, loader, pretrained, quiet, trainer_of
+from tests.helpers.runs import SEEN, Plain, loader, pretrained, quiet, trainer_of
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")]
 places = pytest.mark.parametrize("place", ["model", "file"])

@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_calibft.functional import calibrate_logits, harmonic_mean_accuracy, split_accuracy
 from tests.golden import EXPECTED, load
-from tests.references import _reference_at_gamma, _reference_split_accuracy, random_case
+from tests.helpers.references import _reference_at_gamma, _reference_split_accuracy, random_case
 
 GROUPS = ["all", "seen", "absent"]
 

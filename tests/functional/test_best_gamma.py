@@ -10,7 +10,7 @@ import torch
 
 from lightning_calibft.functional import ausuc, best_gamma
 from tests.golden import EXPECTED, load
-from tests.references import _reference_at_gamma, _reference_gammas, _reference_margins, random_case
+from tests.helpers.references import _reference_at_gamma, _reference_gammas, _reference_margins, random_case
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lightning_calibft.functional import pseudo_absent_gamma
-from tests.estimators.references import _reference_margins
-from tests.references import random_case
+from tests.helpers.estimator_references import _reference_margins
+from tests.helpers.references import random_case
 
 
 def _surplus(gamma, margins, num_seen, num_absent):

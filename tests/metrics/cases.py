@@ -13,7 +13,7 @@ from lightning_calibft.metrics import (
     SeenUnseenCurve,
     SplitAccuracy,
 )
-from tests.references import random_case
+from tests.helpers.references import random_case
 
 MEANS = torch.randn(9, 9, generator=torch.Generator().manual_seed(5))
 METRICS: dict[str, tuple[type[Metric], dict[str, Any]]] = {

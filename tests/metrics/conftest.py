@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.references import random_case
 from tests.metrics.cases import METRICS
-from tests.references import random_case
 
 
 @pytest.fixture(params=METRICS)

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_calibft import functional as F
 from lightning_calibft.functional._inputs import real_dtype
+from tests.helpers.references import random_case
 from tests.metrics.cases import MEANS, METRICS, make, same, values
-from tests.references import random_case
 
 
 def _functional(name, logits, target):

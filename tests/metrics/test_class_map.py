@@ -9,8 +9,8 @@ import torch
 from torchmetrics import MetricCollection
 
 from lightning_calibft.metrics import AUSUC, AverageLogitGap, SplitAccuracy, absent_class_metrics
+from tests.helpers.references import random_case
 from tests.metrics.cases import make, same
-from tests.references import random_case
 
 # The targets are not in the order of the rows, and not even 0 to 8.
 ROWS = {40: 3, 0: 7, 2: 0, 5: 5, 11: 1, 12: 8, 1: 2, 3: 6, 4: 4}

@@ -14,7 +14,7 @@ from lightning_calibft.metrics import (
     SplitAccuracy,
     absent_class_metrics,
 )
-from tests.references import random_case
+from tests.helpers.references import random_case
 
 # Right for every configuration, so that all states are equal after it.
 EASY = torch.eye(4)[:2] * 20, torch.tensor([0, 1])

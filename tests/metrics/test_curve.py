@@ -9,7 +9,7 @@ import torch
 from lightning_calibft.functional import best_gamma, calibrate_logits, harmonic_mean_accuracy, split_accuracy
 from lightning_calibft.metrics import AUSUC, SeenUnseenCurve
 from tests.golden import EXPECTED, load
-from tests.references import _reference_at_gamma, random_case
+from tests.helpers.references import _reference_at_gamma, random_case
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.helpers.processes import hand_over
+from tests.helpers.references import random_case
 from tests.metrics.cases import METRICS, make, same
-from tests.processes import hand_over
-from tests.references import random_case
 
 # Where the 60 samples are cut between the two processes; at 60 the second has none, and never calls update.
 CUTS = [30, 53, 60]

@@ -5,7 +5,7 @@ import torch
 
 from lightning_calibft.metrics import AverageLogitGap
 from tests.golden import EXPECTED, load
-from tests.references import _reference_gap, random_case
+from tests.helpers.references import _reference_gap, random_case
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import functional as F
 from lightning_calibft.metrics import AUSUC, AverageLogitGap, SplitAccuracy, absent_class_metrics
-from tests.references import _reference_at_gamma, random_case
+from tests.helpers.references import _reference_at_gamma, random_case
 
 LOGITS, TARGET, SEEN, ABSENT = random_case(0)
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import lightning_calibft as top
 from lightning_calibft import analysis, cross_validation, estimators, functional, head, metrics
-from tests.runs import Plain, pretrained, trainer_of
+from tests.helpers.runs import Plain, pretrained, trainer_of
 
 torch.manual_seed(0)
 LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

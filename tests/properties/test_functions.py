@@ -21,7 +21,7 @@ from lightning_calibft.functional import (
     split_accuracy,
 )
 from lightning_calibft.functional._curve import point_at
-from tests.properties.references import (
+from tests.helpers.nonfinite_references import (
     _reference_accuracy,
     _reference_point,
     _reference_point_by_margins,
@@ -30,8 +30,8 @@ from tests.properties.references import (
     harmonic,
     plain,
 )
+from tests.helpers.references import _reference_ausuc, _reference_gammas, _reference_gap, _reference_margins
 from tests.properties.strategies import FLOATS, INTEGERS, ODD, QUARTERS, cases, cases_without_ties
-from tests.references import _reference_ausuc, _reference_gammas, _reference_gap, _reference_margins
 
 GROUPS = st.sampled_from(["all", "seen", "absent"])
 AVERAGES = st.sampled_from(["micro", "macro"])

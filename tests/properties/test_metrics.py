@@ -27,7 +27,7 @@ from lightning_calibft.metrics import (
     absent_class_metrics,
 )
 from tests.estimators.cases import CASES, make, reference
-from tests.properties.references import close, plain
+from tests.helpers.nonfinite_references import close, plain
 from tests.properties.strategies import INTEGERS, SEEDS, cases, generator, parts
 
 FUNCTIONS = {

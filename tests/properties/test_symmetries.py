@@ -21,7 +21,7 @@ from lightning_calibft.functional import (
     split_accuracy,
 )
 from lightning_calibft.metrics import SeenUnseenCurve
-from tests.properties.references import _reference_point, close, plain
+from tests.helpers.nonfinite_references import _reference_point, close, plain
 from tests.properties.strategies import FLOATS, QUARTERS, SEEDS, Case, cases, cases_without_ties, generator
 
 FUNCTIONS = {

@@ -1,8 +1,6 @@
 """Each way out of the package: written here, read in a fresh process by those who will read it, logits compared."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -11,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightning_calibft import export, fold_checkpoint, inspect_checkpoint, load_calibrated, set_gamma
+from tests.helpers.processes import run_python
 from tests.shipping import consumer
 from tests.shipping.consumer import NUM_CLASSES, Classifier
 from tests.shipping.fine_tuned import SEEN, train
@@ -50,7 +49,7 @@ def shipped(tmp_path_factory):
         torch.jit.save(torch.jit.trace(model, INPUTS), folder / "traced.pt")
     expected = dict.fromkeys(WAYS, model(INPUTS)) | hugging_face(folder)
     torch.save(INPUTS, folder / "inputs.pt")
-    subprocess.run([sys.executable, consumer.__file__], cwd=folder, check=True)
+    run_python(consumer.__file__, cwd=folder)
     return folder, torch.load(folder / "logits.pt", weights_only=True), expected
 
 

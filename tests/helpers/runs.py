@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tests.references import _reference_gap
+from tests.helpers.references import _reference_gap
 
 NUM_CLASSES, SEEN, ABSENT = 6, [0, 2, 3], [1, 4, 5]
 OFFSET, MASK = "absent_class_calibration.offset", "absent_class_calibration.mask"

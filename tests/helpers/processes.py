@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(*words: Any, cwd: Path = ROOT, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words and environment variables, on one thread, and see that it ends with this status."""
+    command, environment = [sys.executable, *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == status, done.stderr
+    return done
 
 
 def run_script(script: str, *arguments: Any) -> None:
     """Run a module of the tests in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    run_python("-m", script, *arguments)
 
 
 def outcomes(script: str, folder: Path, processes: int) -> list[Any]:
@@ -44,3 +49,16 @@ def hand_over(results: Any, folder: Path, rank: int, world_size: int = 2) -> Non
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def record_writes() -> list[str]:
+    """From now on, collect the paths of all files that this process writes, renames or removes."""
+    paths: list[str] = []
+
+    def audit(event: str, arguments: tuple) -> None:
+        writes = event == "open" and set(str(arguments[1])) & set("wxa+")
+        if writes or event in ("os.rename", "os.remove", "os.symlink"):
+            paths.extend(map(str, arguments[:2]))
+
+    sys.addaudithook(audit)
+    return paths

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from tests.helpers.references import _argmax, _average, _reference_at_gamma
 from tests.properties.strategies import Case
-from tests.references import _argmax, _average, _reference_at_gamma
 
 
 def _reference_accuracy(case, samples, candidates, average="micro", top_k=1):
