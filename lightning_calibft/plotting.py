@@ -10,7 +10,7 @@ from torch import Tensor
 # torchmetrics exports no public names for its plot types; every metric built on it imports these two.
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE, plot_curve
 
-from lightning_calibft.functional._curve import point_at
+from lightning_calibft.functional.seen_unseen_curve import point_at
 
 
 def plot_seen_unseen_curve(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_calibft._arguments import check_items, check_number, check_type
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
 from lightning_calibft.functional import ausuc, seen_unseen_curve
-from lightning_calibft.functional._curve import point_at
+from lightning_calibft.functional.seen_unseen_curve import point_at
 from lightning_calibft.plotting import plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, check_series, draw_lines, new_axis
-from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype, top_classes
-from lightning_calibft.metrics.base import AbsentClassMetric
+from lightning_calibft.functional._group_logits import top_classes
+from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
 

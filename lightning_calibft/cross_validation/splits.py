@@ -20,7 +20,7 @@ from lightning_calibft.calibration import CalibrationResult, EvaluationPass
 from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
-from lightning_calibft.functional._curve import UnreachableAccuracyError
+from lightning_calibft.functional.seen_unseen_curve import UnreachableAccuracyError
 from lightning_calibft.metrics import SeenUnseenCurve
 from lightning_calibft.split import ClassSplit
 

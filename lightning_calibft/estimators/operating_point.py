@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from lightning_calibft.functional._curve import (
+from lightning_calibft.functional._inputs import Average
+from lightning_calibft.functional.seen_unseen_curve import (
     Criterion,
     Goal,
     UnreachableAccuracyError,
@@ -18,11 +19,10 @@ from lightning_calibft.functional._curve import (
     curve_best_gamma,
     to_real,
 )
-from lightning_calibft.functional._inputs import Average
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
-from lightning_calibft.metrics.curve import SeenUnseenCurve
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
+from lightning_calibft.metrics.seen_unseen_curve import SeenUnseenCurve
 from lightning_calibft.split import ClassIds
 
 

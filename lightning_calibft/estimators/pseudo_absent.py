@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_calibft.estimators.kept_samples import KeptSamples
+from lightning_calibft.estimators.sample_estimator import SampleEstimator
 from lightning_calibft.functional.pseudo_absent import pseudo_absent_compute, pseudo_absent_margins
 
 
-class PseudoAbsent(KeptSamples):
+class PseudoAbsent(SampleEstimator):
     r"""Where seen samples part from copies of themselves whose class plays an absent one.
 
     .. math:: |S| \, \operatorname{mean} \sigma(\gamma - m) = |U| \, \operatorname{mean} \sigma(m' - \gamma)

@@ -1,8 +1,7 @@
-"""What every function on logits shares: checked inputs, the split as tensors, maxima among some classes."""
+"""What every function on logits shares: checked inputs and the split as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -151,33 +150,3 @@ def warn_if_empty(seen: bool, absent: bool) -> None:
 def real_dtype(device: torch.device) -> torch.dtype:
     """Float64, or float32 on devices that lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def top_classes(logits: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
-    """Largest logits among ``classes`` (sorted ids) and whose they are, both of shape ``(N, top_k)``."""
-    values, indices = [], []
-    for chunk in logits.detach().split(_rows_at_a_time(logits, 2**26)):
-        if len(classes) < logits.shape[1]:
-            chunk = chunk.index_select(1, classes)
-        best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
-        values.append(best.values)
-        indices.append(best.indices)
-    return torch.cat(values), classes[torch.cat(indices)]
-
-
-def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
-    rows = _rows_at_a_time(tensors[0], 2**22)
-    parts = [function(*chunks) for chunks in zip(*(tensor.detach().split(rows) for tensor in tensors), strict=True)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _rows_at_a_time(logits: Tensor, elements: int) -> int:
-    # On a CPU as many as stay in its cache: copies of all rows at once take two to three times as long.
-    return max(1, (2**18 if logits.device.type == "cpu" else elements) // logits.shape[1])
-
-
-def other_seen_logits(logits: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:
-    """A copy of the seen logits ``(N, |S|)`` with ``fill`` at the true class; at any of them if that is not seen."""
-    place = torch.searchsorted(groups.seen, target.long()).clamp(max=len(groups.seen) - 1)
-    return logits.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
+from lightning_calibft.functional._group_logits import top_classes
 from lightning_calibft.functional._inputs import (
     Average,
     Group,
@@ -15,7 +16,6 @@ from lightning_calibft.functional._inputs import (
     check_floating,
     prepare,
     real_dtype,
-    top_classes,
     warn_if_empty,
 )
 from lightning_calibft.split import ClassIds, ClassSplit

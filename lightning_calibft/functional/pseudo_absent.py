@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_calibft.functional._group_logits import in_row_chunks, other_seen_logits
 from lightning_calibft.functional._inputs import (
     _SEEN,
     Groups,
     check_inputs,
-    in_row_chunks,
-    other_seen_logits,
     prepare,
     real_dtype,
     warn_if_probabilities,
 )
-from lightning_calibft.functional.logit_gap import check_seen_classes
+from lightning_calibft.functional.average_logit_gap import check_seen_classes
 from lightning_calibft.split import ClassIds
 
 _STEPS = 80  # of bisection: from any range of logits to the last bit of float64

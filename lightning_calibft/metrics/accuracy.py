@@ -16,7 +16,7 @@ from lightning_calibft.functional.accuracy import (
 )
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
 

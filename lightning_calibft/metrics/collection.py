@@ -10,7 +10,7 @@ from lightning_calibft.functional._inputs import Average
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import HarmonicMeanAccuracy, SplitAccuracy
-from lightning_calibft.metrics.curve import AUSUC
+from lightning_calibft.metrics.seen_unseen_curve import AUSUC
 from lightning_calibft.split import ClassIds, ClassSplit
 
 

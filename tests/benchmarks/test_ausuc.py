@@ -9,7 +9,7 @@ import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from lightning_calibft.functional import ausuc
-from lightning_calibft.functional._curve import curve_compute
+from lightning_calibft.functional.seen_unseen_curve import curve_compute
 from lightning_calibft.metrics import AUSUC
 from tests.benchmarks.conftest import DEVICES, seconds
 from tests.benchmarks.samples import logits_and_target, seen_classes, two_maxima

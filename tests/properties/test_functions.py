@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lightning_calibft.functional import (
     ausuc,
@@ -20,7 +19,7 @@ from lightning_calibft.functional import (
     seen_unseen_curve,
     split_accuracy,
 )
-from lightning_calibft.functional._curve import point_at
+from lightning_calibft.functional.seen_unseen_curve import point_at
 from tests.helpers.nonfinite_references import (
     _reference_accuracy,
     _reference_point,

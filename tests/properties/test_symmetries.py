@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from lightning_calibft.estimators import ESTIMATORS, needs_pretrained_logits
 from lightning_calibft.functional import (

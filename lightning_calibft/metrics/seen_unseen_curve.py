@@ -10,7 +10,8 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._curve import (
+from lightning_calibft.functional._inputs import Average
+from lightning_calibft.functional.seen_unseen_curve import (
     Criterion,
     Curve,
     Goal,
@@ -21,10 +22,9 @@ from lightning_calibft.functional._curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.functional._inputs import Average
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.metrics.base import AbsentClassMetric
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 

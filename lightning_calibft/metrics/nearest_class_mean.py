@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_calibft._arguments import check_integer
 from lightning_calibft.functional._inputs import Average, Group, check_matrix
-from lightning_calibft.functional.nearest_mean import nearest_class_mean_logits
+from lightning_calibft.functional.nearest_class_mean import nearest_class_mean_logits
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import SplitAccuracy

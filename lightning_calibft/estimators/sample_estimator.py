@@ -9,10 +9,10 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
 from lightning_calibft.functional._inputs import real_dtype
-from lightning_calibft.metrics.mean_gap import GammaEstimator
+from lightning_calibft.metrics.gamma_estimator import GammaEstimator
 
 
-class KeptSamples(GammaEstimator):
+class SampleEstimator(GammaEstimator):
     """Base of the estimators that keep two numbers, 8 bytes, of each sample of a seen class.
 
     After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import (
     _SEEN,
     Groups,
-    in_row_chunks,
     prepare,
     real_dtype,
     warn_if_probabilities,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_calibft.estimators.kept_samples import KeptSamples
-from lightning_calibft.functional.gaps import confusions
+from lightning_calibft.estimators.sample_estimator import SampleEstimator
+from lightning_calibft.functional._group_logits import in_row_chunks
+from lightning_calibft.functional._inputs import Groups, real_dtype
 
 _STEPS = 60  # of bisection, of a range of e^30 to the last bits
 _RESAMPLES = 200
 
 
-class ConfusionMatched(KeptSamples):
+class ConfusionMatched(SampleEstimator):
     r"""Lets the absent classes outrank the truth of a seen sample as often as so many other seen classes would.
 
     With :math:`c_i` the number of seen classes above the true one, a negative binomial distribution of :math:`|S| - 1`
@@ -77,6 +78,20 @@ class ConfusionMatched(KeptSamples):
         place = rate * (len(lead) - 1)
         below = place.floor().long()
         return lead[below].lerp(lead[(below + 1).clamp(max=len(lead) - 1)], place - below)
+
+
+def confusions(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    """By how much the true class outranks the absent ones, and how many other seen classes outrank it, ``(N, 2)``."""
+    dtype = real_dtype(logits.device)
+
+    def compare(logits: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1))
+        lead = own.squeeze(1).to(dtype) - logits.index_select(1, groups.absent).amax(1).to(dtype)
+        seen = logits.index_select(1, groups.seen)
+        above = (seen > own).sum(1).to(dtype) + 0 * seen.amax(1)  # NaN, which no comparison shows, stays NaN
+        return (torch.stack([lead, above], 1),)
+
+    return in_row_chunks(compare, logits, target)[0]
 
 
 def _sorted(samples: Tensor) -> Tensor:

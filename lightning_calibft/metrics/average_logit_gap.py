@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_calibft.functional.logit_gap import average_gaps
-from lightning_calibft.metrics.mean_gap import MeanGap
+from lightning_calibft.functional.average_logit_gap import average_gaps
+from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 
 
-class AverageLogitGap(MeanGap):
+class AverageLogitGap(MeanGapEstimator):
     r"""How far the absent logits lie below the seen ones on the fine-tuning data: the paper's estimate of gamma.
 
     .. math::

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._inputs import real_dtype
-from lightning_calibft.metrics.mean_gap import MeanGap
+from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
 
 
-class FixedGamma(MeanGap):
+class FixedGamma(MeanGapEstimator):
     """A gamma that is known, from an earlier run or a sweep; the samples are only counted.
 
     Input and output are those of :class:`~lightning_calibft.metrics.AverageLogitGap`. The standard error is 0.

@@ -1,0 +1,76 @@
+"""Gamma from the maxima of as many seen as absent logits."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from torch import Tensor
+
+from lightning_calibft.functional._group_logits import sorted_gaps
+from lightning_calibft.functional._inputs import Groups, real_dtype
+from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
+
+
+class MatchedMaxima(MeanGapEstimator):
+    r"""How far the maximum of some absent logits lies below that of as many seen ones.
+
+    The average logit gap compares averages, but the prediction compares maxima, and the maximum of many classes is
+    larger than that of few. So both groups are cut to the same number of classes,
+    :math:`k = \min(|S| - 1, |U|)`:
+
+    .. math::
+        \gamma = \frac{1}{n} \sum_{i=1}^n \Big[ \mathop{\mathrm{E}}_{A \subset S \setminus y_i, |A| = k}
+        \max_{c \in A} z_{ic} - \mathop{\mathrm{E}}_{A \subset U, |A| = k} \max_{c \in A} z_{ic} \Big]
+
+    The expectations over random subsets have a closed form: the logit of rank :math:`j` (from 0, increasing) among
+    :math:`m` is the maximum of :math:`\binom{j}{k - 1}` of the :math:`\binom{m}{k}` subsets. This estimator is the
+    project's own. Its limits are those of the average logit gap, but for the numbers of classes: it looks at no sample
+    of an absent class, so it cannot know how high their own logits rise.
+
+    The state is three numbers; an update sorts the logits of its batch. Input and output are those of
+    :class:`~lightning_calibft.metrics.AverageLogitGap`, which also has the same arguments.
+
+    Args:
+        num_classes: Number of classes ``C``, the width of the logits.
+        seen_classes: Ids of the at least two classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
+
+    Raises:
+        ValueError: If there are fewer than two seen classes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.estimators import MatchedMaxima
+        >>> metric = MatchedMaxima(6, seen_classes=[0, 1, 2])
+        >>> metric.update(torch.tensor([[9.0, 2.0, 4.0, 0.0, -1.0, 1.0]]), torch.tensor([0]))
+        >>> metric.compute()  # 4 less the mean of 0, 1 and 1, the maxima of two absent logits
+        tensor(3.3333, dtype=torch.float64)
+    """
+
+    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
+        return matched_maxima_gaps(logits, target, self._groups)
+
+
+def matched_maxima_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+    """Expected maximum of ``k`` other seen logits less that of ``k`` absent ones, ``(N,)``."""
+    size = min(len(groups.seen) - 1, len(groups.absent))
+
+    def gaps(others: Tensor, absent: Tensor) -> Tensor:
+        return _expected_maximum(others, size) - _expected_maximum(absent, size)
+
+    return sorted_gaps(gaps, logits, target, groups)
+
+
+def _expected_maximum(values: Tensor, size: int) -> Tensor:
+    """Mean, over all subsets of ``size`` columns, of their maximum. ``values (N, n)`` increase along the row."""
+    largest = values[:, size - 1 :].to(real_dtype(values.device))
+    return largest @ largest.new_tensor(_shares_of_subsets(values.shape[1], size))
+
+
+@lru_cache
+def _shares_of_subsets(count: int, size: int) -> list[float]:
+    """Share of the subsets of ``size`` whose largest rank is ``size - 1``, ..., ``count - 1``: the others lie below."""
+    total = math.comb(count, size)
+    return [math.comb(rank, size - 1) / total for rank in range(size - 1, count)]
