@@ -19,8 +19,8 @@ from lightning_calibft.analysis._axes import check_matplotlib
 from lightning_calibft.analysis.history import History
 from lightning_calibft.analysis.report import FORMATS, write_report
 from lightning_calibft.calibration import BatchReader, UnpackBatch
-from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.listening import Observer
+from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
 from lightning_calibft.head import find_head, num_classes
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames

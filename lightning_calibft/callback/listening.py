@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_calibft.analysis import LogitLevelsMetric, head_weight
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.calibration import BatchReader
-from lightning_calibft.callback.labels import LabelsMet, training_batches
+from lightning_calibft.callback.training_labels import TrainingLabels
 from lightning_calibft.head import find_head, num_classes
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
@@ -39,7 +39,7 @@ class Observer:
         warn: Callable[[str], None],
     ) -> None:
         self._model, self._head, self._reader, self._split, self._warn = model, head, reader, split, warn
-        self._labels = LabelsMet(num_classes(find_head(model, head)), reader.maps) if split is None else None
+        self._labels = TrainingLabels(num_classes(find_head(model, head)), reader.maps) if split is None else None
         self._recorder = LogitRecorder(model, head)
         self._metrics: tuple[AUSUC, LogitLevelsMetric] | None = None
         self._target: Tensor | None = None
@@ -73,8 +73,7 @@ class Observer:
         if self._labels is None:
             return
         try:
-            for part in training_batches(batch, loaders):
-                self._labels.add(self._reader.rows(part))
+            self._labels.add_batch(batch, loaders, self._reader)
         except (TypeError, ValueError) as error:
             self._warn(f"{error} Or pass `seen_classes`.")
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_calibft.calibration import CalibrationResult, EvaluationPass
-from lightning_calibft.callback.nested import Progress, copy_of, fit_nested, nothing
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, nothing
 from lightning_calibft.callback.restricted import RestrictedData, check_loaders
 from lightning_calibft.cross_validation import CrossValidationPlan, cost, cross_validate, of_classes
 from lightning_calibft.head import reset_gamma
@@ -73,7 +74,8 @@ class Retraining:
                 f" but got {trainer.world_size}. Choose another `estimator`, or call `pseudo_cross_validation`."
             )
         # As they are before they have seen the module. Others look at the training or save it, but do not shape it.
-        shaping = (BaseFinetuning, GradientAccumulationScheduler)
+        callbacks = lightning_of(trainer).callbacks
+        shaping = (callbacks.BaseFinetuning, callbacks.GradientAccumulationScheduler)
         self._callbacks = [copy.deepcopy(each) for each in trainer.callbacks if isinstance(each, shaping)]
         self._accumulate = trainer.accumulate_grad_batches
 

@@ -202,4 +202,4 @@ def test_refresh(ratio, max_samples, device):
         callback = AbsentClassCalibration(list(range(10)), calibrate_checkpoints=False, **options)
         return run("fit", module, train, [callback], device, val)
 
-    ratio(lambda: validation(refresh="validation", max_samples=max_samples), validation, rounds=4, budget="none")
+    ratio(lambda: validation(refresh_on_validation=True, max_samples=max_samples), validation, rounds=4, budget="none")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_calibft.callback.training_labels import TrainingLabels
 
 from lightning_calibft import AbsentClassCalibration, ClassSplit, calibrate, get_gamma
 from lightning_calibft.calibration import BatchedUpdates, BatchReader
 from lightning_calibft.calibration.data_check import DataCheck
-from lightning_calibft.callback.labels import LabelsMet
 from tests.callback.measures import Measures, logged
 from tests.helpers.references import _reference_gap
 from tests.helpers.runs import ABSENT, SEEN, TRAIN, VAL, Plain, loader, pretrained, quiet, raw_logits, trainer_of
@@ -98,11 +98,11 @@ def test_counting_never_waits_for_the_device():
     """On the device without values whatever reads one fails, as does copying to the host."""
     device = torch.device("meta")
     logits, target = torch.empty(70, 8, 6, device=device), torch.empty(70, 8, dtype=torch.long, device=device)
-    check, labels = DataCheck(ClassSplit(6, SEEN), device, False, "accident"), LabelsMet(6, mapped=False)
+    check, labels = DataCheck(ClassSplit(6, SEEN), device, False, "accident"), TrainingLabels(6, mapped=False)
     joined = BatchedUpdates(lambda logits, target, batch: check.count(target, batch, logits))
     reader = BatchReader(rows={7: 0, 9: 5})
     for index in range(70):
-        labels.add(reader.rows((logits[index], target[index])))
+        labels.add_batch((logits[index], target[index]), None, reader)
         joined.add(logits[index], target[index], torch.full_like(target[index], index))
     joined.flush()
     with pytest.raises(RuntimeError, match="meta"):

@@ -27,8 +27,8 @@ def fit(folder: Path, name: str, devices: int) -> dict:
     rank = int(os.environ.get("LOCAL_RANK", 0)) if devices > 1 else 0
     torch.manual_seed(rank)  # samplers of the user draw other samples in each process
     train, val, arguments = loaders(name, rank, devices)
-    refresh = "validation" if name == "refreshed" else None
-    calibration = AbsentClassCalibration(SEEN if name == "given" else None, refresh=refresh)
+    refresh = name == "refreshed"
+    calibration = AbsentClassCalibration(SEEN if name == "given" else None, refresh_on_validation=refresh)
     logged, module = Logged(), Scheduled()
     checkpoints = [
         ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max"),

@@ -24,8 +24,8 @@ NODES = 2
 def fit(folder: Path, name: str, devices: int, nodes: int) -> dict:
     local = folder / f"node_{os.environ.get('NODE_RANK', 0)}" / name
     local.mkdir(parents=True, exist_ok=True)
-    refresh = "validation" if name == "refreshed" else None
-    calibration, module = AbsentClassCalibration(refresh=refresh), Scheduled()
+    refresh = name == "refreshed"
+    calibration, module = AbsentClassCalibration(refresh_on_validation=refresh), Scheduled()
     checkpoint = ModelCheckpoint(local, "{step}", save_top_k=-1, monitor="val_acc")
     strategy = "ddp" if devices * nodes > 1 else "auto"
     limits = {"max_epochs": -1, "max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None}

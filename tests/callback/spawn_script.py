@@ -22,7 +22,7 @@ METHODS = ("ddp_notebook", "ddp_spawn")  # to fork, and to spawn
 
 
 def trainer_in(folder: Path, method: str, checkpoint: ModelCheckpoint) -> Trainer:
-    calibration = AbsentClassCalibration(refresh="validation" if method == "ddp_spawn" else None)
+    calibration = AbsentClassCalibration(refresh_on_validation=method == "ddp_spawn")
     os.environ.pop("MASTER_PORT", None)  # that of the Trainer before, which may still be taken
     return trainer_of(folder, calibration, checkpoint, devices=2, strategy=method, max_epochs=2)
 

@@ -28,7 +28,7 @@ def test_stochastic_averaging_without_batch_norm_and_with_a_late_head(tmp_path):
 def test_the_wrong_order_is_an_error(tmp_path, make):
     module, averages = Plain(), make()
     trainer = trainer_of(tmp_path, averages, AbsentClassCalibration())
-    remedy = rf"AbsentClassCalibration to stand before {type(averages).__name__} .* Make a Trainer with AbsentClass"
+    remedy = rf"{type(averages).__name__} stands before AbsentClassCalibration .* Put AbsentClassCalibration first"
     with pytest.raises(RuntimeError, match=remedy):
         trainer.fit(module, loader())
     assert not attached_heads(module)
@@ -51,7 +51,7 @@ def test_a_late_head_is_an_error(tmp_path, make, lacks, head):
         module.forward = None
     callbacks = (AbsentClassCalibration(SEEN, head=head), WeightAveraging())
     trainer = trainer_of(tmp_path, *callbacks)
-    with pytest.raises(RuntimeError, match=rf"copies it, but.* {lacks}.* came later. Build the .* in .*`__init__`"):
+    with pytest.raises(RuntimeError, match=rf"copied the model before .*{lacks}.* existed. Build the .* in .*`__init__`"):
         trainer.fit(module, loader())
     assert trainer.global_step == 0
 

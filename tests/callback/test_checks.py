@@ -64,7 +64,7 @@ class WithoutItsPackage(DeepSpeedStrategy):
 @pytest.mark.parametrize("strategy", [OnCPU, WithoutItsPackage])
 @pytest.mark.parametrize("callback", [AbsentClassCalibration, CalibrationDiagnostics])
 def test_strategies_that_are_refused(tmp_path, group, strategy, callback):
-    text = rf"another strategy than {strategy.__name__}, .*`ModelParallelStrategy`.*call `lightning_calibft.calibrate\("
+    text = rf"{strategy.__name__} is not supported: .* Use DDP, .*ModelParallelStrategy.* call `lightning_calibft.calibrate\("
     with pytest.raises(RuntimeError, match=text):
         trainer_of(tmp_path, callback(), strategy=strategy()).fit(Plain(), loader())
 
@@ -80,11 +80,11 @@ class Sharding(Plain):
         (
             {},
             True,
-            r"`refresh` to be 'validation' with ModelParallelStrategy.* got None.*`calibrate_checkpoints=False`",
+            r"`refresh_on_validation` to be True with ModelParallelStrategy.* got False.*`calibrate_checkpoints=False`",
         ),
-        ({"refresh": "validation"}, False, "got 'validation' without validation data: .*`source='training_steps'`"),
-        ({"estimator": "pseudo_absent"}, True, "`estimator` to look at the fine-tuned model alone .* 'pseudo_absent'"),
-        ({"estimator": "pcv"}, True, "`estimator` to look at the fine-tuned model alone .* 'pcv'"),
+        ({"refresh_on_validation": True}, False, "got True without validation data: .*`source='training_steps'`"),
+        ({"estimator": "pseudo_absent"}, True, "`estimator` to use the fine-tuned model alone .* 'pseudo_absent'"),
+        ({"estimator": "pcv"}, True, "`estimator` to use the fine-tuned model alone .* 'pcv'"),
     ],
 )
 def test_what_sharded_weights_do_not_go_with(tmp_path, group, arguments, validation, message):
@@ -100,7 +100,7 @@ def test_what_sharded_weights_do_not_go_with(tmp_path, group, arguments, validat
     [
         ({"calibrate_checkpoints": False}, [ModelCheckpoint()]),
         ({"source": "training_steps"}, [ModelCheckpoint()]),
-        ({"refresh": "validation"}, [ModelCheckpoint()]),
+        ({"refresh_on_validation": True}, [ModelCheckpoint()]),
         ({}, []),
     ],
 )

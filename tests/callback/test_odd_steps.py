@@ -100,7 +100,7 @@ def test_the_callback_goes_into_pickles_and_copies_in_the_middle_and_at_the_end(
     taken, callback = Copy(), steps()
     trainer_of(tmp_path, callback, taken, max_epochs=1).fit(pretrained(Watched), loader())
     assert pickle.loads(pickle.dumps(callback)).result == callback.result
-    copied = taken.copy._steps
-    copied._joined.add(torch.randn(300, 6), torch.tensor([0] * 300))
+    copied = taken.copy._search.steps
+    copied._updates.add(torch.randn(300, 6), torch.tensor([0] * 300))
     assert copied.result().num_samples > 300 - 1  # fed into the copy's own estimator
     assert callback.result.num_samples == 45

@@ -42,7 +42,7 @@ def test_gamma_of_the_model_and_of_each_file(tmp_path):
         info = inspect_checkpoint(tmp_path / name)
         assert info["gamma"] == pytest.approx(expected(state, before), rel=1e-5)
         assert info["estimator"] == "pseudo_absent"
-    assert callback._before.weights is None  # the memory is free again
+    assert callback._search.pretrained.weights is None  # the memory is free again
 
 
 def test_a_resumed_fit_compares_with_the_weights_that_the_first_began_with(tmp_path):
@@ -78,7 +78,7 @@ def test_a_head_and_weights_that_come_in_setup(tmp_path):
 def test_nothing_is_kept_for_others(tmp_path):
     class Watched(AbsentClassCalibration):
         def on_train_start(self, trainer, pl_module):
-            self.kept = self._before.weights
+            self.kept = self._search.pretrained.weights
 
     callback = Watched()
     trainer_of(tmp_path, callback, max_epochs=1).fit(pretrained(), loader())
@@ -93,7 +93,7 @@ def test_the_copy_goes_when_training_fails(tmp_path):
     module, callback = Fails(), AbsentClassCalibration(estimator="pseudo_absent")
     with pytest.raises(RuntimeError, match=r"^no$"):
         trainer_of(tmp_path, callback).fit(module, loader())
-    assert callback._before.weights is None
+    assert callback._search.pretrained.weights is None
 
 
 def test_a_model_that_was_fine_tuned_before_is_told(tmp_path):
@@ -112,5 +112,5 @@ def test_a_tuner_leaves_nothing_behind(tmp_path):
     module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent")
     trainer = trainer_of(tmp_path, callback)
     Tuner(trainer).lr_find(module, loader(), num_training=5, update_attr=False)
-    assert callback._before.weights is None
+    assert callback._search.pretrained.weights is None
     pickle.dumps(module)  # no hook of ours is on it

@@ -33,7 +33,7 @@ pytestmark = quiet
 
 
 def refreshing(seen=SEEN, **kwargs):
-    return AbsentClassCalibration(seen, refresh="validation", **kwargs)
+    return AbsentClassCalibration(seen, refresh_on_validation=True, **kwargs)
 
 
 def val():
@@ -167,19 +167,23 @@ def test_a_validation_apart_leaves_gamma_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "training_steps"}, "`refresh` to be None beside `source='training_steps'`"),
-        ({"estimator": "pcv"}, "`refresh` to be None beside `estimator='pcv'`"),
-        ({"refresh": "always"}, "`refresh` to be"),
+        ({"source": "training_steps"}, "`refresh_on_validation` to be False beside `source='training_steps'`"),
+        ({"estimator": "pcv"}, "`refresh_on_validation` to be False beside `estimator='pcv'`"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):
     with pytest.raises(ValueError, match=message):
-        AbsentClassCalibration(SEEN, **{"refresh": "validation", **arguments})
+        AbsentClassCalibration(SEEN, **{"refresh_on_validation": True, **arguments})
+
+
+def test_it_is_a_switch():
+    with pytest.raises(TypeError, match="`refresh_on_validation` to be a bool, but got a str"):
+        AbsentClassCalibration(refresh_on_validation="validation")
 
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
 def test_averaged_weights_are_refused(tmp_path, averaging):
-    with pytest.raises(RuntimeError, match=r"`refresh` to be None beside .*Averaging, but got 'validation'"):
+    with pytest.raises(RuntimeError, match=r"`refresh_on_validation=True` is not supported beside .*Averaging"):
         trainer_of(tmp_path, refreshing(), averaging()).fit(pretrained(), loader(), val())
 
 

@@ -130,7 +130,7 @@ def test_interrupted(tmp_path):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert (callback.result, get_gamma(module), Interrupting.fits) == (None, None, 2)
-    assert callback._retraining._module is None
+    assert callback._search.retraining._module is None
 
 
 def test_what_it_will_cost_is_said(tmp_path, caplog, capsys):

@@ -56,7 +56,8 @@ LOADERS = {
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize(
-    "options", [{}, {"tolerance": 0.05}, {"refresh": "validation"}, {"refresh": "validation", "max_samples": 12}]
+    "options",
+    [{}, {"tolerance": 0.05}, {"refresh_on_validation": True}, {"refresh_on_validation": True, "max_samples": 12}],
 )
 def test_each_kind_of_loader_goes_on_as_without(kind, options, tmp_path):
     """In the middle of an epoch, and of a validation: the same batches, all of them."""

@@ -148,7 +148,7 @@ def fit(folder: Path, name: str, devices: int, make=Sharded, tensor=1, distribut
     options = {"devices": devices, "tensor": tensor, "distributed": distributed}
     best = ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max", save_weights_only=True)
     each = ModelCheckpoint(folder / name, "{step}", save_top_k=-1, monitor="val_gamma")
-    calibration, logged, module = AbsentClassCalibration(refresh="validation"), Logged(), make()
+    calibration, logged, module = AbsentClassCalibration(refresh_on_validation=True), Logged(), make()
     trainer = trainer_in(folder, calibration, logged, best, each, **options)
     trainer.fit(module, DataLoader(TRAIN, 16), DataLoader(VAL, 16))
     outcome = {"first": told(calibration, module, logged, trainer)}
@@ -159,7 +159,7 @@ def fit(folder: Path, name: str, devices: int, make=Sharded, tensor=1, distribut
         trainer.test(module, DataLoader(VAL, 16), ckpt_path=folder / name / file, verbose=False)
         outcome[file] = {"gamma": get_gamma(module), **numbers(trainer.callback_metrics)}
 
-    calibration, logged, module = AbsentClassCalibration(refresh="validation"), Logged(), make()
+    calibration, logged, module = AbsentClassCalibration(refresh_on_validation=True), Logged(), make()
     start = AtStart()
     trainer = trainer_in(folder, calibration, logged, start, **options, max_steps=10)
     rest = Subset(TRAIN, [0, *range(2, 101)])  # without the only sample of a class

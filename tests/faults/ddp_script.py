@@ -49,8 +49,13 @@ def run(folder: Path, fault: str, rank: int) -> None:
     data.fault = meet_fault
     mine = place if rank == faulty_rank else "nowhere"
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    refresh = "validation" if place == "validation" else None
-    callbacks = [AbsentClassCalibration(SEEN, refresh=refresh), checkpoints, Arms(data, mine), Kills(folder, mine)]
+    refresh = place == "validation"
+    callbacks = [
+        AbsentClassCalibration(SEEN, refresh_on_validation=refresh),
+        checkpoints,
+        Arms(data, mine),
+        Kills(folder, mine),
+    ]
     module, validation = faulty(data), loader(shuffle=False) if refresh else None
     try:
         trainer_of(folder, *callbacks, max_epochs=3, strategy="ddp", devices=2).fit(module, loader(), validation)

@@ -67,9 +67,10 @@ def run(folder: Path, place: str, **options) -> None:
     data = Armed(die)
     passes = {"pass_of_a_validation": "validation", "pass_of_the_model": "model", "pass_of_a_file": "file"}
     arms = Arms(data, passes.get(place, "nowhere"))
-    refresh, validation = ("validation", loader(VAL, shuffle=False)) if "validation" in place else (None, None)
+    refresh = "validation" in place
+    validation = loader(VAL, shuffle=False) if refresh else None
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    callbacks = [AbsentClassCalibration(SEEN, refresh=refresh), checkpoints, arms, Kills(folder, place)]
+    callbacks = [AbsentClassCalibration(SEEN, refresh_on_validation=refresh), checkpoints, arms, Kills(folder, place)]
     trainer_of(folder, *callbacks, max_epochs=3, **options).fit(faulty(data), loader(), validation)
 
 

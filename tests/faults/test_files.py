@@ -34,13 +34,13 @@ class AtTheEnd(Callback):
         self.action()
 
 
-def fit(folder, *callbacks, module=None, refresh=None, calibration=None):
+def fit(folder, *callbacks, module=None, refresh=False, calibration=None):
     """Fit, and leave ``epoch=0.ckpt`` with weights of its own and ``epoch=1.ckpt`` with the last ones."""
     module = module or faulty(Armed())
     checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    calibration = calibration or AbsentClassCalibration(SEEN, refresh=refresh)
+    calibration = calibration or AbsentClassCalibration(SEEN, refresh_on_validation=refresh)
     trainer = trainer_of(folder, calibration, checkpoints, *callbacks)
-    data = (loader(),) if refresh is None else (loader(), loader(shuffle=False))
+    data = (loader(), loader(shuffle=False)) if refresh else (loader(),)
     trainer.fit(module, *data)
     return module
 
@@ -144,7 +144,7 @@ def test_replaced_by_another_file(replace, reason, epoch, tmp_path):
     assert_sound(module, is_calibrated=True)
 
 
-@pytest.mark.parametrize("refresh", [None, "validation"])
+@pytest.mark.parametrize("refresh", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_replaced_by_a_checkpoint_of_another_run(epoch, refresh, tmp_path):
     """Of the same step: it gets the gamma of the weights that it holds, not what this run found for its own."""

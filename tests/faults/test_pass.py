@@ -186,7 +186,7 @@ def test_ctrl_c_without_lightning():
 @pytest.mark.filterwarnings("ignore:Fitting was interrupted", "ignore:The metric met no absent samples")
 def test_in_the_pass_before_a_validation(fault, error, text, tmp_path):
     """The training ends with the error; what was saved before is calibrated, and so is the model as it was then."""
-    data, callback = Armed(fault), AbsentClassCalibration(SEEN, refresh="validation")
+    data, callback = Armed(fault), AbsentClassCalibration(SEEN, refresh_on_validation=True)
     module, checkpoints = faulty(data), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     callbacks = (callback, checkpoints, Arms(data, "validation"))
     with interruptible(), pytest.raises(error, match=text):

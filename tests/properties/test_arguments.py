@@ -38,7 +38,7 @@ FUNCTIONS = {"type", "function"}  # the user's own errors are theirs
 
 # What is right for an argument, of any function that has it.
 RIGHT = {
-    "absent_classes class_map label_names weights result head pretrained refresh": {"None"},
+    "absent_classes class_map label_names weights result head pretrained": {"None"},
     "min_seen_accuracy min_absent_accuracy": {"None"},
     "num_classes top_k num_splits batch_size num_workers every_n_epochs samples_per_class": {"3"},
     "gamma logit_bias": NUMBERS,

@@ -9,26 +9,26 @@ from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_calibft.calibration import (
-    BatchReader,
-    EvaluationPass,
-    ShardedReading,
-    calibration_loaders,
-    check_head,
-    empty_error,
-    first_batch_of_any,
-)
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.data_check import empty_error
+from lightning_calibft.calibration.distributed import ShardedReading, first_batch_of_any
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_head
+from lightning_calibft.calibration.loaders import calibration_loaders
+from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head import eval_mode
 from lightning_calibft.labels.class_map import check_mapped
 
 Source = Literal["train", "validation", "training_steps"]
+
+
+def is_model_parallel(trainer: Any) -> bool:
+    """Return whether each process of the Trainer holds a part of the model."""
+    return isinstance(trainer.strategy, lightning_of(trainer).strategies.ModelParallelStrategy)
 
 
 def calibration_dataloader(trainer: Trainer) -> Any:
@@ -40,7 +40,7 @@ def calibration_dataloader(trainer: Trainer) -> Any:
 
 
 def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -> None:
-    """Meet at the start of a fit what would be wrong with its data at the end.
+    """Find at the start of a fit what would be wrong with its data at the end.
 
     Raises:
         ValueError: If there is no validation to take the samples from, or nothing with samples of absent classes.
@@ -53,14 +53,14 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
     if source == "train" and needs_absent_samples(estimator) and calibration_dataloader(trainer) is None:
         raise ValueError(
             f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got 'train': it needs"
-            " labelled samples of absent classes. A `calibration_dataloader` that has them serves as well."
+            " labeled samples of absent classes. A `calibration_dataloader` that has them serves as well."
         )
 
 
 def move_batch(trainer: Trainer, batch: Any) -> Any:
     """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # hooks that augment or mix do so if `trainer.training`
+    trainer.state.stage = lightning_of(trainer).trainer.states.RunningStage.VALIDATING  # no augmenting or mixing hooks
     try:
         batch = trainer.precision_plugin.convert_input(batch)
         # Private in Lightning, which has no other way to run this hook of the datamodule or else the module.
@@ -70,13 +70,12 @@ def move_batch(trainer: Trainer, batch: Any) -> Any:
         trainer.state.stage = stage
 
 
-def lockstep_of(trainer: Any) -> ShardedReading | None:
-    """Return how the processes of a model that is shared out among them pass over data; ``None`` for a whole model."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+def sharded_reading(trainer: Any) -> ShardedReading | None:
+    """Return how the processes of a sharded model share the reading of data; ``None`` for a whole model."""
+    if not is_model_parallel(trainer):
         return None
-    shares = strategy.distributed_sampler_kwargs
-    first = strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
+    shares = trainer.strategy.distributed_sampler_kwargs
+    first = trainer.strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
     return ShardedReading(shares["rank"], shares["num_replicas"], counts=first)
 
 
@@ -96,7 +95,7 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
 
 
 def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, reader: BatchReader) -> None:
-    """Meet at the first training batch what would be wrong with the first batch of the pass at the end.
+    """Find at the first training batch what would be wrong with the first batch of the pass at the end.
 
     Raises:
         TypeError: If its target does not hold class ids.
@@ -108,7 +107,7 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         rows = reader.rows(batch)
         if reader.maps:
             check_mapped(rows)
-        if lockstep_of(trainer) is not None:  # the forwards need all processes, and depend on what comes out
+        if is_model_parallel(trainer):  # the forwards need all processes, and depend on what comes out
             batch = first_batch_of_any(batch, model.device)
         check_head(model, batch, reader)
 
@@ -135,11 +134,11 @@ def calibration_pass(
         data = "validation" if source == "validation" else "training"
         rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
         return None
-    progress_bar, lockstep = trainer.progress_bar_callback, lockstep_of(trainer)
+    progress_bar, sharded = trainer.progress_bar_callback, sharded_reading(trainer)
     return EvaluationPass(
         model,
         calibration_loaders(
-            loaders, max_samples, max_batches, at_random=tolerance is not None, share=lockstep and lockstep[:2]
+            loaders, max_samples, max_batches, at_random=tolerance is not None, share=sharded and sharded[:2]
         ),
         estimator,
         estimator_kwargs,
@@ -152,7 +151,7 @@ def calibration_pass(
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
         context=trainer.precision_plugin.forward_context,
-        sharded=lockstep,
+        sharded=sharded,
     )
 
 

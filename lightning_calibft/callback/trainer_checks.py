@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer, before any training time is spent."""
+"""What the callbacks ask of a Trainer before any training time is spent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import is_folded
-from lightning_calibft.head import HeadNotFoundError, attached_heads, find_head
+from lightning_calibft.head import attached_heads, find_head
+from lightning_calibft.head.find import HeadNotFoundError
 
 
 def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:
@@ -41,13 +41,13 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
                 f"Expected a {name} of the package `lightning`, but got {kind.__module__}.{kind.__name__}."
                 " Import from `lightning.pytorch`: its classes and those of `pytorch_lightning` do not mix."
             )
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+    strategies = lightning_of(trainer).strategies
+    if isinstance(trainer.strategy, (strategies.DeepSpeedStrategy, strategies.FSDPStrategy)):
         raise RuntimeError(
-            f"Expected another strategy than {type(trainer.strategy).__name__}, which flattens the weights and runs on"
-            " GPUs alone: that gamma is right there has not been shown. Shard the module with"
-            " `torch.distributed.fsdp.fully_shard` in its `configure_model` and train with `ModelParallelStrategy`, or"
-            " train with the strategy 'ddp'. Or train without the callback, then call"
-            " `lightning_calibft.calibrate(model, loader)` on the consolidated model."
+            f"{type(trainer.strategy).__name__} is not supported: it flattens the weights. Use DDP, or shard the module"
+            " with `torch.distributed.fsdp.fully_shard` in its `configure_model` and use ModelParallelStrategy. Or"
+            " train without the callback and call `lightning_calibft.calibrate(model, loader)` on the consolidated"
+            " model."
         )
 
 
@@ -58,47 +58,48 @@ def check_launcher(trainer: Any, model: LightningModule, head: str | None) -> No
         RuntimeError: If this process was spawned or forked by the Trainer and the module has no calibration.
     """
     # Private in Lightning, which tells in no other way that it has left the process in which the user's code runs.
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or attached_heads(model):
+    launchers = lightning_of(trainer).strategies.launchers
+    if not isinstance(trainer.strategy.launcher, launchers._MultiProcessingLauncher) or attached_heads(model):
         return
     with suppress(HeadNotFoundError):  # built later, in this process alone: then its weights do not come back either
         find_head(model, head)
         raise RuntimeError(
-            "Expected a module that carries the calibration already with a strategy that spawns or forks processes:"
-            " the Trainer brings the trained weights back into the original module, which would lose gamma without a"
-            " word. Call `lightning_calibft.attach(model)` before `fit`, or use the strategy 'ddp'."
+            "With a strategy that spawns or forks processes, the Trainer brings the trained weights back into the"
+            " original module, which would lose gamma without a word. Call `lightning_calibft.attach(model)` before"
+            " `fit`, or use the strategy 'ddp'."
         )
 
 
 def check_estimator_of_parts(trainer: Any, estimator: object) -> None:
-    """Refuse an estimator that needs other weights in the model, where these are shared out among processes.
+    """Refuse an estimator that needs other weights in the model, where these are sharded over processes.
 
     Raises:
         ValueError: If the strategy is ``ModelParallelStrategy``.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if is_model_parallel(trainer):
         name = estimator if isinstance(estimator, str) else type(estimator).__name__
         raise ValueError(
-            "Expected argument `estimator` to look at the fine-tuned model alone with ModelParallelStrategy, but got"
-            f" {name!r}, which runs it with other weights: it is sharded, and cannot be copied or changed. Choose"
-            " another, such as 'alg', or calibrate the consolidated model after training."
+            "Expected argument `estimator` to use the fine-tuned model alone with ModelParallelStrategy, but got"
+            f" {name!r}, which also runs it with other weights. A sharded model can be neither copied nor changed."
+            " Choose another estimator, such as 'alg', or calibrate the consolidated model after training."
         )
 
 
-def check_kept_parts(trainer: Any, refresh: str | None) -> None:
+def check_sharded_checkpoints(trainer: Any, refresh_on_validation: bool) -> None:
     """Refuse checkpoints of sharded weights that would have to be calibrated after they are written.
 
     Raises:
         ValueError: If the strategy is ``ModelParallelStrategy`` and no validation finds gamma before they are.
     """
-    if not isinstance(trainer.strategy, ModelParallelStrategy) or not trainer.checkpoint_callbacks:
+    if not is_model_parallel(trainer) or not trainer.checkpoint_callbacks:
         return
-    if refresh is None or not trainer.enable_validation:
-        got = "None" if refresh is None else f"{refresh!r} without validation data"
+    if not refresh_on_validation or not trainer.enable_validation:
+        got = "True without validation data" if refresh_on_validation else "False"
         raise ValueError(
-            "Expected argument `refresh` to be 'validation' with ModelParallelStrategy, so that checkpoints have their"
-            f" gamma when they are written, but got {got}: sharded files cannot be calibrated later. Pass"
-            " `refresh='validation'` with validation data, or `source='training_steps'`; or"
-            " `calibrate_checkpoints=False`, and `trainer.save_checkpoint` after the fit."
+            "Expected argument `refresh_on_validation` to be True with ModelParallelStrategy, so that checkpoints have"
+            f" their gamma when they are written, but got {got}: sharded files cannot be calibrated later. Pass"
+            " `refresh_on_validation=True` with validation data, or `source='training_steps'`; or"
+            " `calibrate_checkpoints=False`, and call `trainer.save_checkpoint` after the fit."
         )
 
 
@@ -112,7 +113,7 @@ def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
         raise ValueError(
             "Expected a checkpoint to resume from, but gamma is folded into the bias of this one: training it further"
             " would undo gamma, and calibrating it again would add it twice. Resume from the checkpoint that it was"
-            " made of."
+            " made from."
         )
 
 
@@ -121,6 +122,7 @@ def order_callbacks(trainer: Any, callback: Callback) -> None:
 
     The list is replaced, not changed: the Trainer is iterating over it.
     """
+    checkpoint = lightning_of(trainer).callbacks.Checkpoint
     others = [other for other in trainer.callbacks if other is not callback]
-    checkpoints = [other for other in others if isinstance(other, Checkpoint)]
+    checkpoints = [other for other in others if isinstance(other, checkpoint)]
     trainer.callbacks = [other for other in others if other not in checkpoints] + [callback, *checkpoints]

@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.compile import to_uncompiled
 from tqdm.auto import tqdm
 from typing_extensions import override
+
+from lightning_calibft.callback.lightning_package import lightning_of
 
 
 def fit_nested(
@@ -40,12 +39,12 @@ def fit_nested(
     Raises:
         KeyboardInterrupt: If the fit was interrupted.
     """
-    device, limit = trainer.strategy.root_device, trainer.limit_train_batches
+    lightning, device, limit = lightning_of(trainer), trainer.strategy.root_device, trainer.limit_train_batches
     with _quiet(), tempfile.TemporaryDirectory() as nowhere:
-        nested = Trainer(
+        nested = lightning.Trainer(
             # On SLURM, Lightning would resume from a file of the user's job, and save this fit in its place.
             default_root_dir=nowhere,
-            plugins=[LightningEnvironment()],
+            plugins=[lightning.plugins.environments.LightningEnvironment()],
             **limits,
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -57,7 +56,7 @@ def fit_nested(
             limit_val_batches=trainer.limit_val_batches if _watches_validation(trainer) else 0,
             check_val_every_n_epoch=trainer.check_val_every_n_epoch,
             callbacks=callbacks,
-            logger=DummyLogger(),  # for modules that use `self.logger`
+            logger=lightning.loggers.logger.DummyLogger(),  # for modules that use `self.logger`
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -116,7 +115,9 @@ def copy_of(module: LightningModule) -> LightningModule:
     try:
         copied = copy.deepcopy(module)
         with suppress(ValueError):  # it is not compiled
-            to_uncompiled(copied)  # compiled steps of a copy are those of the original
+            lightning_of(module).utilities.compile.to_uncompiled(
+                copied
+            )  # compiled steps of a copy are those of the original
         return copied
     except Exception as error:  # whatever its attributes raise
         raise TypeError(

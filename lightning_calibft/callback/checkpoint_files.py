@@ -10,42 +10,45 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration import CalibrationResult
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.checkpoint.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
 from lightning_calibft.checkpoint.state import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
 from lightning_calibft.head import get_gamma, set_gamma
 
 
 class KeptCheckpoints:
-    """Which files the checkpoint callbacks of a run keep.
+    """The files that the checkpoint callbacks of a run keep.
 
     Args:
-        trainer: The trainer at the start of fitting, with its callbacks restored: the files they know by now are of
-            an earlier run and stay as they are, unless this run writes them anew.
+        trainer: The Trainer at the start of fitting, with its callbacks restored: the files they know by now are of
+            an earlier run and stay as they are, unless this run writes them again.
+
+    Attributes:
+        forgetful: The callbacks that keep every file but know the latest alone.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        kind = lightning_of(trainer).callbacks.ModelCheckpoint
+        self._callbacks: list[Any] = [each for each in trainer.checkpoint_callbacks if isinstance(each, kind)]
         # These keep all files, but know the latest only.
-        self._forgetful = [each for each in self._callbacks if each.save_top_k == -1 and each.monitor is None]
+        self.forgetful = [each for each in self._callbacks if each.save_top_k == -1 and each.monitor is None]
         self._noted: set[str] = set()
         self._earlier = {path: signature(path) for path in self._paths()}
 
     def note(self) -> None:
-        """Remember the files that will be forgotten; between any two that are written, this must be called."""
-        for callback in self._forgetful:
+        """Remember the files of the forgetful callbacks; between any two that are written, this must be called."""
+        for callback in self.forgetful:
             self._noted.add(callback.best_model_path)
 
     def files(self, refreshed: bool) -> list[str]:
         """Return the files of this run that still exist, without links and in the order they were written.
 
         Args:
-            refreshed: Whether they have a gamma since they were written.
+            refreshed: Whether they got a gamma when they were written.
         """
         paths = self._paths()
         found = {
@@ -58,7 +61,7 @@ class KeptCheckpoints:
             rank_zero_warn(
                 f"AbsentClassCalibration writes local files only: {', '.join(remote)} stay without gamma. Save the"
                 " model again with `trainer.save_checkpoint`: it is calibrated now. Or train with"
-                " `refresh='validation'`: then they are calibrated when they are written."
+                " `refresh_on_validation=True`: then they are calibrated when they are written."
             )
         missing = [path for path in paths - self._earlier.keys() if path and path not in remote]
         if missing := sorted(path for path in missing if not os.path.exists(path)):
@@ -112,11 +115,7 @@ def calibrate_files(
                 failed[file] = error_text
                 continue
             try:
-                if _same_weights(checkpoint["state_dict"], weights):
-                    results[file] = live
-                else:
-                    model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-                    results[file] = run(checkpoint)
+                results[file] = _result_of_file(checkpoint, trainer, model, weights, live, run)
             except Exception as error:  # the user's data and model can raise any
                 _free(error)
                 failed[file], cause = _told(error), cause or error
@@ -139,10 +138,36 @@ def calibrate_files(
     return results
 
 
+def _result_of_file(
+    checkpoint: dict[str, Any],
+    trainer: Trainer,
+    model: LightningModule,
+    weights: dict[str, Any],
+    live: CalibrationResult,
+    run: Callable[[dict[str, Any]], CalibrationResult],
+) -> CalibrationResult:
+    """Return ``live`` for the weights that the model had, else load those of the file and make a pass.
+
+    The processes decide together, for a pass needs all of them: running statistics of BatchNorm differ between them,
+    and so may what loading runs into.
+    """
+    decide = trainer.strategy.reduce_boolean_decision
+    if decide(_same_weights(checkpoint["state_dict"], weights), all=True):
+        return live
+    error: Exception | None = None
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+    except Exception as raised:  # the user's hooks can raise any
+        error = raised
+    if not decide(error is None, all=True):
+        raise error or RuntimeError("Its weights could not be loaded on another process, which says why.")
+    return run(checkpoint)
+
+
 def restore_calibration(trainer: Any, model: LightningModule) -> None:
     """Take gamma from the file that a model was restored from before its calibration was attached."""
     path = trainer.ckpt_path
-    if trainer.state.fn != TrainerFn.FITTING and path is not None and os.path.isfile(path):
+    if trainer.state.fn != "fit" and path is not None and os.path.isfile(path):
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # the Trainer has loaded it
         model.load_state_dict(calibration_entries(checkpoint["state_dict"]), strict=False)
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
 class PretrainedWeights:
-    """Keeps a copy of the weights that a fit begins with, on the CPU; of a resumed fit, those before the resumption."""
+    """Keeps a copy of the weights that a fit begins with, on the CPU; of a resumed fit, those before it resumed.
+
+    Attributes:
+        weights: The tensors of the model's state dict; ``None`` before the fit and after it.
+    """
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] | None = None
         self._handle: RemovableHandle | None = None
 
-    def watch(self, model: LightningModule) -> None:
+    def watch(self, model: nn.Module) -> None:
         """From now on, copy the weights whenever others are about to be loaded into ``model``."""
         self.forget()
         self._handle = model.register_load_state_dict_pre_hook(lambda *_: self._copy(model))
 
-    def start(self, model: LightningModule, resumed: bool) -> None:
-        """The fit begins: the last weights to be loaded were those of the checkpoint that it resumes, if it does."""
+    def start(self, model: nn.Module, resumed: bool) -> None:
+        """The fit begins. If it resumes, the weights that were loaded last are those of a checkpoint."""
         if not resumed or self.weights is None:
             self._copy(model)
         self._stop()
@@ -30,7 +33,7 @@ class PretrainedWeights:
         self.weights = None
         self._stop()
 
-    def _copy(self, model: LightningModule) -> None:
+    def _copy(self, model: nn.Module) -> None:
         self.weights = {
             key: value.detach().cpu().clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,21 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration import EvaluationPass, target_error, warn_if_positions
-from lightning_calibft.calibration.data_check import NO_LABEL, label_bins, largest_outside
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.data_check import (
+    NO_LABEL,
+    label_bins,
+    largest_outside,
+    target_error,
+    warn_if_positions,
+)
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
 
 
-class LabelsMet:
-    """Which class ids the training batches of this process held.
+class TrainingLabels:
+    """The class ids that the training batches of this process have held.
 
     Args:
         num_classes: Number of classes ``C`` of the head.
@@ -33,10 +40,17 @@ class LabelsMet:
         self._met = torch.zeros(num_classes + 2, dtype=torch.int32)
         self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
+        self._split: ClassSplit | None = None
 
-    def add(self, target: Tensor) -> None:
-        """Take the labels of a batch, of shape ``(N,)``."""
-        self._pending.append(target.clone())  # the step may write over it
+    def add_batch(self, batch: Any, loaders: Any, reader: BatchReader) -> None:
+        """Take the labels of what a training step gets from one loader or from a collection of them.
+
+        Raises:
+            TypeError: As in :meth:`BatchReader.rows`.
+            ValueError: As in :meth:`BatchReader.rows`.
+        """
+        for part in training_batches(batch, loaders):
+            self._pending.append(reader.rows(part).clone())  # the step may write over it
         if len(self._pending) >= self.flush_every:
             self._flush()
 
@@ -45,7 +59,7 @@ class LabelsMet:
         self._met[list(classes)] = 1
 
     def classes(self, strategy: Strategy | None = None) -> list[int]:
-        """Return the classes met by this process or, with the ``strategy`` of the trainer, by all of them.
+        """Return the classes met by this process or, with the ``strategy`` of the Trainer, by all of them.
 
         Raises:
             ValueError: If a label was no row of the head.
@@ -61,6 +75,17 @@ class LabelsMet:
                 label = torch.as_tensor(strategy.reduce(label.to(strategy.root_device), reduce_op="max"))
             raise target_error(self.num_classes, int(label), "the training data has others, such as")
         return [index for index, count in enumerate(met) if count]
+
+    def split(self, strategy: Strategy) -> ClassSplit | None:
+        """Return the classes met by all processes so far as seen; ``None`` before the first, and if they are all.
+
+        Raises:
+            ValueError: If a label was no row of the head.
+        """
+        classes = self.classes(strategy)
+        if self._split is None or list(self._split.seen_classes) != classes:
+            self._split = ClassSplit(self.num_classes, classes) if 0 < len(classes) < self.num_classes else None
+        return self._split
 
     def end_epoch(self, strategy: Strategy) -> None:
         """Warn at the first call if the labels look like positions in a list of folders.
@@ -82,12 +107,12 @@ class LabelsMet:
         self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
-def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: EvaluationPass) -> ClassSplit | None:
+def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: EvaluationPass) -> ClassSplit | None:
     """Return the split by the labels met in training or else in the data of a pass; ``None``, with a warning, for none.
 
     Args:
         labels: What training has met, unless its labels are mixed.
-        strategy: That of the trainer.
+        strategy: That of the Trainer.
         reading: The pass to come.
 
     Raises:
@@ -103,14 +128,14 @@ def split_of_data(labels: LabelsMet | None, strategy: Strategy, reading: Evaluat
     if 2 <= len(classes) < reading.num_classes:
         return ClassSplit(reading.num_classes, classes)
     rank_zero_warn(
-        f"The training data holds {len(classes)} of the {reading.num_classes} classes: AbsentClassCalibration needs at"
+        f"The training data holds {len(classes)} of the {reading.num_classes} classes. AbsentClassCalibration needs at"
         " least two seen classes and one absent one, so the model is not calibrated."
     )
     return None
 
 
-def training_batches(batch: Any, loaders: Any) -> Iterator[Any]:
-    """Yield the batches in what a training step gets: with a list or dict of loaders, one of each that has any left."""
+def training_batches(batch: Any, loaders: Any) -> list[Any]:
+    """Return the batches that a training step gets: of a list or dict of loaders, one from each that has any left."""
     if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and loaders.keys() == batch.keys():
         pairs = [(batch[key], loaders[key]) for key in loaders]
     elif (
@@ -121,8 +146,5 @@ def training_batches(batch: Any, loaders: Any) -> Iterator[Any]:
     ):
         pairs = list(zip(batch, loaders, strict=True))
     else:
-        if batch is not None:
-            yield batch
-        return
-    for part, loader in pairs:
-        yield from training_batches(part, loader)
+        return [] if batch is None else [batch]
+    return [leaf for part, loader in pairs for leaf in training_batches(part, loader)]

@@ -1,13 +1,15 @@
-"""Gamma of the logits that the training steps produce anyway, without a pass over the data."""
+"""Gamma from the logits that the training steps produce anyway, without a pass over the data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_calibft.calibration import BatchReader, CalibrationResult, JoinedBatches, result_of
+from lightning_calibft.calibration.batched_updates import BatchedUpdates
+from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head import record_logits
 from lightning_calibft.head.record import UnexpectedLogitsError, one_forward
@@ -21,42 +23,42 @@ class TrainingSteps:
 
     Args:
         model: The module in training, its head attached and on its device.
-        reader: Finds the labels in a batch.
         estimator: As the callback takes it.
         estimator_kwargs: Likewise.
         split: The seen and the absent classes.
         counts: Whether the logits of this process count, or another has the same.
+
+    Attributes:
+        counted: Whether this process has counted any step.
     """
 
     def __init__(
         self,
         model: LightningModule,
-        reader: BatchReader,
         estimator: str | Estimator,
-        estimator_kwargs: dict[str, Any] | None,
+        estimator_kwargs: Mapping[str, Any] | None,
         split: ClassSplit,
         counts: bool = True,
     ) -> None:
+        self.counted = False
         self._counts = counts
-        self._reader = reader
         self._choice = estimator
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
         self._num_classes = split.num_classes
-        self._joined = JoinedBatches(self._count)
+        self._updates = BatchedUpdates(self._count)
         self._recorder = record_logits(model)
         self._records: list[Tensor] | None = None
         self._of_step: list[Tensor] | None = None
         self._target: Tensor | None = None
-        self.counted = False  # whether any step was, in this process
 
     def start_epoch(self) -> None:
         """Forget the steps so far."""
-        self._joined.clear()
+        self._updates.clear()
         self._estimator.reset()
 
-    def start_step(self, batch: Any) -> None:
-        """Read the labels of a batch; now, since the step may change it."""
-        self._target = self._reader.rows(batch).clone()
+    def start_step(self, rows: Tensor) -> None:
+        """Record a step on samples of these rows of the head, of shape ``(N,)``."""
+        self._target = rows.clone()  # the step may write over it
         if self._records is None:
             self._records = self._recorder.start()
         self._records.clear()
@@ -88,17 +90,17 @@ class TrainingSteps:
         self._of_step.clear()
         rows = (logits, self._target)
         # An update with no rows, not none at all, after which a metric would not wait for the other processes.
-        self._joined.add(*(each if self._counts else each[:0] for each in rows))
+        self._updates.add(*(each if self._counts else each[:0] for each in rows))
         self.counted = True
 
     def result(self) -> CalibrationResult:
         """Return gamma of the steps since the last :meth:`start_epoch`, of all processes."""
         self.stop()
-        self._joined.flush()
+        self._updates.flush()
         return result_of(self._estimator, self._choice)
 
     def stop(self) -> None:
-        """Record no more until the next step: what validation gives is nobody's."""
+        """Record no more until the next step: the logits of a validation are not those of a step."""
         self._recorder.stop()
         self._records = None
 

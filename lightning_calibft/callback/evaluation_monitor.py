@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_calibft.calibration import BatchReader, JoinedBatches
-from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, target_error
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.batched_updates import BatchedUpdates
+from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
 from lightning_calibft.head import get_gamma, record_logits
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
@@ -22,39 +23,48 @@ _REMEDY = (
 )
 
 
-class LogitMonitor:
-    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader."""
+class EvaluationMonitor:
+    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader.
+
+    Attributes:
+        split: The seen and the absent classes of the metrics; ``None`` while nothing is measured.
+        step: The training step after which the evaluation began.
+        counted: Whether any batch was counted.
+    """
 
     def __init__(self) -> None:
+        self.split: ClassSplit | None = None
+        self.step = -1
+        self.counted = False
         self._reader = BatchReader()
         self._recorder: LogitRecorder | None = None
         self._target: Tensor | None = None
         self._unmapped = torch.tensor(NO_LABEL)
         self._warned = False
-        self.split: ClassSplit | None = None
-        self.gamma = 0.0
+        self._gamma = 0.0
         self._shift = torch.zeros(())  # as `calibrate_logits` adds it, but with nothing to check or to move each time
-        self.step = -1
-        self.counted = False  # whether any batch was
-        self.metrics: list[MetricCollection] = []
-        self._joined: list[JoinedBatches] = []
+        self._metrics: list[MetricCollection] = []
+        self._updates: list[BatchedUpdates] = []
 
     def start(
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
     ) -> None:
         """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
-        self.stop()
-        self._reader, self._target = reader, None  # an evaluation may have ended with an error
-        self._unmapped = torch.tensor(NO_LABEL, device=model.device)
-        if split != self.split or num_loaders != len(self.metrics):
-            self.metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]
-        self.split, self.counted, self.step, self.gamma = split, False, step, get_gamma(model) or 0.0
-        if split is not None:
-            for metrics in self.metrics:
-                metrics.to(model.device).reset()
-            self._joined = [JoinedBatches(metrics.update) for metrics in self.metrics]
-            self._recorder = record_logits(model)
-            self._shift = self.gamma * split.absent_mask.to(model.device, torch.float32)
+        self.stop()  # an evaluation may have ended with an error
+        self._reader, self._target = reader, None
+        if split != self.split or num_loaders != len(self._metrics):
+            self._metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]
+        self.split, self.counted, self.step = split, False, step
+        if split is None:
+            return
+        device = model.device
+        for metrics in self._metrics:
+            metrics.to(device).reset()
+        self._updates = [BatchedUpdates(metrics.update) for metrics in self._metrics]
+        self._recorder = record_logits(model)
+        self._gamma = get_gamma(model) or 0.0
+        self._shift = self._gamma * split.absent_mask.to(device, torch.float32)
+        self._unmapped = torch.tensor(NO_LABEL, device=device)
 
     def start_batch(self, batch: Any) -> None:
         """Record the logits of the model until :meth:`end_batch`."""
@@ -81,9 +91,9 @@ class LogitMonitor:
             return
         if self._reader.maps:
             self._unmapped = largest_outside(self._unmapped, target, self.split.num_classes)
-        if self.gamma != 0:
+        if self._gamma != 0:
             logits = (logits + self._shift).to(logits.dtype)
-        self._joined[dataloader_idx].add(logits, target)
+        self._updates[dataloader_idx].add(logits, target)
         self.counted = True
 
     def stop(self) -> list[Tensor]:
@@ -94,13 +104,13 @@ class LogitMonitor:
         """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""
         if self.split is not None and (label := int(self._unmapped)) != NO_LABEL:
             self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
-        for joined in self._joined:
-            joined.flush()
-        return self._named(prefix, [metrics.compute() for metrics in self.metrics])
+        for updates in self._updates:
+            updates.flush()
+        return self._named(prefix, [metrics.compute() for metrics in self._metrics])
 
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
         """Return what the accuracies of the evaluation would have been with ``gamma``, from its margins alone."""
-        of_loaders = [cast(AUSUC, metrics["ausuc"]).accuracies(gamma - self.gamma) for metrics in self.metrics]
+        of_loaders = [cast(AUSUC, metrics["ausuc"]).accuracies(gamma - self._gamma) for metrics in self._metrics]
         named = [
             {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}
             for of_loader in of_loaders

@@ -1,0 +1,557 @@
+"""The callback: what happens in a fit, in the order in which a Trainer calls it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_calibft._arguments import check_type
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
+from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
+from lightning_calibft.callback.gamma_search import GammaSearch
+from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.trainer_checks import (
+    check_class_lists,
+    check_launcher,
+    check_not_folded,
+    check_sharded_checkpoints,
+    check_trainer,
+    order_callbacks,
+)
+from lightning_calibft.callback.trainer_data import (
+    Source,
+    calibration_dataloader,
+    check_first_batch,
+    is_model_parallel,
+)
+from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
+from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
+from lightning_calibft.estimators import Estimator
+from lightning_calibft.head import reset_gamma, set_gamma
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.split import ClassSplit
+
+
+class AbsentClassCalibration(Callback):
+    r"""Brings the classes that the fine-tuning data lacks back into the model's predictions.
+
+    At the end of fitting it finds one number, gamma, in one eval-mode pass over the training data, and registers it in
+    the classification head: from then on gamma is added to the logits of the absent classes in eval mode. Every
+    checkpoint that ``ModelCheckpoint`` has kept gets the gamma of its own weights. Gamma is the average logit gap of
+    Mai et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). While fitting, it logs ``val_ausuc``, ``val_acc``,
+    ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (and ``test_...``) of what the model predicts.
+
+    Note:
+        The loss, the random state and the trained weights are the same with and without the callback, but for a
+        compiled module with ``source="training_steps"``, whose graph it breaks, and for a stream that keeps its place
+        in an object of this process with ``tolerance`` or ``refresh_on_validation``, which read it during training.
+        Its hooks run after those of all other callbacks but ``ModelCheckpoint``.
+        The module must map inputs to logits (or to their softmax) in ``forward``, unless one attribute of it does so
+        alone, as in ``self.net(x)``.
+        A ``calibration_dataloader()`` of the datamodule or the module, if there is one, is read instead of the
+        training data: the place for clean transforms or for labels that are not mixed.
+        ``WeightAveraging`` callbacks must stand behind this one in the list of callbacks.
+        With ``ddp_spawn`` and ``ddp_notebook``, :func:`~lightning_calibft.attach` the module before the fit: else the
+        Trainer could not bring gamma back into it, and is refused. The attributes of this callback stay in the
+        processes that it ran in; :func:`~lightning_calibft.get_gamma` and
+        :func:`~lightning_calibft.inspect_checkpoint` tell gamma.
+        With ``ModelParallelStrategy`` checkpoints have the gamma that the model has when they are written, and are not
+        calibrated again after the fit: it needs ``refresh_on_validation=True`` or ``source="training_steps"``.
+
+    Args:
+        seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.
+        absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
+        head: Dotted name of the module that gives the logits, where it is not found by itself.
+        estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
+            with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, such a metric, or ``"pcv"``:
+            :func:`~lightning_calibft.pseudo_cross_validation` with this module, its data and this Trainer's settings,
+            after the fit. Of the other callbacks it keeps those that shape the training, ``BaseFinetuning`` and
+            ``GradientAccumulationScheduler``; it writes and logs nothing.
+        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
+            ``"operating_point"``; of ``"pcv"`` ``num_splits``, ``candidates``, ``seed``, ``folder`` and ``epochs``, the
+            share of the fit's epochs (or steps) that each training takes.
+        source: On what gamma is found. ``"train"``: one more pass over the training data, in eval mode.
+            ``"validation"``: such a pass over the validation data, of which only an ``"operating_point"`` looks at the
+            samples of absent classes. ``"training_steps"``: the logits of each epoch's own training steps, for data
+            where a pass is too dear; validation and checkpoints then have the gamma of the steps before them. It needs
+            ``seen_classes`` and steps that run the head once; those that return ``None`` are left out.
+        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
+            batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
+        class_map: The head's row of each target in the batches, where they differ, as in folders that number their
+            classes from 0: the loss must map them itself. See :func:`~lightning_calibft.resolve_class_map`.
+        label_names: Names of the head's rows, for a ``class_map`` of names.
+        max_samples: Read at most about this many training samples, drawn at random with a fixed seed. Of a stream
+            without an end, ``None`` reads as many as training has, in each pass.
+        tolerance: Stop reading when the standard error of gamma is at most this, in logits: then samples are read in
+            random order (of a custom loader in its own), and ``result.num_samples`` tells how many it took. With one
+            ``DataLoader`` only.
+        refresh_on_validation: Whether to find gamma before each validation as well, and log it as ``val_gamma``. What
+            is validated, monitored and saved is then calibrated; what is saved later has the gamma of the last
+            validation until fitting ends. Each time costs a pass: give ``max_samples`` or a ``tolerance``.
+        log_metrics: Whether to log the metrics of validation and test.
+        calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
+
+    Attributes:
+        result: Gamma and what it rests on, after fitting.
+        checkpoint_results: The same for each checkpoint file that was calibrated, by its path.
+
+    Raises:
+        ValueError: In ``setup`` or at the first batch, if the head is not found or does not give the logits, or if the
+            classes do not fit it. At the end, if logits are not finite or labels are no rows of the head.
+        TypeError: If an argument, the Trainer or the labels are of the wrong type.
+        RuntimeError: If the order of callbacks or the strategy are not supported, or a file could not be calibrated.
+
+    Example::
+
+        trainer = Trainer(callbacks=[AbsentClassCalibration(), ModelCheckpoint(monitor="val_ausuc", mode="max")])
+        trainer.fit(model, train_dataloader, val_dataloader)
+        trainer.test(model, test_dataloader, ckpt_path="best")  # a calibrated test
+    """
+
+    def __init__(
+        self,
+        seen_classes: list[int] | None = None,
+        absent_classes: list[int] | None = None,
+        *,
+        head: str | None = None,
+        estimator: str | Metric = "alg",
+        estimator_kwargs: dict[str, Any] | None = None,
+        source: Source = "train",
+        unpack_batch: UnpackBatch | str | None = None,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
+        max_samples: int | None = None,
+        tolerance: float | None = None,
+        refresh_on_validation: bool = False,
+        log_metrics: bool = True,
+        calibrate_checkpoints: bool = True,
+    ) -> None:
+        check_class_lists(seen_classes, absent_classes)
+        check_type("log_metrics", log_metrics, bool)
+        check_type("calibrate_checkpoints", calibrate_checkpoints, bool)
+        checked = cast("str | Estimator", estimator)  # the protocol is more than LightningCLI can tell of a metric
+        self.seen_classes = seen_classes
+        self.absent_classes = absent_classes
+        self.head = head
+        self.estimator = checked
+        self.estimator_kwargs = estimator_kwargs
+        self.source = source
+        self.unpack_batch = unpack_batch
+        self.class_map = class_map
+        self.label_names = label_names
+        self.max_samples = max_samples
+        self.tolerance = tolerance
+        self.refresh_on_validation = refresh_on_validation
+        self.log_metrics = log_metrics
+        self.calibrate_checkpoints = calibrate_checkpoints
+        self._search = GammaSearch(
+            checked,
+            estimator_kwargs,
+            source,
+            max_samples,
+            tolerance,
+            refresh_on_validation,
+            seen_classes,
+            absent_classes,
+        )
+        self._attachment = HeadAttachment(head)
+        self._reader = self._make_reader(None)
+        self._split: ClassSplit | None = None  # where the arguments tell it
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.result: CalibrationResult | None = None
+        self.checkpoint_results: dict[str, CalibrationResult] = {}
+        self._monitor = EvaluationMonitor()
+        self._labels: TrainingLabels | None = None
+        self._restored_classes: list[int] = []
+        self._files: KeptCheckpoints | None = None
+        self._batch_checked = False
+        self._finished = False
+        self._failure: Exception | None = None
+
+    # The start: weights are restored between `setup` and `on_fit_start`, so the buffers must exist before.
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(trainer, pl_module)
+        if stage == "fit":
+            check_averaging_order(trainer, pl_module, self)
+            check_launcher(trainer, pl_module, self.head)
+            self._search.setup(trainer, pl_module)
+            if self.calibrate_checkpoints and self.source != "training_steps":
+                check_sharded_checkpoints(trainer, self.refresh_on_validation)
+        if self._attachment.attach_or_wait(pl_module, sharded=is_model_parallel(trainer)):
+            self._read_arguments(pl_module)
+        if stage == "fit":
+            order_callbacks(trainer, self)
+            self._start_afresh()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            check_not_folded(checkpoint)
+        elif "current_model_state" in checkpoint:
+            # `WeightAveraging` has put back the weights from before averaging, which have no gamma.
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored_classes = state_dict["seen_classes"]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete(trainer, pl_module)
+        check_averaged_copies(trainer, pl_module)
+        reset_gamma(pl_module)  # what is saved from now on until the end has other weights
+        for _ in averaged_copies(trainer, pl_module):
+            reset_gamma(pl_module)
+        self._files = KeptCheckpoints(trainer)
+        if self._split is None:
+            self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
+            self._labels.add_classes(self._restored_classes)
+        self._search.start(trainer, pl_module, self._reader, self._split)
+
+    # Training.
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.tolerance is not None:  # refused now if it does not go with the data, not when training is done
+            with isolate_rng():
+                self._search.make_pass(trainer, pl_module)
+        # As at the start of the fit, for strategies that restore a checkpoint after it.
+        reset_gamma(pl_module)
+        if self._labels is not None:
+            self._labels.add_classes(self._restored_classes)
+        if self._search.retraining is not None:
+            self._search.retraining.check(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._search.steps is not None:
+            self._search.steps.start_epoch()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._files is not None
+        if self._files.forgetful:
+            self._files.note()
+        if not self._batch_checked:
+            for part in training_batches(batch, trainer.train_dataloader)[:1]:
+                check_first_batch(trainer, pl_module, part, self._reader)
+                self._batch_checked = True
+        if self._labels is not None:
+            self._count_labels(trainer, batch)
+        if self._search.steps is not None:
+            self._search.steps.start_step(self._reader.rows(batch))
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._search.steps is not None:
+            self._search.steps.end_forward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._search.steps is not None:
+            # Without outputs, the step has returned None.
+            self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
+
+    # Validation, and test.
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._complete(trainer, pl_module)
+        elif not trainer.sanity_checking:
+            self._use_steps(trainer, pl_module)
+            if self.refresh_on_validation:
+                self._refresh(trainer, pl_module)
+        self._start_monitor(trainer, pl_module, trainer.num_val_batches)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._monitor.start_batch(batch)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._monitor.end_batch(dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_metrics(trainer, pl_module, "val")
+        if trainer.state.fn != "fit" or not self.log_metrics:
+            return
+        if (found := self._search.found_at(trainer.global_step)) is not None:
+            # The same on all processes; the flag keeps Lightning from warning that it may not be.
+            pl_module.log("val_gamma", found.gamma, sync_dist=trainer.world_size > 1)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete(trainer, pl_module)
+        self._start_monitor(trainer, pl_module, trainer.num_test_batches)
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_metrics(trainer, pl_module, "test")
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete(trainer, pl_module)
+
+    # Checkpoints are saved after validation, and at the ends of epochs and of training.
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._files is not None
+        self._files.note()
+        self._use_steps(trainer, pl_module)
+        if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
+            self._labels.end_epoch(trainer.strategy)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen_classes": self._labels.classes() if self._labels is not None else self._restored_classes}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        results = [self.result, *self.checkpoint_results.values()]
+        put_calibration_of(pl_module, [result for result in results if result is not None], checkpoint)
+
+    # The end: gamma of the model before ModelCheckpoint saves it, that of its files when all are written.
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._search.retraining is not None:  # it waits until all is saved: it takes long
+            return
+        try:
+            self._calibrate(trainer, pl_module, trained=True)
+        except Exception as error:  # told when the run has saved what it saves
+            self._failure = error
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            raise self._failure or RuntimeError("Calibrating has failed on another process, which says why.")
+        # Most strategies have moved the model to the CPU, and asynchronous writers have finished.
+        device = pl_module.device
+        pl_module.to(trainer.strategy.root_device)
+        if not self._finished:  # or nothing was left to train, so `on_train_end` was not called
+            self._calibrate(trainer, pl_module, trained=False)
+        if self.result is not None:
+            if self.calibrate_checkpoints and not is_model_parallel(trainer):  # else they had a gamma from the first
+                self._calibrate_files(trainer, pl_module, self.result)
+            self._report(trainer, self.result)
+        self._search.forget()
+        pl_module.to(device)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._attachment.stop_waiting()
+        self._monitor.stop()
+        self._search.forget()
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        if self.result is None:
+            rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
+        elif self._finished and self.calibrate_checkpoints:
+            rank_zero_warn(
+                "Calibrating was interrupted: the model in memory is calibrated, but not each of its checkpoints."
+                " `inspect_checkpoint` tells which are; `trainer.save_checkpoint` saves the model with its gamma."
+            )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._attachment.stop_waiting()  # a tuner leaves a fit in the middle without a word
+        self._search.pretrained.forget()
+
+    # What the hooks share.
+
+    def _complete(self, trainer: Trainer, model: LightningModule) -> None:
+        """Attach what is not attached yet, and read the arguments with the width of the head."""
+        if self._attachment.ensure(trainer, model):
+            self._read_arguments(model)
+
+    def _read_arguments(self, model: LightningModule) -> None:
+        width = head_width(model)
+        self._reader = self._make_reader(width)
+        self._split = None
+        if not isinstance(self.estimator, str):
+            self._split = self.estimator.split
+        elif self.seen_classes is not None:
+            self._split = ClassSplit(width, self.seen_classes, self.absent_classes)
+        self._search.check_split(self._split, width)
+
+    def _make_reader(self, num_classes: int | None) -> BatchReader:
+        return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
+
+    def _count_labels(self, trainer: Trainer, batch: Any) -> None:
+        assert self._labels is not None
+        try:
+            self._labels.add_batch(batch, trainer.train_dataloader, self._reader)
+        except (TypeError, ValueError):
+            if calibration_dataloader(trainer) is None:
+                raise
+            self._labels = None  # mixed labels: those of the calibration data are read at the end
+
+    def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
+        split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
+        self._monitor.start(model, self._reader, split, len(num_batches), trainer.global_step)
+
+    def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
+        """Return the classes as far as they are known, on all processes alike."""
+        if self._split is not None:
+            return self._split
+        if self._labels is not None:
+            return self._labels.split(trainer.strategy)
+        width, classes = head_width(model), self._restored_classes
+        return ClassSplit(width, classes) if 0 < len(classes) < width else None
+
+    def _log_metrics(self, trainer: Trainer, model: LightningModule, prefix: str) -> None:
+        counted = self._monitor.counted
+        if self._monitor.split is not None and trainer.strategy.reduce_boolean_decision(counted, all=False):
+            # The values are the same on all processes; the flag keeps Lightning from warning that they may not be.
+            model.log_dict(
+                self._monitor.values(prefix),
+                sync_dist=trainer.world_size > 1,
+                add_dataloader_idx=False,  # they have it already
+            )
+
+    def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
+        """Put gamma of the steps so far into the model: validation and what is saved from now on have it."""
+        try:
+            result = self._search.result_of_steps(trainer)
+        except ValueError:  # logits that are not finite; training may recover from them
+            return
+        if result is not None:
+            self._put(model, result)
+
+    def _refresh(self, trainer: Trainer, model: LightningModule) -> None:
+        """Put gamma of the present weights into the model."""
+        try:
+            with isolate_rng():
+                reading = self._search.make_pass(trainer, model)
+                split = None if reading is None else self._split_of(trainer, reading)
+                if reading is None or split is None:
+                    return
+                result = self._search.run_before_validation(trainer, reading, split)
+        except ValueError as error:  # such as logits that are not finite; training may recover from them
+            reset_gamma(model)
+            self.result = None
+            # On each process: the others may not know why.
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            warnings.warn(text, stacklevel=2)
+            return
+        self._put(model, result)
+
+    def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
+        """Put gamma of the final weights into the model, and into averaged copies of it."""
+        self._finished = True
+        found = self._search.result_of_steps(trainer)
+        self._search.stop()
+        if (found := found or self._search.found_for_present(trainer)) is not None:
+            self._put(model, found)
+            return
+        self.result = None
+        with isolate_rng():
+            reading = self._search.make_pass(trainer, model)
+            split = None if reading is None else self._split_of(trainer, reading)
+            if reading is None or split is None:
+                return
+            live = self._search.run(trainer, reading, split)
+            self._put(model, live)
+            for _ in averaged_copies(trainer, model):
+                # Training ends with the averaged weights.
+                result = live if trained else self._search.run(trainer, reading, split)
+                set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
+
+    def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
+        return self._split or split_of_data(self._labels, trainer.strategy, reading)
+
+    def _put(self, model: LightningModule, result: CalibrationResult) -> None:
+        self.result = result
+        set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
+
+    def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
+        """Write into each kept file the gamma of its own weights."""
+        assert self._files is not None
+        kept = self._files.files(self.refresh_on_validation) if trainer.is_global_zero else None
+        files = trainer.strategy.broadcast(kept)
+        if not files:
+            return
+        with isolate_rng():
+            reading = self._search.make_pass(trainer, model)
+            assert reading is not None
+
+            def result_of(checkpoint: dict[str, Any]) -> CalibrationResult:
+                found = self._search.found_for_file(model, checkpoint, live.split)
+                return found or self._search.run(trainer, reading, live.split)
+
+            self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
+
+    def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
+        """Tell gamma and the accuracies without and with it, on the console and to the loggers."""
+        before: dict[str, Tensor] = {}
+        after: dict[str, Tensor] = {}
+        same = self._monitor.counted and self._monitor.split == result.split  # or classes were met after validation
+        if trainer.strategy.reduce_boolean_decision(same, all=False):
+            before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
+        note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
+        rank_zero_info(_summary(result, before, after, note, self.checkpoint_results))
+        logged = {
+            "gamma": result.gamma,
+            "gamma_standard_error": result.standard_error,
+            **{f"{name}_uncalibrated": float(value) for name, value in before.items()},
+            **{f"{name}_calibrated": float(value) for name, value in after.items()},
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+
+
+def _summary(
+    result: CalibrationResult,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    note: str,
+    files: Mapping[str, CalibrationResult],
+) -> str:
+    """Return a plain text table of gamma, the accuracies without and with it, and the calibrated files."""
+    split = result.split
+    lines = [
+        f"Absent-class calibration ({result.estimator}): gamma = {result.gamma:.3f} ± {result.standard_error:.3f}"
+        f" from {result.num_samples:,} samples; {len(split.seen_classes)} classes seen,"
+        f" {len(split.absent_classes)} absent"
+    ]
+    if before:
+        width = max(map(len, before))
+        lines += [f"  {'':{width}}  gamma 0  calibrated"]
+        lines += [f"  {name:{width}}  {float(before[name]):7.4f}  {float(after[name]):10.4f}" for name in before]
+        lines += [f"  ({note})"]
+    lines += [f"  {file}: gamma = {of_file.gamma:.3f}" for file, of_file in files.items()]
+    return "\n".join(lines)

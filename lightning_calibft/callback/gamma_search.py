@@ -1,0 +1,265 @@
+"""Finding gamma in the way that the callback's arguments choose, and remembering for which weights it was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_calibft._arguments import check_choice, check_type
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance
+from lightning_calibft.calibration.loaders import check_max_samples
+from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.pretrained_weights import PretrainedWeights
+from lightning_calibft.callback.retraining import Retraining
+from lightning_calibft.callback.trainer_checks import check_estimator_of_parts
+from lightning_calibft.callback.trainer_data import Source, calibration_pass, check_source, sharded_reading
+from lightning_calibft.callback.training_steps import TrainingSteps
+from lightning_calibft.callback.weight_averaging import check_no_averaging
+from lightning_calibft.estimators import (
+    Estimator,
+    check_estimator,
+    check_estimator_width,
+    make_estimator,
+    needs_absent_samples,
+    needs_pretrained_logits,
+)
+from lightning_calibft.head import get_gamma
+from lightning_calibft.split import ClassSplit
+
+
+class GammaSearch:
+    """Finds gamma of a module in training: by a pass over data, from the training steps, or by more trainings.
+
+    Args:
+        estimator: As :class:`~lightning_calibft.AbsentClassCalibration` takes it, and so are the others.
+        estimator_kwargs: Likewise.
+        source: Likewise.
+        max_samples: Likewise.
+        tolerance: Likewise.
+        refresh_on_validation: Likewise.
+        seen_classes: Likewise; to refuse what does not go with them.
+        absent_classes: Likewise.
+
+    Attributes:
+        retraining: Pseudo cross-validation, for the estimator ``"pcv"``.
+        pretrained: The weights from before the fit, for estimators that need them.
+        steps: The present epoch's training steps, for ``source="training_steps"``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or arguments do not go together.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        estimator: str | Estimator,
+        estimator_kwargs: dict[str, Any] | None,
+        source: Source,
+        max_samples: int | None,
+        tolerance: float | None,
+        refresh_on_validation: bool,
+        seen_classes: list[int] | None,
+        absent_classes: list[int] | None,
+    ) -> None:
+        pcv = isinstance(estimator, str) and estimator == "pcv"  # a metric makes something else of `==`
+        self.retraining = Retraining(estimator_kwargs or {}) if pcv else None
+        if self.retraining is None:
+            check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
+        check_choice("source", source, get_args(Source))
+        check_max_samples(max_samples)
+        check_tolerance(tolerance)
+        check_type("refresh_on_validation", refresh_on_validation, bool)
+        self.pretrained = PretrainedWeights()
+        self.steps: TrainingSteps | None = None
+        self._estimator = estimator
+        self._estimator_kwargs = estimator_kwargs
+        self._source = source
+        self._max_samples = max_samples
+        self._tolerance = tolerance
+        self._refreshes = refresh_on_validation
+        self._reader = BatchReader()
+        if source == "training_steps":
+            self._check_steps(seen_classes)
+        if refresh_on_validation:
+            self._check_refresh()
+        self._forget_found()
+
+    def _forget_found(self) -> None:
+        self._of_steps: list[CalibrationResult] = []
+        self._of_retraining: CalibrationResult | None = None
+        self._refreshed: dict[int, CalibrationResult] = {}  # by the training step
+        self._refreshed_after = -1  # batches, the last time
+
+    def check_split(self, split: ClassSplit | None, num_classes: int) -> None:
+        """Ask of the classes what the estimator asks beyond a split.
+
+        Raises:
+            ValueError: If they do not suit it, or it was made for another number of classes.
+        """
+        check_estimator_width(self._estimator, num_classes)
+        if split is None:
+            return
+        if self.retraining is not None:
+            self.retraining.plan.pseudo_splits(split)
+        elif isinstance(self._estimator, str):
+            make_estimator(self._estimator, split, self._estimator_kwargs)
+
+    def setup(self, trainer: Trainer, model: LightningModule) -> None:
+        """Look at the Trainer before weights are restored.
+
+        Raises:
+            RuntimeError: If gamma would be found beside averaged weights or, by PCV, in several processes.
+            ValueError: If the estimator needs other weights in a model that is sharded.
+        """
+        self._forget_found()
+        if self._source == "training_steps":
+            check_no_averaging(trainer, "`source='training_steps'`")
+        if self._refreshes:
+            check_no_averaging(trainer, "`refresh_on_validation=True`")
+        if self.needs_weights_before:
+            check_estimator_of_parts(trainer, self._estimator)
+            self.pretrained.watch(model)
+            self._warn_if_fine_tuned(model)
+        if self.retraining is not None:
+            self.retraining.setup(trainer)
+
+    def start(self, trainer: Trainer, model: LightningModule, reader: BatchReader, split: ClassSplit | None) -> None:
+        """The fit begins: ``model`` is complete, on its device and without a gamma.
+
+        Raises:
+            ValueError: If the data that gamma is to be found on do not exist.
+        """
+        check_source(trainer, self._source, self._estimator)
+        self._reader = reader
+        if self.needs_weights_before:
+            self.pretrained.start(model, resumed=trainer.ckpt_path is not None)
+        if self.retraining is not None:
+            self.retraining.keep(model)
+        if self._source == "training_steps":
+            assert split is not None
+            sharded = sharded_reading(trainer)
+            counts = sharded is None or sharded.counts
+            self.steps = TrainingSteps(model, self._estimator, self._estimator_kwargs, split, counts)
+
+    @property
+    def needs_weights_before(self) -> bool:
+        """Whether the weights from before the fit are needed."""
+        return self.retraining is not None or needs_pretrained_logits(self._estimator)
+
+    def make_pass(self, trainer: Trainer, model: LightningModule) -> EvaluationPass | None:
+        """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
+        return calibration_pass(
+            trainer,
+            model,
+            self._source,
+            self._estimator,
+            self._estimator_kwargs,
+            self._reader,
+            self._max_samples,
+            self._tolerance,
+            None if self.retraining is not None else self.pretrained.weights,
+        )
+
+    def run(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
+        """Find gamma of the weights that the model has now, by a pass or by pseudo cross-validation."""
+        if self.retraining is None:
+            return reading.run(split)
+        if self._of_retraining is None:  # all weights of a run have the same
+            assert self.pretrained.weights is not None
+            self._of_retraining = self.retraining.run(trainer, self.pretrained.weights, reading, split)
+        return self._of_retraining
+
+    def run_before_validation(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
+        """Find gamma of the present weights while training goes on, and remember it for them."""
+        reading.progress = False  # in the middle of the Trainer's own bars
+        result = reading.run(split)
+        self._refreshed[trainer.global_step] = result
+        self._refreshed_after = trainer.fit_loop.total_batch_idx
+        return result
+
+    def result_of_steps(self, trainer: Trainer) -> CalibrationResult | None:
+        """Return gamma of the steps of this epoch so far; ``None`` before the first.
+
+        Raises:
+            ValueError: If logits are not finite.
+        """
+        if self.steps is None or not trainer.strategy.reduce_boolean_decision(self.steps.counted, all=False):
+            return None
+        result = self.steps.result()
+        self._of_steps.append(result)
+        return result
+
+    def found_for_present(self, trainer: Trainer) -> CalibrationResult | None:
+        """Return what was found before the last validation, if nothing was trained since."""
+        # Where a module steps its optimizers by itself, the number of steps may not tell.
+        same = trainer.fit_loop.total_batch_idx == self._refreshed_after
+        return self.found_at(trainer.global_step) if same else None
+
+    def found_at(self, step: int) -> CalibrationResult | None:
+        """Return what was found before a validation after so many training steps."""
+        return self._refreshed.get(step)
+
+    def found_for_file(
+        self, model: LightningModule, checkpoint: Mapping[str, Any], split: ClassSplit
+    ) -> CalibrationResult | None:
+        """Return what had been found when a checkpoint was written, whose weights ``model`` has now.
+
+        Not if classes were met later: gamma of fewer would not fit the mask of all.
+        """
+        found = self._of_steps
+        if self._refreshes:
+            found = [result for step, result in self._refreshed.items() if step == checkpoint.get("global_step")]
+        gamma = get_gamma(model) or 0.0  # by which the file is known: another may lie in its place now
+        same = (result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6) and result.split == split)
+        return next(same, None)
+
+    def stop(self) -> None:
+        """Record training steps no more."""
+        if self.steps is not None:
+            self.steps.stop()
+
+    def forget(self) -> None:
+        """Free the memory of what was kept for the fit."""
+        self.stop()
+        self.steps = None
+        self.pretrained.forget()
+        if self.retraining is not None:
+            self.retraining.forget()
+
+    def _check_steps(self, seen_classes: list[int] | None) -> None:
+        estimator = self._estimator
+        if self.needs_weights_before or needs_absent_samples(estimator):
+            raise ValueError(
+                f"Expected argument `source` to be 'train' or 'validation' for the estimator {estimator!r}, but got"
+                " 'training_steps', which have the logits of the fine-tuning data under the present weights alone."
+            )
+        if isinstance(estimator, str) and seen_classes is None:
+            raise ValueError(
+                "Expected argument `seen_classes` beside `source='training_steps'`, but got None. The classes must be"
+                " known before the first step."
+            )
+
+    def _check_refresh(self) -> None:
+        expected = "Expected argument `refresh_on_validation` to be False beside"
+        if self._source == "training_steps":
+            raise ValueError(
+                f"{expected} `source='training_steps'`, but got True: the steps tell gamma before each validation."
+            )
+        if self.retraining is not None:
+            raise ValueError(f"{expected} `estimator='pcv'`, but got True: each time would train several models.")
+
+    def _warn_if_fine_tuned(self, model: LightningModule) -> None:
+        if get_gamma(model) is None:
+            return
+        name = self._estimator if isinstance(self._estimator, str) else type(self._estimator).__name__
+        calibrate = f"`lightning_calibft.calibrate(model, loader, estimator={name!r}, pretrained=...)` after the fit"
+        rank_zero_warn(
+            f"The estimator {name!r} takes the weights that this fit begins with for those from before fine-tuning, but"
+            " the model is calibrated, so it has been fine-tuned already. If these are not meant, build the module"
+            " again" + (f", or call {calibrate}." if self.retraining is None else ".")
+        )

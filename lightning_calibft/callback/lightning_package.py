@@ -1,0 +1,33 @@
+"""The one place that knows that Lightning is published as two packages, whose classes are not each other's."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def lightning_of(trainer: object) -> Any:
+    """Return the package that a Trainer is of: the module ``lightning.pytorch`` or ``pytorch_lightning``.
+
+    Its classes are those that this Trainer works with, as in ``lightning_of(trainer).callbacks.ModelCheckpoint``.
+
+    Args:
+        trainer: A Trainer, or an instance of any other class of the two packages or of a subclass of one.
+
+    Raises:
+        TypeError: If it is of neither.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> lightning_of(Trainer(logger=False, accelerator="cpu")).__name__
+        'lightning.pytorch'
+    """
+    for kind in type(trainer).__mro__:
+        for package in _PACKAGES:
+            if kind.__module__.startswith(f"{package}."):
+                return sys.modules[package]
+    raise TypeError(
+        f"Expected a Trainer of `lightning.pytorch` or `pytorch_lightning`, but got a {type(trainer).__name__}."
+    )
