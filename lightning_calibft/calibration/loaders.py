@@ -65,8 +65,9 @@ def calibration_loaders(
 
     Args:
         loaders: A loader, a collection of loaders, or any iterable of batches.
-        max_samples: Read a random subset of this size (drawn with a fixed seed), of each map-style dataset its share.
-            The memory that the indices take grows with this number, not with the size of the dataset.
+        max_samples: Read a random subset of this size (drawn with a fixed seed), of each map-style dataset its share,
+            and whole batches of those that stay together. The memory that the indices take grows with this number, not
+            with the size of the dataset.
         max_batches: Read as many samples as are in this many of the loader's batches: the first, or of a loader that
             shuffles a random subset.
         at_random: Read a rebuilt loader in random order (with a fixed seed), so that one can stop anywhere.
