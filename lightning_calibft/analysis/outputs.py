@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_calibft.calibration import BatchReader, UnpackBatch, calibration_loaders, check_head, head_width
-from lightning_calibft.calibration.batch_reader import call_forward
-from lightning_calibft.calibration.evaluation_pass import UNPACK_OR_HEAD_REMEDY, forward_of
-from lightning_calibft.head import attach, attached_heads, detach, eval_mode, record_logits
-from lightning_calibft.head.record import one_forward
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
+from lightning_calibft.calibration.loaders import calibration_loaders
+from lightning_calibft.head import attach, attached_heads, detach
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 
@@ -71,37 +68,31 @@ def collect_outputs(
         >>> outputs.features.shape, outputs.logits.shape
         (torch.Size([4, 3]), torch.Size([4, 5]))
     """
-    parts: list[Outputs] = []
-    with _attached(model, head), isolate_rng(), torch.no_grad(), eval_mode(model):
-        width = head_width(model)
-        reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, width))
-        device = next(next(iter(attached_heads(model).values())).buffers()).device
-        for batches in calibration_loaders(loader):
-            for batch in batches:
-                batch = move_data_to_device(batch, device)
-                if not parts:
-                    reader.rows(batch)  # says what is wrong with the batch
-                    check_head(model, batch, reader)
-                parts.append(_outputs_of(model, batch, reader, width))
+    with _attached(model, head), preserve_random_state():
+        reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, head_width(model)))
+        seen: list[Tensor | None] = []
+        reading = EvaluationPass(
+            model,
+            calibration_loaders(loader),
+            reader=reader,
+            progress=False,
+            context=lambda: _recorded_features(model, seen),
+        )
+        with closing(reading.evaluate()) as batches:
+            parts = [Outputs(_features(seen), batch.logits.cpu(), batch.target.cpu()) for batch in batches]
     if not parts:
         raise ValueError("Expected argument `loader` to yield batches, but got none. Check the loader.")
     return Outputs(*(torch.cat([getattr(part, name) for part in parts]) for name in ("features", "logits", "target")))
 
 
-def _outputs_of(model: nn.Module, batch: Any, reader: BatchReader, width: int) -> Outputs:
-    target, forward = reader.rows(batch), forward_of(model)
-    inputs = reader.inputs(batch, forward)
-    with torch.compiler.set_stance("force_eager"), record_logits(model) as records, _recorded_features(model) as seen:
-        call_forward(forward, inputs)
-    logits = one_forward(records, len(target), width, UNPACK_OR_HEAD_REMEDY)
+def _features(seen: list[Tensor | None]) -> Tensor:
     if wrong := [part for part in seen if part is None or part.ndim != 2]:
         got = "no tensor" if wrong[0] is None else f"the shape {tuple(wrong[0].shape)}"
         raise ValueError(
             f"Expected the input of the head to be features of shape (N, D), but got {got}. Name as `head` the linear"
             " layer that gives the logits."
         )
-    features = torch.cat([part for part in seen if part is not None], 1)
-    return Outputs(features.cpu(), logits.cpu(), target.cpu())
+    return torch.cat([part for part in seen if part is not None], 1).cpu()
 
 
 @contextmanager
@@ -117,9 +108,9 @@ def _attached(model: nn.Module, head: str | nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_features(model: nn.Module) -> Iterator[list[Tensor | None]]:
-    """Collect the input of each head as ``(N, D)``: of a 1x1 convolution without its two spatial axes."""
-    features: list[Tensor | None] = []
+def _recorded_features(model: nn.Module, features: list[Tensor | None]) -> Iterator[None]:
+    """Leave in ``features`` the input of each head as ``(N, D)``: of a 1x1 convolution without its two spatial axes."""
+    features.clear()
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         value = args[0].detach() if args and isinstance(args[0], Tensor) else None
@@ -130,4 +121,4 @@ def _recorded_features(model: nn.Module) -> Iterator[list[Tensor | None]]:
     with ExitStack() as stack:
         for module in attached_heads(model).values():
             stack.callback(module.register_forward_pre_hook(record).remove)
-        yield features
+        yield

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_calibft.labels.class_map import rows_tensor, to_rows
@@ -121,6 +122,22 @@ def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
             f" the keys {', '.join(map(str, batch))}. {UNPACK_REMEDY}"
         )
     return named
+
+
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def batch_to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors, and all else that has a method ``to``, on a device."""
+
+    def move(value: _Movable) -> Any:
+        no_wait = {"non_blocking": True} if isinstance(value, Tensor) and device.type not in ("cpu", "mps") else {}
+        moved = value.to(device, **no_wait)
+        return value if moved is None else moved  # some move themselves
+
+    return apply_to_collection(batch, _Movable, move)
 
 
 def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import check_weights
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance, head_width
+from lightning_calibft.calibration.evaluation_pass import (
+    EvaluationPass,
+    check_tolerance,
+    head_width,
+    preserve_random_state,
+)
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
@@ -103,7 +107,7 @@ def calibrate(
     fresh = not attached_heads(model)
     attach(model, head)
     try:
-        with isolate_rng():
+        with preserve_random_state():
             rows = resolve_class_map(class_map, label_names, head_width(model))
             loaders = calibration_loaders(loader, max_samples, at_random=tolerance is not None)
             reader = BatchReader(unpack_batch, rows)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import CLEAN_LABELS_REMEDY
-from lightning_calibft.calibration.distributed import SharedErrors, all_reduce
+from lightning_calibft.calibration.distributed import SharedErrors, all_reduce, rank_and_world_size
 from lightning_calibft.labels.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
 from lightning_calibft.split import ClassSplit, shorten
 
@@ -137,8 +136,8 @@ def empty_error(met: Sequence[int] = (), hint: str = "") -> ValueError:
 
 def warn_if_positions(classes: Sequence[int], num_classes: int) -> None:
     """Warn if all the classes of fine-tuning data are the first few rows: hardly anybody fine-tunes on these."""
-    if _few(classes, num_classes) and (hint := _positions_hint(classes)):
-        rank_zero_warn(
+    if rank_and_world_size()[0] == 0 and _few(classes, num_classes) and (hint := _positions_hint(classes)):
+        warnings.warn(
             f"{hint.strip()} If the rows are meant, pass `seen_classes=list(range({len(classes)}))`.", stacklevel=3
         )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed
+
+from lightning_calibft.calibration.batch_reader import batch_to_device
+
+Made = TypeVar("Made")
 
 OUT_OF_MEMORY = (
     "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
@@ -31,6 +35,43 @@ def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
     return tensor
 
 
+def gather(make: Callable[[], Made]) -> list[Made]:
+    """Return what each process makes; what fails in one of them fails in all.
+
+    Args:
+        make: Returns something that can be pickled.
+
+    Raises:
+        ValueError: If another process has failed with one.
+        RuntimeError: If another process has failed with any other error.
+    """
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return [make()]
+    failed = None
+    try:
+        # A row of a large tensor would take all of it along.
+        made: bytes | int = pickle.dumps(apply_to_collection(make(), Tensor, Tensor.clone))
+    except Exception as error:
+        failed, made = error, _failure_code(error)
+    parts: list[Any] = [None] * world_size
+    distributed.all_gather_object(parts, made)
+    if failed is not None:
+        raise failed
+    if codes := [part for part in parts if isinstance(part, int)]:
+        raise _failed_elsewhere(max(codes))
+    return [pickle.loads(part) for part in parts]
+
+
+def _failure_code(error: Exception | None) -> int:
+    return 0 if error is None else 1 if isinstance(error, ValueError) else 2
+
+
+def _failed_elsewhere(code: int) -> Exception:
+    kind = ValueError if code == 1 else RuntimeError
+    return kind("The calibration pass has failed on another process, which says why. Gamma stays unset.")
+
+
 class SharedErrors:
     """Ends a pass on all processes when one of them fails, so that none waits for it.
 
@@ -50,11 +91,10 @@ class SharedErrors:
             RuntimeError: If another process has failed with any other error.
         """
         if not self._failed:  # after a failure, no process waits for another
-            code = 0 if failed is None else 1 if isinstance(failed, ValueError) else 2
-            self._failed = int(all_reduce(torch.tensor(code, device=self._device), maximum=True))
+            code = torch.tensor(_failure_code(failed), device=self._device)
+            self._failed = int(all_reduce(code, maximum=True))
         if self._failed and failed is None:
-            kind = ValueError if self._failed == 1 else RuntimeError
-            raise kind("The calibration pass has failed on another process, which says why. Gamma stays unset.")
+            raise _failed_elsewhere(self._failed)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -87,11 +127,11 @@ class ShardedReading(NamedTuple):
 
     def batches(
         self, batches: Iterable[Any], device: torch.device, agree: Callable[[], None]
-    ) -> Iterator[tuple[int, Any, bool]]:
-        """Yield equally many batches on all processes, with their numbers and whether they count.
+    ) -> Iterator[tuple[Any, bool]]:
+        """Yield equally many batches on all processes, each with whether it counts.
 
-        Each forward needs all processes. The first batch, number -1, does not count and is the same on all, so that
-        what is made of it is decided alike. A process that has no batch left gets it again.
+        Each forward needs all processes. The first batch does not count and is the same on all, so that what is made of
+        it is decided alike. A process that has no batch left gets it again.
 
         Args:
             batches: This process' own, none of which is ``None``.
@@ -104,23 +144,18 @@ class ShardedReading(NamedTuple):
         shared = first_batch_of_any(batch, device)
         if shared is None:
             return
-        yield -1, shared, False
-        for index in count():
-            if not all_reduce(torch.tensor(int(batch is not None), device=device)):
-                return
-            yield (index, shared, False) if batch is None else (index, batch, self.counts)
+        yield shared, False
+        while all_reduce(torch.tensor(int(batch is not None), device=device)):
+            yield (shared, False) if batch is None else (batch, self.counts)
             batch = next(own, None)
             agree()
 
 
 def first_batch_of_any(batch: Any, device: torch.device) -> Any:
     """Return the batch of the first process whose own is not ``None``, on ``device``; ``None`` if there is none."""
-    rank, world_size = rank_and_world_size()
-    has_one = [False] * world_size
-    distributed.all_gather_object(has_one, batch is not None)
+    has_one = gather(lambda: batch is not None)
     if not any(has_one):
         return None
     first = has_one.index(True)
-    shared = [move_data_to_device(batch, torch.device("cpu")) if rank == first else None]
-    distributed.broadcast_object_list(shared, first)
-    return move_data_to_device(shared[0], device)
+    own = batch if rank_and_world_size()[0] == first else None
+    return batch_to_device(gather(lambda: batch_to_device(own, torch.device("cpu")))[first], device)

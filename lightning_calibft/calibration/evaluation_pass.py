@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
-from lightning_calibft.calibration.batch_reader import BatchReader, call_forward
+from lightning_calibft.calibration.batch_reader import BatchReader, batch_to_device, call_forward
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import (
     AbsentSamples,
@@ -29,8 +28,14 @@ from lightning_calibft.calibration.data_check import (
     target_error,
     warn_if_positions,
 )
-from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, all_reduce, rank_and_world_size
-from lightning_calibft.calibration.loaders import batches_of
+from lightning_calibft.calibration.distributed import (
+    ShardedReading,
+    SharedErrors,
+    all_reduce,
+    gather,
+    rank_and_world_size,
+)
+from lightning_calibft.calibration.loaders import batches_of, length_of
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.estimators import (
     Estimator,
@@ -47,7 +52,26 @@ from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 4
 LEAST_SAMPLES = 100  # of fewer, the standard error itself is a guess
-UNPACK_OR_HEAD_REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
+_REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
+_LAST_LOOK = torch.iinfo(torch.long).max  # batches, where a loader does not know its length
+
+_LabelledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
+
+
+class EvaluatedBatch(NamedTuple):
+    """What the model makes of a batch.
+
+    Attributes:
+        number: Number of the batch among those of this process.
+        logits: Logits without gamma, of shape ``(N, C)``.
+        target: The head's row of each sample, of shape ``(N,)``.
+        pretrained_logits: Those before fine-tuning, where the estimator needs them; else none.
+    """
+
+    number: int
+    logits: Tensor
+    target: Tensor
+    pretrained_logits: list[Tensor]
 
 
 @dataclass
@@ -86,9 +110,8 @@ class EvaluationPass:
         """
         met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors(self.device)
         with errors.shared(), eval_mode(self.model):  # transfer hooks may mix labels while training
-            for batch in self._batches("Reading labels"):
-                target = self.reader.rows(batch).cpu()
-                target = target[target != IGNORE_INDEX]
+            for _, _, target in self._batches("Reading labels"):
+                target = target[target != IGNORE_INDEX].cpu()
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
                     raise target_error(self.num_classes, int(outside[0]))
                 met[target] = 1
@@ -107,22 +130,6 @@ class EvaluationPass:
         self.feed(estimator, split)
         return result_of(estimator, self.estimator)
 
-    def _batches(self, what: str) -> Iterator[Any]:
-        """Yield this process' batches on the device, of each loader up to its share of ``max_samples``."""
-        rank, size, *_ = self.sharded or rank_and_world_size()
-        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / size
-        for loader in self.loaders:
-            total, read = _length(loader, self.max_batches), 0
-            bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
-            with bar:
-                for batch in batches_of(loader, self.max_batches):
-                    if read >= share:
-                        break
-                    batch = move_data_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
-                    read += len(self.reader.rows(batch))
-                    yield batch
-                    bar.update()
-
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
         """Run the model over the data and update ``estimator`` with what it gives.
 
@@ -132,53 +139,108 @@ class EvaluationPass:
             torch.OutOfMemoryError: If a batch does not fit, with a remedy.
             ValueError, RuntimeError: If another process has failed, whose error says why.
         """
-        forward, check = forward_of(self.model), DataCheck(split, self.device, self.reader.maps, self._absent_samples())
-        forwards: list[Callable[..., Any]] = [forward]
-        if needs_pretrained_logits(self.estimator):
-            forwards.append(self._forward_before(forward))
+        check = DataCheck(split, self.device, self.reader.maps, self._absent_samples())
 
-        def count(logits: Tensor, target: Tensor, batch: Tensor, *logits_before: Tensor) -> None:
-            check.count(target, batch, logits, *logits_before)
-            estimator.update(logits, target, *logits_before)
+        def update(logits: Tensor, target: Tensor, number: Tensor, *pretrained_logits: Tensor) -> None:
+            check.count(target, number, logits, *pretrained_logits)
+            estimator.update(logits, target, *pretrained_logits)
 
-        recorder, updates = record_logits(self.model), BatchedUpdates(count)
-        looks, probed = self._looks(), False
-        with check.errors.shared(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
-            for index, batch, counts in self._numbered_batches(check.errors):
-                target = self.reader.rows(batch).clone()  # the loader may write over it
-                if not probed and len(target) > 0:
-                    with self.context():
-                        check_head(self.model, batch, self.reader)
-                    probed = True
-                logits, *before = [self._logits(recorder, each, batch, target) for each in forwards]
-                rows = (logits, target, torch.full_like(target, index), *before)
-                updates.add(*(each if counts else each[:0] for each in rows))
-                if self.tolerance is not None and index + 1 in looks:
-                    updates.flush()
-                    check.errors.agree()
-                    if is_settled(estimator, self.tolerance):
+        updates = BatchedUpdates(update)
+
+        def is_settled() -> bool:
+            updates.flush()
+            check.errors.agree()
+            return self.tolerance is not None and _is_within(self.tolerance, estimator)
+
+        with check.errors.shared(), closing(self.evaluate(check.errors)) as batches:
+            looks = iter(self._looks())
+            look = next(looks, None)
+            for step, batch in enumerate(batches, 1):
+                number = torch.full_like(batch.target, batch.number)
+                updates.add(batch.logits, batch.target, number, *batch.pretrained_logits)
+                if step == look:
+                    if is_settled():
                         break
+                    look = next(looks, None)
+            else:
+                # A process whose data has ended still looks with the others, who would wait for it.
+                while look is not None and rank_and_world_size()[1] > 1 and not is_settled():
+                    look = next(looks, None)
             updates.flush()
         check.raise_or_warn()
 
-    def _numbered_batches(self, errors: SharedErrors) -> Iterator[tuple[int, Any, bool]]:
-        """Yield the batches with their numbers and whether they count."""
-        batches = self._batches("Calibrating")
-        if self.sharded is not None:
-            return self.sharded.batches(batches, self.device, errors.agree)
-        return ((index, batch, True) for index, batch in enumerate(batches))
+    def evaluate(self, errors: SharedErrors | None = None) -> Iterator[EvaluatedBatch]:
+        """Run the model over the data and yield what it makes of each batch that has samples.
 
-    def _looks(self) -> set[int]:
-        if self.tolerance is None or not self.loaders:
-            return set()
-        return _looks_at_gamma(_length(self.loaders[0], self.max_batches), self.device)
+        The model is in eval mode, and gradients are off, until the iterator ends. Close the iterator, with
+        ``contextlib.closing``, where it may not be read to its end.
+
+        Args:
+            errors: Those of the processes, which a sharded model needs before each forward.
+
+        Raises:
+            ValueError: If a batch cannot be split, or the head does not give the logits.
+            TypeError: If a target does not hold class ids.
+        """
+        forward, recording, probed = forward_of(self.model), record_logits(self.model), False
+        forwards: list[Callable[..., Any]] = [forward]
+        if needs_pretrained_logits(self.estimator):
+            forwards.append(self._pretrained_forward(forward))
+        batches: Iterator[tuple[_LabelledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
+        if self.sharded is not None:
+            errors = errors or SharedErrors(self.device)
+            batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors.agree)
+        with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+            for (number, batch, target), counts in batches:
+                if not probed:
+                    with self.context():
+                        check_head(self.model, batch, self.reader)
+                    probed = True
+                rows = [target, *(self._logits(recording, each, batch, target) for each in forwards)]
+                target, logits, *pretrained_logits = rows if counts else [each[:0] for each in rows]
+                yield EvaluatedBatch(number, logits, target, pretrained_logits)
+
+    def _batches(self, what: str) -> Iterator[_LabelledBatch]:
+        """Yield this process' batches, of each loader up to its share of ``max_samples``."""
+        rank, size, *_ = self.sharded or rank_and_world_size()
+        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / size
+        numbers = count()
+        for loader in self.loaders:
+            total, read = _length(loader, self.max_batches), 0
+            bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
+            with bar:
+                for batch in batches_of(loader, self.max_batches):
+                    if read >= share:
+                        break
+                    batch = batch_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
+                    target = self.reader.rows(batch).clone()  # the loader may write over it
+                    read += len(target)
+                    number = next(numbers)
+                    if len(target) > 0:
+                        yield number, batch, target
+                    bar.update()
+
+    def _looks(self) -> list[int]:
+        """Return the numbers of batches after which to look at gamma, each a quarter above the last.
+
+        To look at all samples anew is not free, and the processes must look together.
+        """
+        if self.tolerance is None:
+            return []
+        lengths = gather(lambda: _length(self.loaders[0], self.max_batches) if self.loaders else 0)
+        unknown = math.inf if len(lengths) == 1 else 0
+        shortest = min(unknown if length is None else length for length in lengths)
+        looks = [1]
+        while (later := looks[-1] + math.ceil(looks[-1] / 4)) <= min(shortest, _LAST_LOOK):
+            looks.append(later)
+        return [look for look in looks if look <= shortest]
 
     def _absent_samples(self) -> AbsentSamples:
         if needs_absent_samples(self.estimator):
             return "needed"
         return "expected" if self.validation else "accident"
 
-    def _forward_before(self, forward: nn.Module) -> Callable[..., Any]:
+    def _pretrained_forward(self, forward: nn.Module) -> Callable[..., Any]:
         """Return the forward with the weights from before fine-tuning."""
         assert self.pretrained is not None
         prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is forward)
@@ -189,15 +251,15 @@ class EvaluationPass:
         }
 
         @wraps(forward.forward)  # by whose arguments the inputs are found in a batch
-        def forward_before(*args: Any, **kwargs: Any) -> Any:
+        def pretrained_forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(forward, weights, args, kwargs)
 
-        return forward_before
+        return pretrained_forward
 
     def _logits(self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
         with recorder as records, self.context():
             call_forward(forward, self.reader.inputs(batch, forward))
-        return one_forward(records, len(target), self.num_classes, UNPACK_OR_HEAD_REMEDY)
+        return one_forward(records, len(target), self.num_classes, _REMEDY)
 
 
 def forward_of(model: nn.Module) -> nn.Module:
@@ -206,7 +268,8 @@ def forward_of(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If a LightningModule has no ``forward`` and its head no ``forward`` around it.
     """
-    if not isinstance(model, LightningModule) or is_overridden("forward", model):
+    # That of Lightning, by name: the class is another one in each of its packages.
+    if getattr(model.forward, "__qualname__", "") != "LightningModule.forward":
         return model
     name, head = next(iter(attached_heads(model).items()))
     part = model.get_submodule(name.split(".")[0])
@@ -232,7 +295,19 @@ def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
 
 
 def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
-    return min((n for n in (sized_len(loader), max_batches) if n is not None), default=None)
+    return min((n for n in (length_of(loader), max_batches) if n is not None), default=None)
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Put the random numbers of PyTorch, NumPy and Python back to where they were before the block."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
 
 
 def head_width(model: nn.Module) -> int:
@@ -279,26 +354,8 @@ def check_tolerance(tolerance: float | None) -> None:
         )
 
 
-def _looks_at_gamma(length: int | None, device: torch.device) -> set[int]:
-    """Return the numbers of batches after which to look at gamma, each a quarter above the last.
-
-    To look at all samples anew is not free, and the processes must look together.
-
-    Args:
-        length: Number of this process' batches; ``None``: unknown.
-        device: That of the processes' communication.
-    """
-    if length is None:
-        length = 0 if rank_and_world_size()[1] > 1 else torch.iinfo(torch.long).max
-    shortest = -int(all_reduce(torch.tensor(-length, device=device), maximum=True))
-    looks = [1]
-    while (later := looks[-1] + math.ceil(looks[-1] / 4)) <= shortest:
-        looks.append(later)
-    return {look for look in looks if look <= shortest}
-
-
-def is_settled(estimator: Any, tolerance: float) -> bool:
-    """Tell whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
+def _is_within(tolerance: float, estimator: Any) -> bool:
+    """Return whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
     # What a metric keeps of a look, it returns at the end where no batch came after it: without waiting for a process
     # that had one more batch, and that waits for all.
     kept, estimator.compute_with_cache = estimator.compute_with_cache, False

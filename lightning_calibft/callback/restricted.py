@@ -6,7 +6,7 @@ from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -21,7 +21,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_calibft.calibration import BatchReader, calibration_loaders, sample_indices
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, rebuilt_loader, sample_indices
 
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
@@ -32,7 +33,7 @@ def check_loaders(loaders: Any) -> None:
     Raises:
         ValueError: If one is not a plain ``DataLoader`` of a map-style dataset with one of torch's samplers.
     """
-    for loader in CombinedLoader(loaders, "sequential").flattened:
+    for loader in flat_loaders(loaders):
         met = None
         if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
             met = f"a {type(getattr(loader, 'dataset', loader)).__name__}"
@@ -60,19 +61,21 @@ class RestrictedData:
     def __init__(self, loaders: Any, reader: BatchReader) -> None:
         check_loaders(loaders)
         self._loaders = loaders
-        self._leaves: list[DataLoader] = CombinedLoader(loaders, "sequential").flattened
+        self._leaves: list[DataLoader[Any]] = flat_loaders(loaders)
         self._rows = [_rows(loader, reader) for loader in self._leaves]
         self.rows = torch.cat(self._rows)
 
     def of_classes(self, classes: Sequence[int]) -> tuple[Any, float]:
         """Return the same collection of loaders for the samples of some classes, and their share of all samples."""
         kept = [torch.isin(rows, torch.tensor(classes)) for rows in self._rows]
-        combined = CombinedLoader(self._loaders, "sequential")
-        combined.flattened = [_restricted(loader, mask) for loader, mask in zip(self._leaves, kept, strict=True)]
-        return combined.iterables, float(torch.cat(kept).double().mean())
+        masks = iter(kept)
+        restricted = apply_to_collection(
+            self._loaders, DataLoader, lambda loader: _restricted(loader, next(masks)), wrong_dtype=(dict, list, tuple)
+        )
+        return restricted, float(torch.cat(kept).double().mean())
 
 
-def _rows(loader: DataLoader, reader: BatchReader) -> Tensor:
+def _rows(loader: DataLoader[Any], reader: BatchReader) -> Tensor:
     (in_order,) = calibration_loaders(loader)
     rows = torch.cat([reader.rows(batch).cpu() for batch in in_order])
     if len(rows) != (number := len(sample_indices(loader))):
@@ -83,11 +86,12 @@ def _rows(loader: DataLoader, reader: BatchReader) -> Tensor:
     return rows
 
 
-def _restricted(loader: DataLoader, kept: Tensor) -> DataLoader:
+def _restricted(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
     subset = Subset(loader.dataset, torch.tensor(list(sample_indices(loader)))[kept].tolist())
     sampler, batches = _sampler(loader.sampler, subset, kept), cast("BatchSampler | None", loader.batch_sampler)
     drawn = len(cast(Sized, sampler))
-    return DataLoader(
+    return rebuilt_loader(
+        loader,
         subset,
         batch_size=None if batches is None else batches.batch_size,
         sampler=sampler,
@@ -95,17 +99,10 @@ def _restricted(loader: DataLoader, kept: Tensor) -> DataLoader:
         drop_last=batches is not None
         and drawn >= batches.batch_size
         and (batches.drop_last or drawn % batches.batch_size == 1),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
     )
 
 
-def _sampler(sampler: Any, subset: Subset, kept: Tensor) -> Sampler:
+def _sampler(sampler: Any, subset: Subset[Any], kept: Tensor) -> Sampler[int]:
     """Return a sampler of the same kind, which draws as often from the subset as the user's does on average."""
     if isinstance(sampler, WeightedRandomSampler):
         weights = sampler.weights[subset.indices]

@@ -7,22 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torchmetrics.utilities.prints import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_calibft._arguments import check_integer, check_model
-from lightning_calibft.calibration import (
-    BatchReader,
-    CalibrationResult,
-    EvaluationPass,
-    UnpackBatch,
-    empty_error,
-    head_width,
-    target_error,
-)
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.data_check import empty_error, target_error
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
+from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.splits import Candidates, CrossValidationPlan, cross_validate
 from lightning_calibft.head import attach, reset_gamma
@@ -130,7 +124,10 @@ def pseudo_cross_validation(
     width = head_width(before)
     reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, width))
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate_fn)
-    with isolate_rng(), tqdm(total=num_splits, desc="Cross-validating", unit="split", disable=not progress) as bar:
+    with (
+        preserve_random_state(),
+        tqdm(total=num_splits, desc="Cross-validating", unit="split", disable=not progress) as bar,
+    ):
         rows = read_rows(loader, reader)
         split = ClassSplit(width, classes_of(rows, width) if seen_classes is None else seen_classes, absent_classes)
         rank_zero_info(cost(plan, split, rows))

@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import MetricCollection
+from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_calibft._arguments import check_choice, check_integer, check_path
-from lightning_calibft.calibration import CalibrationResult, EvaluationPass
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass
+from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
