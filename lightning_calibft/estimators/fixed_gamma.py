@@ -53,8 +53,8 @@ class FixedGamma(MeanGapEstimator):
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(gamma,), **kwargs)
         self.gamma = gamma
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return torch.full((len(logits),), self.gamma, dtype=real_dtype(logits.device), device=logits.device)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return torch.full((len(preds),), self.gamma, dtype=real_dtype(preds.device), device=preds.device)
 
     def compute(self) -> Tensor:
         """Return gamma."""

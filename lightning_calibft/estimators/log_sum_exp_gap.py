@@ -64,20 +64,20 @@ class LogSumExpGap(MeanGapEstimator):
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(temperature,), **kwargs)
         self.temperature = temperature
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return log_sum_exp_gaps(logits, target, self._groups, self.temperature)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return log_sum_exp_gaps(preds, target, self._groups, self.temperature)
 
 
-def log_sum_exp_gaps(logits: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
+def log_sum_exp_gaps(preds: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
     """Soft maximum of the other seen logits less that of the absent ones, both per class, ``(N,)``."""
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
 
     def soft_maximum(values: Tensor, count: int) -> Tensor:
         return temperature * (values.to(dtype).div_(temperature).logsumexp(1) - math.log(count))
 
-    def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        others = other_seen_logits(logits, target, groups, -torch.inf)
-        absent = logits.index_select(1, groups.absent)
+    def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
+        others = other_seen_logits(preds, target, groups, -torch.inf)
+        absent = preds.index_select(1, groups.absent)
         return (soft_maximum(others, len(groups.seen) - 1) - soft_maximum(absent, len(groups.absent)),)
 
-    return in_row_chunks(gaps, logits, target)[0]
+    return in_row_chunks(gaps, preds, target)[0]

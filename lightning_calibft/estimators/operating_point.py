@@ -55,7 +55,7 @@ class OperatingPoint(SeenUnseenCurve):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids, of seen and of absent classes.
 
     As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if a group

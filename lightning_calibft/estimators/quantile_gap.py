@@ -62,17 +62,17 @@ class QuantileGap(MeanGapEstimator):
         super().__init__(num_classes, seen_classes, absent_classes, configuration=(quantile,), **kwargs)
         self.quantile = quantile
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return quantile_gaps(logits, target, self._groups, self.quantile)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return quantile_gaps(preds, target, self._groups, self.quantile)
 
 
-def quantile_gaps(logits: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
+def quantile_gaps(preds: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
     """Quantile of the other seen logits less that of the absent ones, ``(N,)``."""
 
     def gaps(others: Tensor, absent: Tensor) -> Tensor:
         return _quantile(others, quantile) - _quantile(absent, quantile)
 
-    return sorted_gaps(gaps, logits, target, groups)
+    return sorted_gaps(gaps, preds, target, groups)
 
 
 def _quantile(values: Tensor, quantile: float) -> Tensor:

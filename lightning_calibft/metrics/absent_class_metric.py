@@ -89,7 +89,7 @@ class AbsentClassMetric(Metric):
     def _increase(self, name: str, value: Tensor) -> None:
         setattr(self, f"{name}_{self._suffix}", self._get(name) + value)
 
-    def _rows(self, logits: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
+    def _rows(self, preds: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
         """Check a batch and return the head's row of each label."""
         rows = target
         if self.class_map is not None:
@@ -98,15 +98,15 @@ class AbsentClassMetric(Metric):
             return rows
         if self.class_map is not None:
             check_mapped(rows)
-        check_inputs(logits, rows, self.split.num_classes, self._ignored_row)
-        if probabilities and len(logits) and not self._looked_for_probabilities:
+        check_inputs(preds, rows, self.split.num_classes, self._ignored_row)
+        if probabilities and len(preds) and not self._looked_for_probabilities:
             self._looked_for_probabilities = True
-            warn_if_probabilities(logits)
+            warn_if_probabilities(preds)
         return rows
 
-    def _check_pretrained_logits(self, pretrained_logits: Tensor, rows: Tensor) -> None:
+    def _check_pretrained_preds(self, pretrained_preds: Tensor, rows: Tensor) -> None:
         if self.validate_args:
-            check_inputs(pretrained_logits, rows, self.split.num_classes, self._ignored_row, "pretrained_logits")
+            check_inputs(pretrained_preds, rows, self.split.num_classes, self._ignored_row, "pretrained_preds")
 
     @property
     def _ignored_row(self) -> int | None:

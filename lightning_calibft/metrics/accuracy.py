@@ -29,7 +29,7 @@ class SplitAccuracy(AbsentClassMetric):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``.
+    - ``preds``: A float tensor of shape ``(N, C)``.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if no
@@ -104,12 +104,12 @@ class SplitAccuracy(AbsentClassMetric):
         self._add("correct", counts, "sum")
         self._add("total", counts.clone(), "sum")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=False)
+        target = self._rows(preds, target, probabilities=False)
         classes = self._constants["classes"]
         correct, total = accuracy_update(
-            logits, target, self._groups, classes, self.top_k, self.average, self._ignored_row
+            preds, target, self._groups, classes, self.top_k, self.average, self._ignored_row
         )
         self._increase("correct", correct)
         self._increase("total", total)
@@ -126,7 +126,7 @@ class HarmonicMeanAccuracy(SplitAccuracy):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``.
+    - ``preds``: A float tensor of shape ``(N, C)``.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], 0 if both accuracies are 0,

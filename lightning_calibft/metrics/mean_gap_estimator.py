@@ -23,14 +23,14 @@ class MeanGapEstimator(GammaEstimator):
         self._add("total", torch.tensor(0.0, dtype=torch.float64), "sum")
         self._add("squares", torch.tensor(0.0, dtype=torch.float64), "sum")
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
         """Return the gap of each sample, ``(N,)``; of samples of other than seen classes anything."""
         raise NotImplementedError
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        self._add_gaps(self._gaps(logits, target), target)
+        target = self._rows(preds, target, probabilities=True)
+        self._add_gaps(self._gaps(preds, target), target)
 
     def _add_gaps(self, gaps: Tensor, rows: Tensor) -> None:
         for name, value in zip(("count", "total", "squares"), gap_sums(gaps, self._counted(rows)), strict=True):

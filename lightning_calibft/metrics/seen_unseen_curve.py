@@ -39,7 +39,7 @@ class SeenUnseenCurve(AbsentClassMetric):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)``, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns ``seen_accuracy (K + 1,)``, ``absent_accuracy (K + 1,)``
@@ -107,10 +107,10 @@ class SeenUnseenCurve(AbsentClassMetric):
         self._add("margin", [], "cat")
         self._add("code", [], "cat")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        margin, code = curve_update(logits, target, self._groups, self._ignored_row)
+        target = self._rows(preds, target, probabilities=True)
+        margin, code = curve_update(preds, target, self._groups, self._ignored_row)
         self._get("margin").append(margin.float())
         self._get("code").append(code)
 
@@ -213,7 +213,7 @@ class AUSUC(SeenUnseenCurve):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)``, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if a
