@@ -97,8 +97,9 @@ class LogitLevelsMetric(AbsentClassMetric):
                 [2., 4., 1.]], dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
     higher_is_better: bool | None = None
+    sums: Tensor
+    counts: Tensor
 
     def __init__(
         self,
@@ -110,24 +111,24 @@ class LogitLevelsMetric(AbsentClassMetric):
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, None, None, **kwargs)
-        self._name_states("logit levels")
-        self._add("sums", torch.zeros(2, 3, dtype=real_dtype(self.device)), "sum")
-        self._add("counts", torch.zeros(2, dtype=torch.long), "sum")
+        super().__init__(
+            num_classes, seen_classes, absent_classes, ignore_index=ignore_index, validate_args=validate_args, **kwargs
+        )
+        self.add_state("sums", torch.zeros(2, 3, dtype=real_dtype(self.device)), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
         self._found: LogitLevels | None = None
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
         target = self._rows(preds, target, probabilities=False)
         sums, counts = _sums(preds, target, self._groups, self._ignored_row)
-        self._increase("sums", sums)
-        self._increase("counts", counts)
+        self.sums = self.sums + sums
+        self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
         """Return the means of all samples so far."""
-        sums, counts = self._get("sums"), self._get("counts")
-        self._found = _levels(sums, counts)
-        return _means(sums, counts)
+        self._found = _levels(self.sums, self.counts)
+        return _means(self.sums, self.counts)
 
     def levels(self) -> LogitLevels:
         """Return the means with their names, and the numbers of samples."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._group_logits import in_row_chunks, other_seen_logits
 from lightning_calibft.functional._inputs import Groups, real_dtype
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
 
@@ -56,13 +57,14 @@ class LogSumExpGap(MeanGapEstimator):
         absent_classes: ClassIds | None = None,
         *,
         temperature: float = 1.0,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
         temperature = check_number("temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {temperature}.")
-        super().__init__(num_classes, seen_classes, absent_classes, configuration=(temperature,), **kwargs)
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         self.temperature = temperature
+        self._set_configuration(type(self).__name__, temperature)
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
         return log_sum_exp_gaps(preds, target, self._groups, self.temperature)

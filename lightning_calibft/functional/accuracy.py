@@ -86,7 +86,7 @@ def split_accuracy(
         top_k: The true class must be among this many largest logits.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], NaN with a warning if no sample counts.
@@ -131,7 +131,7 @@ def harmonic_mean_accuracy(
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], 0 if both accuracies are 0, NaN with a warning if a group has no samples.

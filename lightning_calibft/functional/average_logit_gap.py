@@ -70,7 +70,7 @@ def average_logit_gap(
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         return_standard_error: Whether to return the standard error of the mean as well.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with

@@ -94,7 +94,7 @@ def pseudo_absent_gamma(
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         return_standard_error: Whether to return the standard error as well.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with

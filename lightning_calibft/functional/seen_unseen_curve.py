@@ -93,7 +93,7 @@ def seen_unseen_curve(
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         ``seen_accuracy (K + 1,)``, falling to 0, ``absent_accuracy (K + 1,)``, rising from 0, and ``gamma (K,)``, the
@@ -138,7 +138,7 @@ def ausuc(
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], NaN with a warning if a group has no samples.
@@ -186,7 +186,7 @@ def best_gamma(
         min_absent_accuracy: The same for the absent samples.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar: the middle of the first best interval. If that is unbounded, 0 where it holds 0, else its

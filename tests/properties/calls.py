@@ -110,7 +110,8 @@ def _metrics(module: Any) -> dict[str, Call]:
         if isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
             special = {"class_means": lambda: torch.eye(3)} if name == "NearestClassMeanAccuracy" else {}
             special |= {"gamma": 1.0} if name == "FixedGamma" else {}
-            calls[name] = Call(updated(kind), on_logits(num_classes=3, **special))
+            shared = {"ignore_index": None, "validate_args": True, "class_map": None, "label_names": None}
+            calls[name] = Call(updated(kind), on_logits(num_classes=3, **shared, **special))
     return calls
 
 
