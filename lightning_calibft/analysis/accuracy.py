@@ -59,12 +59,12 @@ class AccuracyGain:
 
 
 def group_accuracies(
-    logits: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
+    preds: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
 ) -> GroupAccuracies:
     """Accuracies of seen and absent samples, among all classes and among those of their own group.
 
     Args:
-        logits: Logits, or similarities to class means, of shape ``(N, C)``.
+        preds: Logits, or similarities to class means, of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
@@ -78,10 +78,10 @@ def group_accuracies(
     """
     split = (seen_classes, absent_classes)
     return GroupAccuracies(
-        split_accuracy(logits, target, *split, samples="seen").item(),
-        split_accuracy(logits, target, *split, samples="absent").item(),
-        split_accuracy(logits, target, *split, samples="seen", candidates="seen").item(),
-        split_accuracy(logits, target, *split, samples="absent", candidates="absent").item(),
+        split_accuracy(preds, target, *split, samples="seen").item(),
+        split_accuracy(preds, target, *split, samples="absent").item(),
+        split_accuracy(preds, target, *split, samples="seen", candidates="seen").item(),
+        split_accuracy(preds, target, *split, samples="absent", candidates="absent").item(),
     )
 
 

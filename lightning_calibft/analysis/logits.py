@@ -42,7 +42,7 @@ class LogitLevels:
 
 
 def logit_levels(
-    logits: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
+    preds: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
 ) -> LogitLevels:
     """Mean ground-truth logit and mean largest other logits of labelled samples.
 
@@ -51,14 +51,14 @@ def logit_levels(
     "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
     Args:
-        logits: Logits of shape ``(N, C)``, without gamma.
+        preds: Logits of shape ``(N, C)``, without gamma.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
 
     Raises:
         ValueError: If shapes, classes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -67,15 +67,16 @@ def logit_levels(
         >>> logit_levels(logits, torch.tensor([0, 3]), seen_classes=[0, 1]).absent
         GroupLevels(true=2.0, other_seen=4.0, other_absent=1.0, num_samples=1)
     """
-    groups = prepare(logits, target, seen_classes, absent_classes, None, validate_args=True)
-    return _levels(*_sums(logits, target, groups, None))
+    groups = prepare(preds, target, seen_classes, absent_classes, None, validate_args=True)
+    return _levels(*_sums(preds, target, groups, None))
 
 
 class LogitLevelsMetric(AbsentClassMetric):
     """The means of :func:`logit_levels` over many batches; the state is eight numbers.
 
-    As input to ``update`` the metric accepts ``logits (N, C)`` and ``target (N,)``, as output of ``compute`` it returns
-    a tensor of shape ``(2, 3)``: for seen and absent samples the means ``true``, ``other_seen``, ``other_absent``.
+    As input to ``update`` the metric accepts logits ``preds (N, C)`` and ``target (N,)``, as output of ``compute`` it
+    returns a tensor of shape ``(2, 3)``: for seen and absent samples the means ``true``, ``other_seen`` and
+    ``other_absent``.
     After ``compute`` on all processes, :meth:`levels` gives them with their names.
 
     Args:
@@ -96,8 +97,9 @@ class LogitLevelsMetric(AbsentClassMetric):
                 [2., 4., 1.]], dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
     higher_is_better: bool | None = None
+    sums: Tensor
+    counts: Tensor
 
     def __init__(
         self,
@@ -109,24 +111,24 @@ class LogitLevelsMetric(AbsentClassMetric):
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, seen_classes, absent_classes, ignore_index, validate_args, None, None, **kwargs)
-        self._name_states("logit levels")
-        self._add("sums", torch.zeros(2, 3, dtype=real_dtype(self.device)), "sum")
-        self._add("counts", torch.zeros(2, dtype=torch.long), "sum")
+        super().__init__(
+            num_classes, seen_classes, absent_classes, ignore_index=ignore_index, validate_args=validate_args, **kwargs
+        )
+        self.add_state("sums", torch.zeros(2, 3, dtype=real_dtype(self.device)), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
         self._found: LogitLevels | None = None
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=False)
-        sums, counts = _sums(logits, target, self._groups, self._ignored_row)
-        self._increase("sums", sums)
-        self._increase("counts", counts)
+        target = self._rows(preds, target, probabilities=False)
+        sums, counts = _sums(preds, target, self._groups, self._ignored_row)
+        self.sums = self.sums + sums
+        self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
         """Return the means of all samples so far."""
-        sums, counts = self._get("sums"), self._get("counts")
-        self._found = _levels(sums, counts)
-        return _means(sums, counts)
+        self._found = _levels(self.sums, self.counts)
+        return _means(self.sums, self.counts)
 
     def levels(self) -> LogitLevels:
         """Return the means with their names, and the numbers of samples."""

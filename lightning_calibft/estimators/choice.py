@@ -33,7 +33,7 @@ class Estimator(Protocol):
 
     split: ClassSplit
 
-    def update(self, logits: Tensor, target: Tensor, *pretrained_logits: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, *pretrained_preds: Tensor) -> None:
         """Take a batch: raw logits ``(N, C)`` and class ids ``(N,)``; ids that are not seen classes do not count."""
 
     def compute(self) -> Tensor:

@@ -38,7 +38,7 @@ class ConfusionMatched(SampleEstimator):
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
@@ -57,10 +57,10 @@ class ConfusionMatched(SampleEstimator):
         tensor(4., dtype=torch.float64)
     """
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        self._keep(confusions(logits, target, self._groups), target)
+        target = self._rows(preds, target, probabilities=True)
+        self._keep(confusions(preds, target, self._groups), target)
 
     def _gamma(self, samples: Tensor) -> Tensor:
         return self._of_sorted(_sorted(samples)).to(samples.device)
@@ -80,18 +80,18 @@ class ConfusionMatched(SampleEstimator):
         return lead[below].lerp(lead[(below + 1).clamp(max=len(lead) - 1)], place - below)
 
 
-def confusions(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+def confusions(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
     """By how much the true class outranks the absent ones, and how many other seen classes outrank it, ``(N, 2)``."""
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
 
-    def compare(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1))
-        lead = own.squeeze(1).to(dtype) - logits.index_select(1, groups.absent).amax(1).to(dtype)
-        seen = logits.index_select(1, groups.seen)
+    def compare(preds: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = preds.gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1))
+        lead = own.squeeze(1).to(dtype) - preds.index_select(1, groups.absent).amax(1).to(dtype)
+        seen = preds.index_select(1, groups.seen)
         above = (seen > own).sum(1).to(dtype) + 0 * seen.amax(1)  # NaN, which no comparison shows, stays NaN
         return (torch.stack([lead, above], 1),)
 
-    return in_row_chunks(compare, logits, target)[0]
+    return in_row_chunks(compare, preds, target)[0]
 
 
 def _sorted(samples: Tensor) -> Tensor:

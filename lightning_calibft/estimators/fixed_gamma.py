@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._inputs import real_dtype
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
 
@@ -45,16 +46,17 @@ class FixedGamma(MeanGapEstimator):
         absent_classes: ClassIds | None = None,
         *,
         gamma: float,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
         gamma = check_number("gamma", gamma)
         if not math.isfinite(gamma):
             raise ValueError(f"Expected argument `gamma` to be finite, but got {gamma}.")
-        super().__init__(num_classes, seen_classes, absent_classes, configuration=(gamma,), **kwargs)
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         self.gamma = gamma
+        self._set_configuration(type(self).__name__, gamma)
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return torch.full((len(logits),), self.gamma, dtype=real_dtype(logits.device), device=logits.device)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return torch.full((len(preds),), self.gamma, dtype=real_dtype(preds.device), device=preds.device)
 
     def compute(self) -> Tensor:
         """Return gamma."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._group_logits import in_row_chunks, other_seen_logits
 from lightning_calibft.functional._inputs import Groups, real_dtype
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
 
@@ -56,28 +57,29 @@ class LogSumExpGap(MeanGapEstimator):
         absent_classes: ClassIds | None = None,
         *,
         temperature: float = 1.0,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
         temperature = check_number("temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {temperature}.")
-        super().__init__(num_classes, seen_classes, absent_classes, configuration=(temperature,), **kwargs)
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         self.temperature = temperature
+        self._set_configuration(type(self).__name__, temperature)
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return log_sum_exp_gaps(logits, target, self._groups, self.temperature)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return log_sum_exp_gaps(preds, target, self._groups, self.temperature)
 
 
-def log_sum_exp_gaps(logits: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
+def log_sum_exp_gaps(preds: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
     """Soft maximum of the other seen logits less that of the absent ones, both per class, ``(N,)``."""
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
 
     def soft_maximum(values: Tensor, count: int) -> Tensor:
         return temperature * (values.to(dtype).div_(temperature).logsumexp(1) - math.log(count))
 
-    def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        others = other_seen_logits(logits, target, groups, -torch.inf)
-        absent = logits.index_select(1, groups.absent)
+    def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
+        others = other_seen_logits(preds, target, groups, -torch.inf)
+        absent = preds.index_select(1, groups.absent)
         return (soft_maximum(others, len(groups.seen) - 1) - soft_maximum(absent, len(groups.absent)),)
 
-    return in_row_chunks(gaps, logits, target)[0]
+    return in_row_chunks(gaps, preds, target)[0]

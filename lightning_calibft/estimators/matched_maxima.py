@@ -49,18 +49,18 @@ class MatchedMaxima(MeanGapEstimator):
         tensor(3.3333, dtype=torch.float64)
     """
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return matched_maxima_gaps(logits, target, self._groups)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return matched_maxima_gaps(preds, target, self._groups)
 
 
-def matched_maxima_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+def matched_maxima_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
     """Expected maximum of ``k`` other seen logits less that of ``k`` absent ones, ``(N,)``."""
     size = min(len(groups.seen) - 1, len(groups.absent))
 
     def gaps(others: Tensor, absent: Tensor) -> Tensor:
         return _expected_maximum(others, size) - _expected_maximum(absent, size)
 
-    return sorted_gaps(gaps, logits, target, groups)
+    return sorted_gaps(gaps, preds, target, groups)
 
 
 def _expected_maximum(values: Tensor, size: int) -> Tensor:

@@ -41,9 +41,9 @@ class Midpoint(MeanGapEstimator):
 
     needs_pretrained_logits = True
 
-    def update(self, logits: Tensor, target: Tensor, pretrained_logits: Tensor) -> None:  # type: ignore[override]
+    def update(self, preds: Tensor, target: Tensor, pretrained_preds: Tensor) -> None:  # type: ignore[override]
         """Add a batch of logits ``(N, C)``, class ids ``(N,)`` and logits from before fine-tuning ``(N, C)``."""
-        target = self._rows(logits, target, probabilities=True)
-        self._check_pretrained_logits(pretrained_logits, target)
-        margins = pseudo_absent_margins(logits, target, pretrained_logits, self._groups)
+        target = self._rows(preds, target, probabilities=True)
+        self._check_pretrained_preds(pretrained_preds, target)
+        margins = pseudo_absent_margins(preds, target, pretrained_preds, self._groups)
         self._add_gaps(margins.mean(1), target)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
+from typing_extensions import Unpack
 
 from lightning_calibft.functional._inputs import Average
 from lightning_calibft.functional.seen_unseen_curve import (
@@ -19,9 +19,7 @@ from lightning_calibft.functional.seen_unseen_curve import (
     curve_best_gamma,
     to_real,
 )
-from lightning_calibft.labels.class_map import ClassMap
-from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
 from lightning_calibft.metrics.seen_unseen_curve import SeenUnseenCurve
 from lightning_calibft.split import ClassIds
 
@@ -55,7 +53,7 @@ class OperatingPoint(SeenUnseenCurve):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids, of seen and of absent classes.
 
     As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if a group
@@ -70,12 +68,8 @@ class OperatingPoint(SeenUnseenCurve):
         min_seen_accuracy: Only gammas with at least this accuracy of the seen samples, among all classes, count.
         min_absent_accuracy: The same for the absent samples.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+        kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
+            this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If the criterion is unknown or an accuracy leaves [0, 1].
@@ -109,23 +103,9 @@ class OperatingPoint(SeenUnseenCurve):
         min_seen_accuracy: float | None = None,
         min_absent_accuracy: float | None = None,
         average: Average = "micro",
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
-        super().__init__(
-            num_classes,
-            seen_classes,
-            absent_classes,
-            average=average,
-            ignore_index=ignore_index,
-            validate_args=validate_args,
-            class_map=class_map,
-            label_names=label_names,
-            **kwargs,
-        )
+        super().__init__(num_classes, seen_classes, absent_classes, average=average, **kwargs)
         self._goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
         self._samples: tuple[Tensor, Tensor] | None = None
 
@@ -134,7 +114,7 @@ class OperatingPoint(SeenUnseenCurve):
         super().compute()
         assert self._curve is not None
         # Kept because here, and only here, the states are those of all processes.
-        self._samples = counted_samples(dim_zero_cat(self._get("margin")), dim_zero_cat(self._get("code")))
+        self._samples = counted_samples(dim_zero_cat(self.margin), dim_zero_cat(self.code))
         try:
             return to_real(curve_best_gamma(self._curve, self._goal), self.device)
         except UnreachableAccuracyError:

@@ -20,9 +20,9 @@ class PseudoAbsent(SampleEstimator):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids. Samples of classes that are not seen are left out.
-    - ``pretrained_logits``: The logits of the same samples from the model before fine-tuning, ``(N, C)``.
+    - ``pretrained_preds``: The logits of the same samples from the model before fine-tuning, ``(N, C)``.
 
     As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if no sample
     counts.
@@ -32,7 +32,7 @@ class PseudoAbsent(SampleEstimator):
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
@@ -54,11 +54,11 @@ class PseudoAbsent(SampleEstimator):
 
     needs_pretrained_logits = True
 
-    def update(self, logits: Tensor, target: Tensor, pretrained_logits: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, pretrained_preds: Tensor) -> None:
         """Add a batch of logits ``(N, C)``, class ids ``(N,)`` and logits from before fine-tuning ``(N, C)``."""
-        target = self._rows(logits, target, probabilities=True)
-        self._check_pretrained_logits(pretrained_logits, target)
-        self._keep(pseudo_absent_margins(logits, target, pretrained_logits, self._groups), target)
+        target = self._rows(preds, target, probabilities=True)
+        self._check_pretrained_preds(pretrained_preds, target)
+        self._keep(pseudo_absent_margins(preds, target, pretrained_preds, self._groups), target)
 
     def _gamma(self, samples: Tensor) -> Tensor:
         return self._gamma_and_error(samples)[0]

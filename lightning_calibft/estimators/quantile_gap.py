@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_number
 from lightning_calibft.functional._group_logits import sorted_gaps
 from lightning_calibft.functional._inputs import Groups, real_dtype
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
 
@@ -54,25 +55,26 @@ class QuantileGap(MeanGapEstimator):
         absent_classes: ClassIds | None = None,
         *,
         quantile: float = 0.9,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
         quantile = check_number("quantile", quantile)
         if not 0 <= quantile <= 1:
             raise ValueError(f"Expected argument `quantile` to be in [0, 1], but got {quantile}.")
-        super().__init__(num_classes, seen_classes, absent_classes, configuration=(quantile,), **kwargs)
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         self.quantile = quantile
+        self._set_configuration(type(self).__name__, quantile)
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return quantile_gaps(logits, target, self._groups, self.quantile)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return quantile_gaps(preds, target, self._groups, self.quantile)
 
 
-def quantile_gaps(logits: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
+def quantile_gaps(preds: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
     """Quantile of the other seen logits less that of the absent ones, ``(N,)``."""
 
     def gaps(others: Tensor, absent: Tensor) -> Tensor:
         return _quantile(others, quantile) - _quantile(absent, quantile)
 
-    return sorted_gaps(gaps, logits, target, groups)
+    return sorted_gaps(gaps, preds, target, groups)
 
 
 def _quantile(values: Tensor, quantile: float) -> Tensor:

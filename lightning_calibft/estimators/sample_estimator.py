@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
+from typing_extensions import Unpack
 
 from lightning_calibft.functional._inputs import real_dtype
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
+from lightning_calibft.split import ClassIds
 
 
 class SampleEstimator(GammaEstimator):
@@ -18,10 +21,18 @@ class SampleEstimator(GammaEstimator):
     After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.
     """
 
-    _samples: Tensor | None = None
+    samples: list[Tensor] | Tensor
 
-    def _add_states(self) -> None:
-        self._add("samples", [], "cat")
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        **kwargs: Unpack[MetricOptions],
+    ) -> None:
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
+        self._samples: Tensor | None = None
+        self.add_state("samples", [], dist_reduce_fx="cat")
 
     def _gamma(self, samples: Tensor) -> Tensor:
         """Return gamma of finite ``samples (N, 2)``, N > 0, in ``real_dtype``."""
@@ -32,14 +43,16 @@ class SampleEstimator(GammaEstimator):
         raise NotImplementedError
 
     def _keep(self, samples: Tensor, rows: Tensor) -> None:
-        # Marked instead of left out: no host synchronisation. A NaN of a sample that counts must not look like a mark.
+        # Marked instead of left out: no host synchronization. A NaN of a sample that counts must not look like a mark.
         samples = samples.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        self._get("samples").append(torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float())
+        cast("list[Tensor]", self.samples).append(
+            torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float()
+        )
 
     def compute(self) -> Tensor:
         """Return gamma of all samples so far."""
         self._append_nothing()
-        samples = dim_zero_cat(self._get("samples"))
+        samples = dim_zero_cat(self.samples)
         samples = samples[~samples.isnan().any(1)].to(real_dtype(samples.device))
         # Kept because here, and only here, the states are those of all processes.
         self._samples = samples
@@ -81,6 +94,5 @@ class SampleEstimator(GammaEstimator):
 
     def _append_nothing(self) -> None:
         # A process without samples has an empty tensor to share, of the right shape. Gathered, it is no list.
-        samples = self._get("samples")
-        if isinstance(samples, list) and not samples:
-            samples.append(torch.empty(0, 2, device=self.device))
+        if isinstance(self.samples, list) and not self.samples:
+            self.samples.append(torch.empty(0, 2, device=self.device))

@@ -10,11 +10,11 @@ from torch import Tensor
 from lightning_calibft.functional._inputs import Groups
 
 
-def top_classes(logits: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
+def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """Largest logits among ``classes`` (sorted ids) and whose they are, both of shape ``(N, top_k)``."""
     values, indices = [], []
-    for chunk in logits.detach().split(_rows_at_a_time(logits, 2**26)):
-        if len(classes) < logits.shape[1]:
+    for chunk in preds.detach().split(_rows_at_a_time(preds, 2**26)):
+        if len(classes) < preds.shape[1]:
             chunk = chunk.index_select(1, classes)
         best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
         values.append(best.values)
@@ -29,25 +29,25 @@ def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _rows_at_a_time(logits: Tensor, elements: int) -> int:
+def _rows_at_a_time(preds: Tensor, elements: int) -> int:
     # On a CPU as many as stay in its cache: copies of all rows at once take two to three times as long.
-    return max(1, (2**18 if logits.device.type == "cpu" else elements) // logits.shape[1])
+    return max(1, (2**18 if preds.device.type == "cpu" else elements) // preds.shape[1])
 
 
-def other_seen_logits(logits: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:
+def other_seen_logits(preds: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:
     """A copy of the seen logits ``(N, |S|)`` with ``fill`` at the true class; at any of them if that is not seen."""
     place = torch.searchsorted(groups.seen, target.long()).clamp(max=len(groups.seen) - 1)
-    return logits.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)
+    return preds.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)
 
 
-def sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+def sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
     """Apply a function of the other seen and the absent logits, each sorted along the row, to each sample, ``(N,)``."""
 
-    def of_rows(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        others = _sorted_rows(other_seen_logits(logits, target, groups, torch.inf))[:, :-1]
-        return (gaps(others, _sorted_rows(logits.index_select(1, groups.absent))),)
+    def of_rows(preds: Tensor, target: Tensor) -> tuple[Tensor]:
+        others = _sorted_rows(other_seen_logits(preds, target, groups, torch.inf))[:, :-1]
+        return (gaps(others, _sorted_rows(preds.index_select(1, groups.absent))),)
 
-    return in_row_chunks(of_rows, logits, target)[0]
+    return in_row_chunks(of_rows, preds, target)[0]
 
 
 def _sorted_rows(values: Tensor) -> Tensor:

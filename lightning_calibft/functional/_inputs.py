@@ -49,7 +49,7 @@ class Groups(NamedTuple):
 
 
 def prepare(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None,
@@ -57,29 +57,29 @@ def prepare(
     validate_args: bool,
 ) -> Groups:
     """Validate the arguments of a functional and return its split on the device of the logits."""
-    check_tensor("logits", logits)
-    if logits.ndim != 2:
-        raise ValueError(f"Expected argument `logits` to have shape (N, C), but got {tuple(logits.shape)}.")
-    if logits.shape[1] < 2:
-        raise ValueError(f"Expected argument `logits` to have a column for each class, but got {tuple(logits.shape)}.")
+    check_tensor("preds", preds)
+    if preds.ndim != 2:
+        raise ValueError(f"Expected argument `preds` to have shape (N, C), but got {tuple(preds.shape)}.")
+    if preds.shape[1] < 2:
+        raise ValueError(f"Expected argument `preds` to have a column for each class, but got {tuple(preds.shape)}.")
     check_ignore_index(ignore_index)
-    split = ClassSplit(logits.shape[1], seen_classes, absent_classes)
+    split = ClassSplit(preds.shape[1], seen_classes, absent_classes)
     if validate_args:
-        check_inputs(logits, target, split.num_classes, ignore_index)
-    return Groups.from_split(split, logits.device)
+        check_inputs(preds, target, split.num_classes, ignore_index)
+    return Groups.from_split(split, preds.device)
 
 
 def check_inputs(
-    logits: Tensor, target: Tensor, num_classes: int, ignore_index: int | None, name: str = "logits"
+    preds: Tensor, target: Tensor, num_classes: int, ignore_index: int | None, name: str = "preds"
 ) -> None:
     """Raise if a batch of logits, the argument ``name``, and labels is not one."""
-    check_matrix(name, logits)
-    if logits.shape[1] != num_classes:
+    check_matrix(name, preds)
+    if preds.shape[1] != num_classes:
         raise ValueError(
-            f"Expected argument `{name}` to have {num_classes} columns, one per class, but got {logits.shape[1]}."
+            f"Expected argument `{name}` to have {num_classes} columns, one per class, but got {preds.shape[1]}."
             " Argument `num_classes` is the width of the classification head."
         )
-    check_target(target, len(logits), num_classes, ignore_index)
+    check_target(target, len(preds), num_classes, ignore_index)
 
 
 def check_matrix(name: str, value: Tensor) -> None:
@@ -131,12 +131,12 @@ def check_ignore_index(ignore_index: int | None) -> None:
         check_integer("ignore_index", ignore_index)
 
 
-def warn_if_probabilities(logits: Tensor) -> None:
+def warn_if_probabilities(preds: Tensor) -> None:
     """Warn if the first rows look like the output of a softmax; a margin between probabilities means nothing."""
-    rows = logits[:64].float()
+    rows = preds[:64].float()
     if len(rows) and bool(((rows >= 0) & (rows <= 1)).all() & ((rows.sum(1) - 1).abs() < 1e-2).all()):
         rank_zero_warn(
-            "Argument `logits` holds values in [0, 1] that sum to 1 in each row, as probabilities do. Gamma is defined"
+            "Argument `preds` holds values in [0, 1] that sum to 1 in each row, as probabilities do. Gamma is defined"
             " on logits: give the output of the classification head from before the softmax."
         )
 

@@ -58,7 +58,7 @@ def calibrate_logits(
 
 
 def split_accuracy(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -77,7 +77,7 @@ def split_accuracy(
     a NaN among the candidates is wrong.
 
     Args:
-        logits: Logits of shape ``(N, C)``.
+        preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
@@ -86,14 +86,14 @@ def split_accuracy(
         top_k: The true class must be among this many largest logits.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], NaN with a warning if no sample counts.
 
     Raises:
         ValueError: If an argument is out of its range, or shapes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -105,15 +105,15 @@ def split_accuracy(
         >>> split_accuracy(logits, target, [0, 1], samples="absent", candidates="absent")
         tensor(1., dtype=torch.float64)
     """
-    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_accuracy_arguments(groups, samples, candidates, top_k, average)
     classes = groups.classes(candidates)
-    correct, total = accuracy_update(logits, target, groups, classes, top_k, average, ignore_index)
+    correct, total = accuracy_update(preds, target, groups, classes, top_k, average, ignore_index)
     return accuracy_compute(correct, total, groups, samples, average)
 
 
 def harmonic_mean_accuracy(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -125,20 +125,20 @@ def harmonic_mean_accuracy(
     r"""Harmonic mean of :math:`Acc_{S/Y}` and :math:`Acc_{U/Y}`, both among all classes and at gamma 0.
 
     Args:
-        logits: Logits of shape ``(N, C)``.
+        preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], 0 if both accuracies are 0, NaN with a warning if a group has no samples.
 
     Raises:
         ValueError: If an argument is out of its range, or shapes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -147,9 +147,9 @@ def harmonic_mean_accuracy(
         >>> harmonic_mean_accuracy(logits, torch.tensor([0, 2, 2]), seen_classes=[0, 1])
         tensor(0.6667, dtype=torch.float64)
     """
-    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_choice("average", average, ("micro", "macro"))
-    correct, total = accuracy_update(logits, target, groups, groups.classes("all"), 1, average, ignore_index)
+    correct, total = accuracy_update(preds, target, groups, groups.classes("all"), 1, average, ignore_index)
     return harmonic_compute(correct, total, groups, average)
 
 
@@ -167,7 +167,7 @@ def check_accuracy_arguments(groups: Groups, samples: str, candidates: Group, to
 
 
 def accuracy_update(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     groups: Groups,
     classes: Tensor,
@@ -177,7 +177,7 @@ def accuracy_update(
 ) -> tuple[Tensor, Tensor]:
     """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
     target = target.long()  # unsigned integers of 16 bits and more compare with no others
-    values, predicted = top_classes(logits, classes, top_k)
+    values, predicted = top_classes(preds, classes, top_k)
     # A logit of -inf names no class, and max and topk put a NaN first.
     found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
     right = found.any(1) & ~values[:, 0].isnan()
@@ -185,7 +185,7 @@ def accuracy_update(
     counted = group >= 0
     place, size = (group, 2) if average == "micro" else (target, len(groups.of_class))
     place = place.clamp(0, size - 1)
-    zeros = torch.zeros(size, dtype=torch.long, device=logits.device)
+    zeros = torch.zeros(size, dtype=torch.long, device=preds.device)
     return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())
 
 

@@ -21,7 +21,7 @@ from lightning_calibft.split import ClassIds
 
 @overload
 def average_logit_gap(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -34,7 +34,7 @@ def average_logit_gap(
 
 @overload
 def average_logit_gap(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -46,7 +46,7 @@ def average_logit_gap(
 
 
 def average_logit_gap(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -64,13 +64,13 @@ def average_logit_gap(
     The logit of the true class is left out. Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
     Args:
-        logits: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
+        preds: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
         target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         return_standard_error: Whether to return the standard error of the mean as well.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with
@@ -79,7 +79,7 @@ def average_logit_gap(
 
     Raises:
         ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -88,12 +88,12 @@ def average_logit_gap(
         >>> average_logit_gap(logits, torch.tensor([0, 1]), seen_classes=[0, 1])
         tensor(3., dtype=torch.float64)
     """
-    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_seen_classes(len(groups.seen))
     if validate_args:
-        warn_if_probabilities(logits)
+        warn_if_probabilities(preds)
     counted = groups.of_samples(target, ignore_index) == _SEEN
-    gamma, standard_error = gap_compute(*gap_sums(average_gaps(logits, target, groups), counted))
+    gamma, standard_error = gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
     return (gamma, standard_error) if return_standard_error else gamma
 
 
@@ -106,17 +106,17 @@ def check_seen_classes(num_seen_classes: int) -> None:
         )
 
 
-def average_gaps(logits: Tensor, target: Tensor, groups: Groups) -> Tensor:
+def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
     """The gap of each sample, ``(N,)``, of seen samples the average logit gap."""
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
 
-    def gaps(logits: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = logits.gather(1, target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
-        seen = logits.index_select(1, groups.seen).sum(1, dtype=dtype)
-        absent = logits.index_select(1, groups.absent).sum(1, dtype=dtype)
+    def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
+        own = preds.gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
+        seen = preds.index_select(1, groups.seen).sum(1, dtype=dtype)
+        absent = preds.index_select(1, groups.absent).sum(1, dtype=dtype)
         return ((seen - own) / (len(groups.seen) - 1) - absent / len(groups.absent),)
 
-    return in_row_chunks(gaps, logits, target)[0]
+    return in_row_chunks(gaps, preds, target)[0]
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,14 +15,14 @@ from lightning_calibft.split import _MOST_CLASSES, ClassIds
 def class_means(
     features: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None, validate_args: bool = True
 ) -> Tensor:
-    """Mean of the L2-normalised features of each class.
+    """Mean of the L2-normalized features of each class.
 
     Args:
         features: Features of shape ``(N, D)``, the input of the classification head.
         target: Class ids of shape ``(N,)``.
         num_classes: Number of classes ``C``.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation, and leaves
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization, and leaves
             out samples whose label is not in ``[0, C)``.
 
     Returns:
@@ -109,7 +109,7 @@ def nearest_class_mean_accuracy(
         candidates: Among which classes the nearest is sought.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], NaN with a warning if no sample counts.

@@ -26,9 +26,9 @@ _STEPS = 80  # of bisection: from any range of logits to the last bit of float64
 
 @overload
 def pseudo_absent_gamma(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
-    pretrained_logits: Tensor,
+    pretrained_preds: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
@@ -40,9 +40,9 @@ def pseudo_absent_gamma(
 
 @overload
 def pseudo_absent_gamma(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
-    pretrained_logits: Tensor,
+    pretrained_preds: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
@@ -53,9 +53,9 @@ def pseudo_absent_gamma(
 
 
 def pseudo_absent_gamma(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
-    pretrained_logits: Tensor,
+    pretrained_preds: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
@@ -87,14 +87,14 @@ def pseudo_absent_gamma(
     that absent classes will be met as often as seen ones.
 
     Args:
-        logits: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
+        preds: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
         target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
-        pretrained_logits: Logits of the same samples, ``(N, C)``, from the model before fine-tuning.
+        pretrained_preds: Logits of the same samples, ``(N, C)``, from the model before fine-tuning.
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         return_standard_error: Whether to return the standard error as well.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with
@@ -102,7 +102,7 @@ def pseudo_absent_gamma(
 
     Raises:
         ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
-        TypeError: If ``logits``, ``pretrained_logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds``, ``pretrained_preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -112,13 +112,13 @@ def pseudo_absent_gamma(
         >>> pseudo_absent_gamma(logits, torch.tensor([0, 1]), pretrained, seen_classes=[0, 1])
         tensor(5., dtype=torch.float64)
     """
-    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_seen_classes(len(groups.seen))
     if validate_args:
-        check_inputs(pretrained_logits, target, logits.shape[1], ignore_index, "pretrained_logits")
-        warn_if_probabilities(logits)
-        warn_if_probabilities(pretrained_logits)
-    margins = pseudo_absent_margins(logits, target, pretrained_logits, groups)
+        check_inputs(pretrained_preds, target, preds.shape[1], ignore_index, "pretrained_preds")
+        warn_if_probabilities(preds)
+        warn_if_probabilities(pretrained_preds)
+    margins = pseudo_absent_margins(preds, target, pretrained_preds, groups)
     margins = margins[groups.of_samples(target, ignore_index) == _SEEN]
     if not len(margins):
         rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
@@ -126,22 +126,22 @@ def pseudo_absent_gamma(
     return (gamma, standard_error) if return_standard_error else gamma
 
 
-def pseudo_absent_margins(logits: Tensor, target: Tensor, pretrained_logits: Tensor, groups: Groups) -> Tensor:
+def pseudo_absent_margins(preds: Tensor, target: Tensor, pretrained_preds: Tensor, groups: Groups) -> Tensor:
     """Margins of the samples and of their pseudo-absent copies, ``(N, 2)``; of samples that are not seen anything."""
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
 
-    def margins(logits: Tensor, target: Tensor, before: Tensor) -> tuple[Tensor]:
-        target = target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        without_own = other_seen_logits(logits, target.squeeze(1), groups, -torch.inf).amax(1)
-        best = torch.maximum(without_own, logits.gather(1, target).squeeze(1))
-        largest, mean, std = _moments(logits.index_select(1, groups.absent).to(dtype))
+    def margins(preds: Tensor, target: Tensor, before: Tensor) -> tuple[Tensor]:
+        target = target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)
+        without_own = other_seen_logits(preds, target.squeeze(1), groups, -torch.inf).amax(1)
+        best = torch.maximum(without_own, preds.gather(1, target).squeeze(1))
+        largest, mean, std = _moments(preds.index_select(1, groups.absent).to(dtype))
         _, mean_before, std_before = _moments(before.index_select(1, groups.absent).to(dtype))
         # One absent class, or equal ones, have no spread to carry over.
         scale = torch.where((std > 0) & (std_before > 0), std / std_before, 1.0)
         own = mean + scale * (before.gather(1, target).squeeze(1).to(dtype) - mean_before)
         return (torch.stack([best.to(dtype) - largest, without_own.to(dtype) - torch.maximum(own, largest)], 1),)
 
-    return in_row_chunks(margins, logits, target, pretrained_logits)[0]
+    return in_row_chunks(margins, preds, target, pretrained_preds)[0]
 
 
 def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class Curve(NamedTuple):
 
 
 def seen_unseen_curve(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -87,13 +87,13 @@ def seen_unseen_curve(
     Chao et al., "An Empirical Study and Analysis of Generalized Zero-Shot Learning", ECCV 2016.
 
     Args:
-        logits: Logits of shape ``(N, C)``.
+        preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         ``seen_accuracy (K + 1,)``, falling to 0, ``absent_accuracy (K + 1,)``, rising from 0, and ``gamma (K,)``, the
@@ -102,7 +102,7 @@ def seen_unseen_curve(
 
     Raises:
         ValueError: If an argument is out of its range, or shapes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -112,13 +112,13 @@ def seen_unseen_curve(
         >>> seen.tolist(), absent.tolist(), gamma.tolist()
         ([1.0, 1.0, 0.5, 0.0], [0.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
     """
-    curve = _curve(logits, target, seen_classes, absent_classes, average, ignore_index, validate_args)
-    seen, absent, gamma = (to_real(value, logits.device) for value in curve[:3])
+    curve = _curve(preds, target, seen_classes, absent_classes, average, ignore_index, validate_args)
+    seen, absent, gamma = (to_real(value, preds.device) for value in curve[:3])
     return seen, absent, gamma
 
 
 def ausuc(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -132,20 +132,20 @@ def ausuc(
     It judges the features apart from gamma: no calibration by one number changes it.
 
     Args:
-        logits: Logits of shape ``(N, C)``.
+        preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], NaN with a warning if a group has no samples.
 
     Raises:
         ValueError: If an argument is out of its range, or shapes or labels do not fit.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -154,12 +154,12 @@ def ausuc(
         >>> ausuc(logits, torch.tensor([0, 2, 1]), seen_classes=[0, 1])
         tensor(1., dtype=torch.float64)
     """
-    curve = _curve(logits, target, seen_classes, absent_classes, average, ignore_index, validate_args)
-    return to_real(curve_area(curve.seen, curve.absent), logits.device)
+    curve = _curve(preds, target, seen_classes, absent_classes, average, ignore_index, validate_args)
+    return to_real(curve_area(curve.seen, curve.absent), preds.device)
 
 
 def best_gamma(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -176,7 +176,7 @@ def best_gamma(
     On test data this is an oracle, not a method.
 
     Args:
-        logits: Logits of shape ``(N, C)``.
+        preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
@@ -186,7 +186,7 @@ def best_gamma(
         min_absent_accuracy: The same for the absent samples.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar: the middle of the first best interval. If that is unbounded, 0 where it holds 0, else its
@@ -195,7 +195,7 @@ def best_gamma(
     Raises:
         ValueError: If an argument is out of its range, shapes or labels do not fit, or no gamma has the accuracies
             asked for.
-        TypeError: If ``logits`` or ``target`` has the wrong dtype.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -205,12 +205,12 @@ def best_gamma(
         tensor(1.5000, dtype=torch.float64)
     """
     goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
-    curve = _curve(logits, target, seen_classes, absent_classes, average, ignore_index, validate_args)
-    return to_real(curve_best_gamma(curve, goal), logits.device)
+    curve = _curve(preds, target, seen_classes, absent_classes, average, ignore_index, validate_args)
+    return to_real(curve_best_gamma(curve, goal), preds.device)
 
 
 def _curve(
-    logits: Tensor,
+    preds: Tensor,
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None,
@@ -219,10 +219,10 @@ def _curve(
     validate_args: bool,
 ) -> Curve:
     check_choice("average", average, ("micro", "macro"))
-    groups = prepare(logits, target, seen_classes, absent_classes, ignore_index, validate_args)
+    groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     if validate_args:
-        warn_if_probabilities(logits)
-    return curve_compute(*curve_update(logits, target, groups, ignore_index), groups.of_class, average)
+        warn_if_probabilities(preds)
+    return curve_compute(*curve_update(preds, target, groups, ignore_index), groups.of_class, average)
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -236,13 +236,13 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, real_dtype(device))
 
 
-def curve_update(logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+def curve_update(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Margins, exact, and codes, int32: 2 * class + whether right in the own group, or -1 if not counted."""
     (top_seen, is_seen), (top_absent, is_absent) = (
-        top_classes(logits, classes) for classes in (groups.seen, groups.absent)
+        top_classes(preds, classes) for classes in (groups.seen, groups.absent)
     )
     target = target.long()  # unsigned integers of 16 bits and more compare with no others
-    dtype = real_dtype(logits.device)
+    dtype = real_dtype(preds.device)
     margin = (top_seen.to(dtype) - top_absent.to(dtype)).squeeze(1)
     group = groups.of_samples(target, ignore_index)
     in_seen = (group == _SEEN).unsqueeze(1)

@@ -1,10 +1,10 @@
-"""What the metrics share: a validated split, states with names of their own, dtypes that stay."""
+"""What the metrics share: a validated split, checked batches, states that are not mixed up, dtypes that stay."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,22 @@ from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
+class MetricOptions(TypedDict, total=False):
+    """The keyword arguments that all metrics share: four of :class:`AbsentClassMetric`, the others of torchmetrics."""
+
+    ignore_index: int | None
+    validate_args: bool
+    class_map: ClassMap | None
+    label_names: LabelNames | None
+    compute_on_cpu: bool
+    dist_sync_on_step: bool
+    process_group: Any
+    dist_sync_fn: Callable[..., Any] | None
+    distributed_available_fn: Callable[..., Any] | None
+    sync_on_compute: bool
+    compute_with_cache: bool
+
+
 class AbsentClassMetric(Metric):
     """Base of the metrics on logits of seen and absent classes.
 
@@ -38,7 +54,7 @@ class AbsentClassMetric(Metric):
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
@@ -46,16 +62,19 @@ class AbsentClassMetric(Metric):
     """
 
     full_state_update: bool = False
+    is_differentiable: bool = False
+    configuration: Tensor
 
     def __init__(
         self,
         num_classes: int,
         seen_classes: ClassIds,
-        absent_classes: ClassIds | None,
-        ignore_index: int | None,
-        validate_args: bool,
-        class_map: ClassMap | None,
-        label_names: LabelNames | None,
+        absent_classes: ClassIds | None = None,
+        *,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -65,31 +84,31 @@ class AbsentClassMetric(Metric):
         self.validate_args = validate_args
         self.class_map = resolve_class_map(class_map, label_names, num_classes)
         self._looked_for_probabilities = False
+        self._groups = Groups.from_split(self.split, self.device)
         # Not buffers: those are sent around by DistributedDataParallel and averaged by weight averaging.
-        self._constants: dict[str, Tensor] = Groups.from_split(self.split, self.device)._asdict()
+        self._constants: dict[str, Tensor] = {}
         if self.class_map is not None:
             self._constants["class_map"] = rows_tensor(self.class_map).to(self.device)
+        self._set_configuration()
 
-    @property
-    def _groups(self) -> Groups:
-        return Groups(*(self._constants[name] for name in Groups._fields))
+    def _set_configuration(self, *options: object) -> None:
+        """Say what decides the update besides the split and the targets.
 
-    def _name_states(self, *configuration: object) -> None:
-        # MetricCollection merges metrics whose states have the same names and, after the first batch, the same values.
-        # So the names say all that decides the update.
-        text = repr((self.split, self.ignore_index, self.class_map, *configuration))
-        self._suffix = hashlib.sha256(text.encode()).hexdigest()[:12]
+        After the first batch :class:`torchmetrics.MetricCollection` merges metrics whose states have the same names and
+        values. So the configuration is a state as well, by its hash, and only metrics with the same update are merged.
+        """
+        text = repr((self.split, self.ignore_index, self.class_map, *options))
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        self.add_state("configuration", torch.tensor(list(digest), dtype=torch.uint8), dist_reduce_fx="max")
 
-    def _add(self, name: str, default: Tensor | list[Tensor], dist_reduce_fx: str) -> None:
-        self.add_state(f"{name}_{self._suffix}", default, dist_reduce_fx=dist_reduce_fx)
+    def reset(self) -> None:
+        """Forget all samples."""
+        for name, default in self._defaults.items():
+            if isinstance(default, list):
+                setattr(self, name, [])  # `Metric.reset` empties the list itself, which `Running` still holds
+        super().reset()
 
-    def _get(self, name: str) -> Any:
-        return getattr(self, f"{name}_{self._suffix}")
-
-    def _increase(self, name: str, value: Tensor) -> None:
-        setattr(self, f"{name}_{self._suffix}", self._get(name) + value)
-
-    def _rows(self, logits: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
+    def _rows(self, preds: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
         """Check a batch and return the head's row of each label."""
         rows = target
         if self.class_map is not None:
@@ -98,15 +117,15 @@ class AbsentClassMetric(Metric):
             return rows
         if self.class_map is not None:
             check_mapped(rows)
-        check_inputs(logits, rows, self.split.num_classes, self._ignored_row)
-        if probabilities and len(logits) and not self._looked_for_probabilities:
+        check_inputs(preds, rows, self.split.num_classes, self._ignored_row)
+        if probabilities and len(preds) and not self._looked_for_probabilities:
             self._looked_for_probabilities = True
-            warn_if_probabilities(logits)
+            warn_if_probabilities(preds)
         return rows
 
-    def _check_pretrained_logits(self, pretrained_logits: Tensor, rows: Tensor) -> None:
+    def _check_pretrained_preds(self, pretrained_preds: Tensor, rows: Tensor) -> None:
         if self.validate_args:
-            check_inputs(pretrained_logits, rows, self.split.num_classes, self._ignored_row, "pretrained_logits")
+            check_inputs(pretrained_preds, rows, self.split.num_classes, self._ignored_row, "pretrained_preds")
 
     @property
     def _ignored_row(self) -> int | None:
@@ -135,5 +154,6 @@ class AbsentClassMetric(Metric):
             device = fn(torch.empty(0, device=value.device)).device
             return value.to(device, real_dtype(device) if value.dtype == torch.float64 else value.dtype)
 
+        self._groups = Groups(*map(move, self._groups))
         self._constants = {name: move(value) for name, value in self._constants.items()}
         return super()._apply(move, exclude_state)

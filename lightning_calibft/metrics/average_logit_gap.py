@@ -21,7 +21,7 @@ class AverageLogitGap(MeanGapEstimator):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids. Samples of classes that are not seen are left out.
 
     As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if no sample
@@ -32,7 +32,7 @@ class AverageLogitGap(MeanGapEstimator):
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
@@ -52,5 +52,5 @@ class AverageLogitGap(MeanGapEstimator):
         (tensor(0., dtype=torch.float64), 2)
     """
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        return average_gaps(logits, target, self._groups)
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        return average_gaps(preds, target, self._groups)

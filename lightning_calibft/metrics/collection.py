@@ -42,7 +42,7 @@ def absent_class_metrics(
         postfix: Put after each name.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.

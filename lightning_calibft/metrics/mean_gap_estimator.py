@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft.functional.average_logit_gap import gap_compute, gap_sums
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
+from lightning_calibft.split import ClassIds
 
 
 class MeanGapEstimator(GammaEstimator):
@@ -16,32 +19,43 @@ class MeanGapEstimator(GammaEstimator):
     no further communication.
     """
 
-    _computed_error: tuple[Tensor, Tensor] | None = None
+    count: Tensor
+    total: Tensor
+    squares: Tensor
 
-    def _add_states(self) -> None:
-        self._add("count", torch.tensor(0), "sum")
-        self._add("total", torch.tensor(0.0, dtype=torch.float64), "sum")
-        self._add("squares", torch.tensor(0.0, dtype=torch.float64), "sum")
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        **kwargs: Unpack[MetricOptions],
+    ) -> None:
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
+        self._computed_error: tuple[Tensor, Tensor] | None = None
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the gap of each sample, ``(N,)``; of samples of other than seen classes anything."""
+    def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Return the gap of each sample, ``(N,)``; what it is for samples of other classes does not matter."""
         raise NotImplementedError
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        self._add_gaps(self._gaps(logits, target), target)
+        target = self._rows(preds, target, probabilities=True)
+        self._add_gaps(self._gaps(preds, target), target)
 
     def _add_gaps(self, gaps: Tensor, rows: Tensor) -> None:
-        for name, value in zip(("count", "total", "squares"), gap_sums(gaps, self._counted(rows)), strict=True):
-            self._increase(name, value)
+        count, total, squares = gap_sums(gaps, self._counted(rows))
+        self.count = self.count + count
+        self.total = self.total + total
+        self.squares = self.squares + squares
 
     def compute(self) -> Tensor:
         """Return gamma, the mean gap of all samples so far."""
-        count = self._get("count")
-        gamma, standard_error = gap_compute(count, self._get("total"), self._get("squares"))
+        gamma, standard_error = gap_compute(self.count, self.total, self.squares)
         # Kept because here, and only here, the states are those of all processes.
-        self._computed_error = standard_error, count.clone()
+        self._computed_error = standard_error, self.count.clone()
         return gamma
 
     @property

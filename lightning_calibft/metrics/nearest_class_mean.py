@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_integer
 from lightning_calibft.functional._inputs import Average, Group, check_matrix
 from lightning_calibft.functional.nearest_class_mean import nearest_class_mean_logits
-from lightning_calibft.labels.class_map import ClassMap
-from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.accuracy import SplitAccuracy
 from lightning_calibft.split import ClassIds
 
@@ -27,6 +26,10 @@ class NearestClassMeanAccuracy(SplitAccuracy):
     - ``features``: A float tensor of shape ``(N, D)``, the input of the classification head.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
+    The input is called ``features`` because it is not the logits that the other metrics take. In a
+    :class:`torchmetrics.MetricCollection` beside them, call ``update(preds=..., features=..., target=...)``: each
+    metric takes what it needs. Without ``features`` this one raises a ``TypeError``.
+
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if no
     sample counts.
 
@@ -39,12 +42,8 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
         candidates: Among which classes the nearest is sought.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+        kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
+            this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -65,11 +64,7 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         samples: Group = "all",
         candidates: Group = "all",
         average: Average = "micro",
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
         check_integer("num_classes", num_classes, least=2)
         check_matrix("class_means", class_means)
@@ -78,8 +73,6 @@ class NearestClassMeanAccuracy(SplitAccuracy):
                 f"Expected argument `class_means` to have {num_classes} rows, one per class, but got"
                 f" {len(class_means)}."
             )
-        # Two sets of means make two updates, so the names of the states depend on them.
-        self._digest = hashlib.sha256(class_means.detach().double().cpu().numpy().tobytes()).hexdigest()
         super().__init__(
             num_classes,
             seen_classes,
@@ -87,22 +80,18 @@ class NearestClassMeanAccuracy(SplitAccuracy):
             samples=samples,
             candidates=candidates,
             average=average,
-            ignore_index=ignore_index,
-            validate_args=validate_args,
-            class_map=class_map,
-            label_names=label_names,
             **kwargs,
         )
         self._constants["class_means"] = class_means.detach().clone().to(self.device)
+        # Two sets of means make two updates.
+        digest = hashlib.sha256(class_means.detach().double().cpu().numpy().tobytes()).hexdigest()
+        self._set_configuration("nearest class mean", candidates, average, digest)
 
     @property
     def class_means(self) -> Tensor:
         """Means of shape ``(C, D)``; NaN for the classes without one."""
         return self._constants["class_means"]
 
-    def _add_counts(self, *configuration: object) -> None:
-        super()._add_counts(self._digest, *configuration)
-
-    def update(self, features: Tensor, target: Tensor) -> None:
+    def update(self, features: Tensor, target: Tensor) -> None:  # type: ignore[override]
         """Add a batch of features ``(N, D)`` and class ids ``(N,)``."""
         super().update(nearest_class_mean_logits(features, self.class_means), target)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_choice, check_number
 from lightning_calibft.functional._inputs import Average
@@ -22,9 +23,7 @@ from lightning_calibft.functional.seen_unseen_curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.labels.class_map import ClassMap
-from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 
@@ -39,7 +38,7 @@ class SeenUnseenCurve(AbsentClassMetric):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)``, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns ``seen_accuracy (K + 1,)``, ``absent_accuracy (K + 1,)``
@@ -52,7 +51,7 @@ class SeenUnseenCurve(AbsentClassMetric):
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.
@@ -72,10 +71,12 @@ class SeenUnseenCurve(AbsentClassMetric):
         tensor(1.5000, dtype=torch.float64)
     """
 
-    is_differentiable: bool = False
     higher_is_better: bool | None = None
     plot_lower_bound: float = 0.0
     plot_upper_bound: float = 1.0
+
+    margin: list[Tensor] | Tensor
+    code: list[Tensor] | Tensor
 
     def __init__(
         self,
@@ -84,40 +85,26 @@ class SeenUnseenCurve(AbsentClassMetric):
         absent_classes: ClassIds | None = None,
         *,
         average: Average = "micro",
-        ignore_index: int | None = None,
-        validate_args: bool = True,
-        class_map: ClassMap | None = None,
-        label_names: LabelNames | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[MetricOptions],
     ) -> None:
-        super().__init__(
-            num_classes,
-            seen_classes,
-            absent_classes,
-            ignore_index,
-            validate_args,
-            class_map,
-            label_names,
-            **kwargs,
-        )
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         check_choice("average", average, ("micro", "macro"))
-        self.average: Average = average
+        self.average: Average = average  # plays no part in the update
         self._curve: Curve | None = None
-        self._name_states("curve")  # the average plays no part in the update
-        self._add("margin", [], "cat")
-        self._add("code", [], "cat")
+        self.add_state("margin", [], dist_reduce_fx="cat")
+        self.add_state("code", [], dist_reduce_fx="cat")
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=True)
-        margin, code = curve_update(logits, target, self._groups, self._ignored_row)
-        self._get("margin").append(margin.float())
-        self._get("code").append(code)
+        rows = self._rows(preds, target, probabilities=True)
+        margin, code = curve_update(preds, rows, self._groups, self._ignored_row)
+        cast("list[Tensor]", self.margin).append(margin.float())
+        cast("list[Tensor]", self.code).append(code)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return seen accuracy, absent accuracy and gamma of all samples so far."""
         self._append_nothing()
-        margin, code = dim_zero_cat(self._get("margin")), dim_zero_cat(self._get("code"))
+        margin, code = dim_zero_cat(self.margin), dim_zero_cat(self.code)
         self._curve = curve_compute(margin, code, self._groups.of_class, self.average)
         seen, absent, gamma = (to_real(value, self.device) for value in self._curve[:3])
         return seen, absent, gamma
@@ -200,8 +187,9 @@ class SeenUnseenCurve(AbsentClassMetric):
     def _append_nothing(self) -> None:
         # torchmetrics gathers an empty list as floats, which another process would read as class codes.
         for name, dtype in (("margin", torch.float32), ("code", torch.int32)):
-            if isinstance(self._get(name), list) and not self._get(name):
-                self._get(name).append(torch.empty(0, dtype=dtype, device=self.device))
+            state = getattr(self, name)
+            if isinstance(state, list) and not state:
+                state.append(torch.empty(0, dtype=dtype, device=self.device))
 
 
 class AUSUC(SeenUnseenCurve):
@@ -213,7 +201,7 @@ class AUSUC(SeenUnseenCurve):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``logits``: A float tensor of shape ``(N, C)``, not probabilities.
+    - ``preds``: A float tensor of shape ``(N, C)``, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if a
@@ -225,7 +213,7 @@ class AUSUC(SeenUnseenCurve):
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
         average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
         ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row of each target, where they differ, as
             :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
         label_names: Names of the head's rows, for a ``class_map`` of names.

@@ -176,7 +176,7 @@ def _work(rank: int, folder: str) -> None:
             with pytest.raises(ValueError, match="`min_seen_accuracy` to be an accuracy"):
                 metric.compute()
         # Each process still has its own samples, and only those.
-        assert sum(map(len, metric.metric_state[f"code_{metric._suffix}"])) == len(target[mine])
+        assert sum(map(len, metric.metric_state["code"])) == len(target[mine])
     metric = make()
     metric.update(logits[rank::2], target[rank::2])
     metric.compute()

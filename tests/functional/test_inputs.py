@@ -26,8 +26,8 @@ LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
         (LOGITS, TARGET[:2], ValueError, r"`target` to have shape \(4,\).* but got \(2,\)"),
         (LOGITS, torch.tensor([0, 1, 3, 0]), ValueError, r"`target` to hold class ids in \[0, 3\), but got 3"),
         (LOGITS, torch.tensor([0, -100, 1, 0]), ValueError, r"but got -100. Pass `ignore_index`"),
-        (LOGITS.long(), TARGET, TypeError, "`logits` to be a floating point tensor, but got torch.int64"),
-        (LOGITS[0], TARGET, ValueError, r"`logits` to have shape \(N, C\), but got \(3,\)"),
+        (LOGITS.long(), TARGET, TypeError, "`preds` to be a floating point tensor, but got torch.int64"),
+        (LOGITS[0], TARGET, ValueError, r"`preds` to have shape \(N, C\), but got \(3,\)"),
     ],
 )
 def test_bad_tensors_are_named(function, logits, target, error, message):

@@ -136,11 +136,19 @@ def test_merge_state(name, batch):
 
 
 def test_state_size(name):
+    """At most 8 bytes a sample, beside the hash of the configuration, which any number of samples leaves as it is."""
     metric = make(name)
     for _ in range(3):
         metric.update(torch.randn(1000, 9), torch.randint(9, (1000,)))
-    states = [t for state in metric.metric_state.values() for t in (state if isinstance(state, list) else [state])]
+    assert metric.configuration.nbytes == 8
+    states = [state for key, state in metric.metric_state.items() if key != "configuration"]
+    states = [part for state in states for part in (state if isinstance(state, list) else [state])]
     assert sum(t.numel() * t.element_size() for t in states) <= 8 * 3000
+
+
+def test_state_names_can_be_read(name):
+    states = {"configuration", "margin", "code", "correct", "total", "count", "squares"}
+    assert make(name).metric_state.keys() <= states
 
 
 def test_empty_epoch_is_nan(name):

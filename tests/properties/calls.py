@@ -25,6 +25,13 @@ SPLIT = top.ClassSplit(3, SEEN)
 MODULES = (top, functional, metrics, estimators, head, analysis, cross_validation)
 
 
+def names_of(module: Any) -> list[str]:
+    """What users import from a module; of the estimators all, though most are chosen by name."""
+    if module is estimators:
+        return [name for name, value in vars(estimators).items() if callable(value) or name == "ESTIMATORS"]
+    return module.__all__
+
+
 class Call(NamedTuple):
     """A function and arguments that it takes, made anew each time."""
 
@@ -59,7 +66,7 @@ def given(**arguments: Any) -> Callable[[], dict[str, Any]]:
 
 
 def on_logits(**more: Any) -> Callable[[], dict[str, Any]]:
-    return given(logits=LOGITS.clone, target=TARGET.clone, seen_classes=SEEN, **more)
+    return given(preds=LOGITS.clone, target=TARGET.clone, seen_classes=SEEN, **more)
 
 
 def on_features(**more: Any) -> Callable[[], dict[str, Any]]:
@@ -69,10 +76,10 @@ def on_features(**more: Any) -> Callable[[], dict[str, Any]]:
 def updated(kind: type, **options: Any) -> Callable[..., Any]:
     """Feed a metric, so that what it takes only then is checked too."""
 
-    def call(logits: Any = LOGITS, target: Any = TARGET, pretrained_logits: Any = LOGITS, **arguments: Any) -> None:
+    def call(preds: Any = LOGITS, target: Any = TARGET, pretrained_preds: Any = LOGITS, **arguments: Any) -> None:
         metric = kind(**{**options, **arguments})
-        parts = (pretrained_logits,) if getattr(kind, "needs_pretrained_logits", False) else ()
-        metric.update(logits, target, *parts)
+        parts = (pretrained_preds,) if getattr(kind, "needs_pretrained_logits", False) else ()
+        metric.update(preds, target, *parts)
 
     return call
 
@@ -98,12 +105,13 @@ def entered(manager: Callable[..., Any]) -> Callable[..., Any]:
 def _metrics(module: Any) -> dict[str, Call]:
     """Classes of metrics, by their names, with what all of them take."""
     calls = {}
-    for name in module.__all__:
+    for name in names_of(module):
         kind = getattr(module, name)
         if isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
             special = {"class_means": lambda: torch.eye(3)} if name == "NearestClassMeanAccuracy" else {}
             special |= {"gamma": 1.0} if name == "FixedGamma" else {}
-            calls[name] = Call(updated(kind), on_logits(num_classes=3, **special))
+            shared = {"ignore_index": None, "validate_args": True, "class_map": None, "label_names": None}
+            calls[name] = Call(updated(kind), on_logits(num_classes=3, **shared, **special))
     return calls
 
 
@@ -134,7 +142,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "nearest_class_mean_logits": Call(
             functional.nearest_class_mean_logits, given(features=LOGITS.clone, class_means=lambda: torch.eye(3))
         ),
-        "pseudo_absent_gamma": Call(functional.pseudo_absent_gamma, on_logits(pretrained_logits=LOGITS.clone)),
+        "pseudo_absent_gamma": Call(functional.pseudo_absent_gamma, on_logits(pretrained_preds=LOGITS.clone)),
         "weight_aligning": Call(functional.weight_aligning, given(weight=LOGITS[:3].clone, seen_classes=SEEN)),
         "AbsentClassCalibration": Call(of_callback(top.AbsentClassCalibration, folder), dict),
         "CalibrationDiagnostics": Call(of_callback(top.CalibrationDiagnostics, folder), dict),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_calibft import functional
-from tests.properties.calls import MODULES, WRONG, calls
+from tests.properties.calls import MODULES, WRONG, calls, names_of
 
-PUBLIC = {name: getattr(module, name) for module in MODULES for name in module.__all__}
+PUBLIC = {name: getattr(module, name) for module in MODULES for name in names_of(module)}
 # Made by the package alone: what functions return, constants, protocols and errors.
 RESULTS = {
     *("AccuracyGain", "CalibrationResult", "CurvePoint", "Evaluation", "GroupAccuracies", "GroupLevels", "LogitLevels"),
@@ -57,7 +57,9 @@ RIGHT = {
     "seed": {"3", "-1"},
     "steps": {"3", "[2**70]"},
     # Of a tensor, the shape decides; some other argument may be called wrong then.
-    "logits target pretrained_logits features class_means points weight before after text_features inputs": {"matrix"},
+    "preds logits target pretrained_preds features class_means points weight before after text_features inputs": {
+        "matrix"
+    },
 }
 RIGHT = {name: right for names, right in RIGHT.items() for name in names.split()}
 SPECIAL = {
@@ -80,7 +82,7 @@ UNUSED = {("row_norms", "head"), ("update_similarity", "head"), ("check_estimato
 UNUSED |= {("check_estimator", "absent_classes")}
 # Here a list of anything may be data: it is a batch or a sample of it that is wrong.
 DATA = {"loader", "class_data", "test_data", "dataset"}
-OTHER_NAMES = {("NearestClassMeanAccuracy", "logits"): "features"}
+OTHER_NAMES = {("NearestClassMeanAccuracy", "preds"): "features"}
 
 
 def arguments(call, name):
