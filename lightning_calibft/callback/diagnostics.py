@@ -14,17 +14,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_integer, check_path
-from lightning_calibft.analysis import Snapshot
-from lightning_calibft.analysis._axes import check_matplotlib
-from lightning_calibft.analysis.history import History
-from lightning_calibft.analysis.report import FORMATS, write_report
+from lightning_calibft.analysis import calibration_report
+from lightning_calibft.analysis.history import History, Snapshot
+from lightning_calibft.analysis.report import Format
 from lightning_calibft.calibration import BatchReader, UnpackBatch
 from lightning_calibft.callback.checks import check_class_lists, check_trainer
 from lightning_calibft.callback.listening import Observer
+from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.head import find_head, num_classes
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.plotting import check_matplotlib
 from lightning_calibft.split import ClassSplit
+
+_FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
 
 
 class CalibrationDiagnostics(Callback):
@@ -90,7 +93,7 @@ class CalibrationDiagnostics(Callback):
         check_class_lists(seen_classes, absent_classes)
         check_integer("every_n_epochs", every_n_epochs, least=1)
         check_path("output", output)
-        if Path(output).suffix not in FORMATS:
+        if Path(output).suffix not in _FORMATS:
             raise ValueError(f"Expected argument `output` to end in .md or .html, but got {output!r}.")
         self.seen_classes = seen_classes
         self.absent_classes = absent_classes
@@ -232,8 +235,10 @@ class CalibrationDiagnostics(Callback):
                 " some are absent."
             )
             return
+        weights = None if history.weight is None or last is None else (history.weight, last)
+        text = calibration_report(history.snapshots, history.split, weights, format=_FORMATS[path.suffix])
         try:
-            write_report(path, history, last)
+            replace_atomically(path, lambda file: file.write(text.encode()))
         except OSError as error:  # the fit has done its work all the same
             rank_zero_warn(f"CalibrationDiagnostics could not write its report: {error}.")
         else:

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from lightning_calibft.analysis import LogitLevelsMetric, head_weight
 from lightning_calibft.analysis.history import History, evaluation_of
+from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
+from lightning_calibft.analysis.weights import head_weight
 from lightning_calibft.calibration import BatchReader
 from lightning_calibft.callback.labels import LabelsMet, training_batches
 from lightning_calibft.head import find_head, num_classes
