@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_calibft.calibration import BatchReader, UnpackBatch, calibration_loaders, check_head, head_width
 from lightning_calibft.calibration.batch import call_forward
-from lightning_calibft.calibration.one_pass import forward_of
+from lightning_calibft.calibration.one_pass import UNPACK_OR_HEAD_REMEDY, forward_of
 from lightning_calibft.head import attach, attached_heads, detach, eval_mode, record_logits
+from lightning_calibft.head.record import one_forward
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 
@@ -90,14 +91,9 @@ def collect_outputs(
 def _outputs_of(model: nn.Module, batch: Any, reader: BatchReader, width: int) -> Outputs:
     target, forward = reader.rows(batch), forward_of(model)
     inputs = reader.inputs(batch, forward)
-    with torch.compiler.set_stance("force_eager"), record_logits(model) as logits, _recorded_features(model) as seen:
+    with torch.compiler.set_stance("force_eager"), record_logits(model) as records, _recorded_features(model) as seen:
         call_forward(forward, inputs)
-    if [record.shape for record in logits] != [(len(target), width)]:
-        raise ValueError(
-            f"Expected one forward of the head with logits of shape {(len(target), width)} for a batch of"
-            f" {len(target)} labels, but got {[tuple(record.shape) for record in logits]}. Pass the `unpack_batch` that"
-            " fits this model, or another `head`."
-        )
+    logits = one_forward(records, len(target), width, UNPACK_OR_HEAD_REMEDY)
     if wrong := [part for part in seen if part is None or part.ndim != 2]:
         got = "no tensor" if wrong[0] is None else f"the shape {tuple(wrong[0].shape)}"
         raise ValueError(
@@ -105,7 +101,7 @@ def _outputs_of(model: nn.Module, batch: Any, reader: BatchReader, width: int) -
             " layer that gives the logits."
         )
     features = torch.cat([part for part in seen if part is not None], 1)
-    return Outputs(features.cpu(), logits[0].cpu(), target.cpu())
+    return Outputs(features.cpu(), logits.cpu(), target.cpu())
 
 
 @contextmanager

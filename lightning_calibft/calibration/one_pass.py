@@ -37,11 +37,12 @@ from lightning_calibft.estimators import (
 )
 from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, probe, record_logits
 from lightning_calibft.head.probe import NotFiniteError
-from lightning_calibft.head.record import LogitRecording
+from lightning_calibft.head.record import LogitRecorder, one_forward
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 4
+UNPACK_OR_HEAD_REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
 
 
 @dataclass
@@ -135,7 +136,7 @@ class Pass:
             faults.count(target, batch, logits, *logits_before)
             estimator.update(logits, target, *logits_before)
 
-        recording, joined = record_logits(self.model), JoinedBatches(count)
+        recorder, joined = record_logits(self.model), JoinedBatches(count)
         looks, probed = self._looks(), False
         with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for index, batch, counts in self._numbered_batches(faults):
@@ -144,7 +145,7 @@ class Pass:
                     with self.context():
                         check_head(self.model, batch, self.reader)
                     probed = True
-                logits, *before = [self._logits(recording, each, batch, target) for each in forwards]
+                logits, *before = [self._logits(recorder, each, batch, target) for each in forwards]
                 rows = (logits, target, torch.full_like(target, index), *before)
                 joined.add(*(each if counts else each[:0] for each in rows))
                 if self.tolerance is not None and index + 1 in looks:
@@ -188,16 +189,10 @@ class Pass:
 
         return forward_before
 
-    def _logits(self, recording: LogitRecording, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
-        with recording as records, self.context():
+    def _logits(self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
+        with recorder as records, self.context():
             call_forward(forward, self.reader.inputs(batch, forward))
-        if [record.shape for record in records] != [(len(target), self.num_classes)]:
-            raise ValueError(
-                f"Expected one forward of the head with logits of shape {(len(target), self.num_classes)} for a batch"
-                f" of {len(target)} labels, but got {[tuple(record.shape) for record in records]}. Pass the"
-                " `unpack_batch` that fits this model, or another `head`."
-            )
-        return records[0]
+        return one_forward(records, len(target), self.num_classes, UNPACK_OR_HEAD_REMEDY)
 
 
 def forward_of(model: nn.Module) -> nn.Module:

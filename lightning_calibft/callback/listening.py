@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
@@ -16,65 +15,9 @@ from lightning_calibft.analysis.weights import head_weight
 from lightning_calibft.calibration import BatchReader
 from lightning_calibft.callback.labels import LabelsMet, training_batches
 from lightning_calibft.head import find_head, num_classes
-from lightning_calibft.head.layers import as_tuple, is_channels_first
-from lightning_calibft.head.output import get_logits
-from lightning_calibft.head.record import class_axis_last
+from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
 from lightning_calibft.split import ClassSplit
-
-
-class HeadListener:
-    """Keeps what the head of a model puts out, before any calibration of it, while it listens.
-
-    Unlike :func:`~lightning_calibft.head.record_logits` it needs no attached head, and so adds no keys to the state
-    dict; and it hears a batch that something else records as well. Hooks are there from the beginning, since compiled
-    code does not notice later ones; while it does not listen they do nothing.
-
-    Args:
-        model: The model.
-        head: As in :func:`~lightning_calibft.find_head`.
-    """
-
-    def __init__(self, model: nn.Module, head: str | None) -> None:
-        heads = as_tuple(find_head(model, head))
-        self._share = 1 / len(heads)  # heads that give the logits together are averaged
-        self._listening = False
-        self._records: list[Tensor] = []
-        self._met: set[nn.Module] = set()
-        self._handles = [module.register_forward_hook(self._hear, prepend=True) for module in heads]
-        torch.compiler.reset()
-
-    def start(self) -> None:
-        """Forget what was heard, and listen."""
-        self._records, self._listening = [], True
-
-    def stop(self) -> list[Tensor]:
-        """Listen no more; return the logits of each forward since :meth:`start`, detached copies."""
-        records, self._records, self._listening = self._records, [], False
-        self._met.clear()
-        return records
-
-    def remove(self) -> None:
-        """Leave the model."""
-        self.stop()
-        for handle in self._handles:
-            handle.remove()
-
-    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listening:
-            self._keep(module, output)
-
-    @torch.compiler.disable
-    def _keep(self, module: nn.Module, output: Any) -> None:
-        logits = class_axis_last(get_logits(output).detach(), is_channels_first(module))
-        logits = logits.clone() if self._share == 1 else logits * self._share
-        # A head that has been met already begins a new forward.
-        if module in self._met or not self._records:
-            self._met.clear()
-            self._records.append(logits)
-        else:
-            self._records[-1] = self._records[-1] + logits
-        self._met.add(module)
 
 
 class Observer:
@@ -98,7 +41,7 @@ class Observer:
     ) -> None:
         self._model, self._head, self._reader, self._split, self._warn = model, head, reader, split, warn
         self._labels = LabelsMet(num_classes(find_head(model, head)), reader.maps) if split is None else None
-        self._listener = HeadListener(model, head)
+        self._recorder = LogitRecorder(model, head)
         self._metrics: tuple[AUSUC, LogitLevelsMetric] | None = None
         self._target: Tensor | None = None
         self._counted = False
@@ -153,22 +96,25 @@ class Observer:
         except (TypeError, ValueError) as error:
             self._warn(str(error))
         else:
-            self._listener.start()
+            self._recorder.start()
 
     def end_batch(self) -> None:
         """Count what was heard."""
         target, self._target = self._target, None
         if self._metrics is None or target is None:
             return
-        records, shape = self._listener.stop(), (len(target), self._metrics[0].split.num_classes)
-        if [logits.shape for logits in records] != [shape]:
-            self._warn(
-                f"A batch of {len(target)} labels came with logits of the shapes"
-                f" {[tuple(logits.shape) for logits in records]}. Run the model once on a validation batch."
+        try:
+            logits = one_forward(
+                self._recorder.stop(),
+                len(target),
+                self._metrics[0].split.num_classes,
+                "Run the model once on a validation batch.",
             )
+        except UnexpectedLogitsError as error:
+            self._warn(str(error))
             return
         for metric in self._metrics:
-            metric.update(records[0], target)
+            metric.update(logits, target)
         self._counted = True
 
     def finish(self, history: History, epoch: int, step: int, strategy: Strategy) -> None:
@@ -183,4 +129,4 @@ class Observer:
     def remove(self) -> None:
         """Leave the model."""
         self._metrics = None
-        self._listener.remove()
+        self._recorder.remove()

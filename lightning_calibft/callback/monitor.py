@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -14,9 +13,13 @@ from torchmetrics import MetricCollection
 from lightning_calibft.calibration import BatchReader, JoinedBatches
 from lightning_calibft.calibration.faults import NO_LABEL, largest_outside, target_error
 from lightning_calibft.head import get_gamma, record_logits
-from lightning_calibft.head.record import LogitRecording
+from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
 from lightning_calibft.split import ClassSplit
+
+_REMEDY = (
+    "Run the model once on a batch, or log `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."
+)
 
 
 class LogitMonitor:
@@ -24,9 +27,7 @@ class LogitMonitor:
 
     def __init__(self) -> None:
         self._reader = BatchReader()
-        self._recording: LogitRecording | None = None
-        self._batch = ExitStack()  # what is open between the start and the end of a batch
-        self._records: list[Tensor] = []
+        self._recorder: LogitRecorder | None = None
         self._target: Tensor | None = None
         self._unmapped = torch.tensor(NO_LABEL)
         self._warned = False
@@ -42,7 +43,8 @@ class LogitMonitor:
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
     ) -> None:
         """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
-        self._reader, self._target, self._records = reader, None, []  # an evaluation may have ended with an error
+        self.stop()
+        self._reader, self._target = reader, None  # an evaluation may have ended with an error
         self._unmapped = torch.tensor(NO_LABEL, device=model.device)
         if split != self.split or num_loaders != len(self.metrics):
             self.metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]
@@ -51,44 +53,42 @@ class LogitMonitor:
             for metrics in self.metrics:
                 metrics.to(model.device).reset()
             self._joined = [JoinedBatches(metrics.update) for metrics in self.metrics]
-            self._recording = record_logits(model)
+            self._recorder = record_logits(model)
             self._shift = self.gamma * split.absent_mask.to(model.device, torch.float32)
 
     def start_batch(self, batch: Any) -> None:
         """Record the logits of the model until :meth:`end_batch`."""
         if self.split is None:
             return
-        assert self._recording is not None
+        assert self._recorder is not None
         try:
             self._target = self._reader.rows(batch).clone()  # now: the step may change the batch
         except (TypeError, ValueError) as error:
             self._warn_once(str(error))
         else:
-            self._records = self._batch.enter_context(self._recording)
+            self._recorder.start()
 
     def end_batch(self, dataloader_idx: int) -> None:
         """Count the batch in the metrics of its loader."""
-        self.stop()
+        records = self.stop()
         target, self._target = self._target, None
-        records, self._records = self._records, []
         if self.split is None or target is None:
             return
-        if [logits.shape for logits in records] != [(len(target), self.split.num_classes)]:
-            self._warn_once(
-                f"A batch of {len(target)} labels came with logits of the shapes"
-                f" {[tuple(logits.shape) for logits in records]}. Run the model once on a batch, or log"
-                " `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."
-            )
+        try:
+            logits = one_forward(records, len(target), self.split.num_classes, _REMEDY)
+        except UnexpectedLogitsError as error:
+            self._warn_once(str(error))
             return
         if self._reader.maps:
             self._unmapped = largest_outside(self._unmapped, target, self.split.num_classes)
-        logits = records[0] if self.gamma == 0 else (records[0] + self._shift).to(records[0].dtype)
+        if self.gamma != 0:
+            logits = (logits + self._shift).to(logits.dtype)
         self._joined[dataloader_idx].add(logits, target)
         self.counted = True
 
-    def stop(self) -> None:
-        """Stop recording; after an exception as well."""
-        self._batch.close()
+    def stop(self) -> list[Tensor]:
+        """Stop recording, after an exception as well, and return what was recorded."""
+        return [] if self._recorder is None else self._recorder.stop()
 
     def values(self, prefix: str) -> dict[str, Tensor]:
         """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""

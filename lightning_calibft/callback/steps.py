@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,6 +10,7 @@ from torch import Tensor
 from lightning_calibft.calibration import BatchReader, CalibrationResult, JoinedBatches, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head import record_logits
+from lightning_calibft.head.record import UnexpectedLogitsError, one_forward
 from lightning_calibft.split import ClassSplit
 
 
@@ -43,8 +43,7 @@ class TrainingSteps:
         self._estimator = make_estimator(estimator, split, estimator_kwargs).to(model.device)
         self._num_classes = split.num_classes
         self._joined = JoinedBatches(self._count)
-        self._recording = record_logits(model)
-        self._open = ExitStack()
+        self._recorder = record_logits(model)
         self._records: list[Tensor] | None = None
         self._of_step: list[Tensor] | None = None
         self._target: Tensor | None = None
@@ -59,7 +58,7 @@ class TrainingSteps:
         """Read the labels of a batch; now, since the step may change it."""
         self._target = self._reader.rows(batch).clone()
         if self._records is None:
-            self._records = self._open.enter_context(self._recording)
+            self._records = self._recorder.start()
         self._records.clear()
         self._of_step = None
 
@@ -77,16 +76,17 @@ class TrainingSteps:
         self.end_forward()
         assert self._target is not None
         assert self._of_step is not None
-        expected = (len(self._target), self._num_classes)
         if skipped or (not self._of_step and self.counted):
             return
-        if [logits.shape for logits in self._of_step] != [expected]:
+        try:
+            logits = one_forward(self._of_step, len(self._target), self._num_classes)
+        except UnexpectedLogitsError as error:
             raise ValueError(
-                f"Expected argument `source` to be 'train' or 'validation' for this module, but got 'training_steps':"
-                f" a training step with {len(self._target)} labels gave logits of the shapes"
-                f" {[tuple(logits.shape) for logits in self._of_step]}, not one of {expected}."
-            )
-        rows = (self._of_step.pop(), self._target)
+                "Expected argument `source` to be 'train' or 'validation' for this module, but got 'training_steps'."
+                f" In a training step: {error}"
+            ) from None
+        self._of_step.clear()
+        rows = (logits, self._target)
         # An update with no rows, not none at all, after which a metric would not wait for the other processes.
         self._joined.add(*(each if self._counts else each[:0] for each in rows))
         self.counted = True
@@ -99,7 +99,7 @@ class TrainingSteps:
 
     def stop(self) -> None:
         """Record no more until the next step: what validation gives is nobody's."""
-        self._open.close()
+        self._recorder.stop()
         self._records = None
 
     def _count(self, logits: Tensor, target: Tensor) -> None:

@@ -11,8 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_calibft._arguments import check_model
 from lightning_calibft.checkpoint.files import METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
-from lightning_calibft.head.output import get_logits, replace_logits
-from lightning_calibft.head.sharded import beside
+from lightning_calibft.head.output import get_logits, like_dtensor, replace_logits
 from lightning_calibft.split import ClassSplit
 
 CHILD_NAME = "absent_class_calibration"
@@ -40,9 +39,9 @@ class AbsentClassOffset(nn.Module):
         self.channels_first = channels_first
         # How much of this head's output is in the model's logits: less than 1 where heads are averaged.
         self.coefficient = 1.0
-        # What `record_logits` calls. The flag is apart because a compiled model guards on all that `forward` reads.
+        # The flag is apart because a compiled model guards on all that `forward` reads.
         self.recording = False
-        self.recorder: Recorder | None = None
+        self.recorders: tuple[Recorder, ...] = ()
         # What `detach` removes: the hooks on the head.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.
@@ -62,7 +61,7 @@ class AbsentClassOffset(nn.Module):
             return logits
         shift = self.shift()
         if not torch.jit.is_scripting():
-            shift = beside(shift, logits)
+            shift = like_dtensor(shift, logits)
         return (logits + shift).to(logits.dtype)
 
     def shift(self) -> Tensor:
@@ -83,6 +82,10 @@ class AbsentClassOffset(nn.Module):
             self.offset.fill_(gamma)
             self.mask.copy_(split.absent_mask)
 
+    def set_recorders(self, recorders: tuple[Recorder, ...]) -> None:
+        """Call ``recorders`` with the raw logits of each forward."""
+        self.recorders, self.recording = recorders, bool(recorders)
+
     def reset_parameters(self) -> None:
         """Be uncalibrated again, in place. So torch calls what fills the memory of a module that had none."""
         for buffer in self.buffers():
@@ -94,7 +97,7 @@ class AbsentClassOffset(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not being recorded.
-        return {**self.__dict__, "recording": False, "recorder": None}
+        return {**self.__dict__, "recording": False, "recorders": ()}
 
     # Private in torch, and the one method through which `.half()`, `.to()`, `.cuda()` and `to_empty()` all go:
     # only here can a buffer follow the device without following the dtype.
@@ -110,8 +113,8 @@ class AbsentClassOffset(nn.Module):
 
 @torch.compiler.disable
 def _record(child: AbsentClassOffset, logits: Tensor) -> None:
-    if child.recorder is not None:
-        child.recorder(child, logits)
+    for recorder in child.recorders:
+        recorder(child, logits)
 
 
 def _calibrate(self: nn.Module, input: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # Under these names models return logits; the second is that of CLIP in transformers.
 _NAMES = ("logits", "logits_per_image")
@@ -62,6 +63,18 @@ def replace_logits(output: Any, logits: Tensor) -> Any:
     else:
         object.__setattr__(copied, key, value)  # of a frozen dataclass too
     return copied
+
+
+def gather_dtensor(tensor: Tensor) -> Tensor:
+    """Return a plain tensor with all values of one that may be distributed. Then all its processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like_dtensor(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return ``tensor``, which all processes have, so that it can be added to ``other``, which may be distributed."""
+    if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
+        return DTensor.from_local(tensor, other.device_mesh, run_check=False)
+    return tensor
 
 
 def _item(output: Any, key: str | int) -> Any:

@@ -24,9 +24,8 @@ from lightning_calibft.head.layers import (
 from lightning_calibft.head.modes import eval_mode
 from lightning_calibft.head.numerics import are_probabilities, centred, epsilon, largest, log_space
 from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
-from lightning_calibft.head.output import get_logits, replace_logits
+from lightning_calibft.head.output import gather_dtensor, get_logits, like_dtensor, replace_logits
 from lightning_calibft.head.record import class_axis_last
-from lightning_calibft.head.sharded import beside, whole
 
 Forward = Callable[[], Any]
 
@@ -107,7 +106,7 @@ def _logits(forward: Forward, model: nn.Module) -> Tensor:
     logits = get_logits(output)
     if not logits.is_floating_point() or logits.ndim < 2:
         raise ValueError(f"Expected the output of {type(model).__name__} to hold logits, but got {type(output)}.")
-    return whole(logits.detach()).cpu()  # Some devices have no float64.
+    return gather_dtensor(logits.detach()).cpu()  # Some devices have no float64.
 
 
 def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -> _Effect:
@@ -119,12 +118,12 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         logits = get_logits(output)
-        on_cpu = whole(logits).cpu()
+        on_cpu = gather_dtensor(logits).cpu()
         if grow and not outputs:
             offset.mul_(on_cpu.abs().max().clamp(min=1))
         outputs.append(class_axis_last(on_cpu, channels_first))
         shift = offset.to(logits.device)
-        shifted = logits + beside(shift[:, None, None] if channels_first else shift, logits)
+        shifted = logits + like_dtensor(shift[:, None, None] if channels_first else shift, logits)
         return replace_logits(output, shifted.to(logits.dtype))
 
     handle = head.register_forward_hook(add)

@@ -72,7 +72,7 @@ def test_the_numbers_of_each_validation(tmp_path, calibration, seen):
     assert text.count("data:image/png") == 6
     assert not list(tmp_path.glob("**/*.tmp"))
     for part in module.modules():
-        assert not [hook for hook in part._forward_hooks.values() if "HeadListener" in repr(hook)]
+        assert not [hook for hook in part._forward_hooks.values() if "LogitRecorder" in repr(hook)]
 
 
 class Dropout(Plain):

@@ -65,7 +65,7 @@ def test_a_module_whose_first_step_runs_no_head(tmp_path):
         def training_step(self, batch, batch_idx):
             pass
 
-    with pytest.raises(ValueError, match=r"with 8 labels gave logits of the shapes \[\], not one of \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"shape \(8, 6\) for a batch of 8 labels, but got \[\]"):
         trainer_of(tmp_path, steps()).fit(pretrained(Headless), loader())
 
 

@@ -179,7 +179,7 @@ def test_a_step_that_runs_the_model_twice(tmp_path):
         def training_step(self, batch, batch_idx):
             return self.loss(batch) + self.loss(batch)
 
-    with pytest.raises(ValueError, match=r"`source` to be 'train' .* logits of the shapes \[\(8, 6\), \(8, 6\)\], not"):
+    with pytest.raises(ValueError, match=r"`source` to be 'train' .* 8 labels, but got \[\(8, 6\), \(8, 6\)\]"):
         trainer_of(tmp_path, steps()).fit(pretrained(Twice), loader())
 
 
