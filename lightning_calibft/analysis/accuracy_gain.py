@@ -62,14 +62,7 @@ class AccuracyGain:
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw the gains of the network and of the nearest class mean side by side, in points of accuracy.
 
-        Args:
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            The figure and the axis. The figure is ``None`` if ``ax`` was given.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
         from matplotlib.patches import Patch
@@ -84,7 +77,9 @@ class AccuracyGain:
             axis.bar(places, heights, width=0.4, color=colors, hatch=hatch, edgecolor="white")
             handles.append(Patch(facecolor=COLORS["both"], hatch=hatch, edgecolor="white", label=label))
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(4), ["seen\namong all", "absent\namong all", "seen\namong seen", "absent\namong absent"])
+        axis.set_xticks(
+            range(4), ["seen\namong\nall", "absent\namong\nall", "seen\namong\nseen", "absent\namong\nabsent"]
+        )
         axis.set(ylabel="Gain by fine-tuning (points of accuracy)")
         add_legend(axis, handles=handles)
         return figure, axis

@@ -40,16 +40,10 @@ class MethodCurve:
     points: dict[str, CurvePoint]
 
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draw the curve and mark its operating points. To compare methods, draw all of them on the same axis.
+        """Draw the curve and mark its operating points.
 
-        Args:
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            The figure and the axis. The figure is ``None`` if ``ax`` was given.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+        To compare methods, draw them on the same axis. Returns a new figure and its axis, or ``None`` and ``ax`` if it
+        was given.
         """
         gammas = {f"{self.name}, {text}": point.gamma for text, point in self.points.items()}
         area = self.curve[0].new_tensor(self.ausuc)

@@ -31,16 +31,8 @@ class Embedding:
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw the samples of seen classes as blue dots and those of absent classes as orange triangles.
 
-        The shade tells the class. Samples of classes that are neither seen nor absent are left out.
-
-        Args:
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            The figure and the axis. The figure is ``None`` if ``ax`` was given.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+        The shade tells the class. Samples of classes that are neither seen nor absent are left out. Returns a new
+        figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
         for group, classes, shades in (

@@ -37,14 +37,7 @@ class ToyTrajectory:
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw the path of the mean feature of each class from its start (dot) towards its goal (star).
 
-        Args:
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            The figure and the axis. The figure is ``None`` if ``ax`` was given.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
         for label, group, style in ((0, "seen", "-"), (1, "seen", "--"), (2, "absent", "-"), (3, "absent", "--")):

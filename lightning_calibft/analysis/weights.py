@@ -51,14 +51,7 @@ class UpdateSimilarity:
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw the matrix of cosines, seen classes first.
 
-        Args:
-            ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-        Returns:
-            The figure and the axis. The figure is ``None`` if ``ax`` was given.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
         seen, absent = self.split.seen_classes, self.split.absent_classes
