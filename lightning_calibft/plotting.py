@@ -1,16 +1,67 @@
-"""Drawing the seen-unseen curve."""
+"""The look of all pictures, and the picture of a seen-unseen curve."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor
 
 # torchmetrics exports no public names for its plot types; every metric built on it imports these two.
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE, plot_curve
+from torchmetrics.utilities.plot import _AX_TYPE as _AX_TYPE, _PLOT_OUT_TYPE as _PLOT_OUT_TYPE, plot_curve
 
 from lightning_calibft.functional.seen_unseen_curve import point_at
+
+# The palette of Okabe and Ito, which color-blind readers can tell apart. In every picture, each group of classes has
+# its own color and marker; curves of different methods have the colors that are left.
+COLORS = {"seen": "#0072B2", "absent": "#D55E00", "both": "#555555"}
+MARKERS = {"seen": "o", "absent": "^", "both": "s"}
+CURVE_COLORS = ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_CURVE_STYLES = ("-", "--", "-.", ":")
+_POINT_MARKERS = "osD^vPX*"
+
+
+def check_matplotlib() -> None:
+    """Raise an error if matplotlib is not installed.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Expected matplotlib to be installed for plotting. Install it, or this package with its extra `plot`."
+        ) from error
+
+
+def new_axis(ax: _AX_TYPE | None) -> tuple[Any, Any]:
+    """Return a new figure and its axis, or ``None`` and the axis that was given."""
+    if ax is not None:
+        return None, ax
+    check_matplotlib()
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(layout="constrained")
+    axis.set_prop_cycle(color=CURVE_COLORS)
+    return figure, axis
+
+
+def add_legend(axis: Any, **kwargs: Any) -> None:
+    """Put the legend to the right of the axis, where it hides no data."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, **kwargs)
+
+
+def draw_lines(
+    axis: Any, steps: Sequence[int], lines: Mapping[str, tuple[Sequence[float], str, str]], ylabel: str
+) -> None:
+    """Draw values over training steps: ``lines`` maps each label to its values, group of classes, and line style."""
+    for label, (values, group, style) in lines.items():
+        axis.plot(steps, values, color=COLORS[group], marker=MARKERS[group], linestyle=style, markersize=4, label=label)
+    axis.set(xlabel="Training step", ylabel=ylabel)
+    axis.grid(alpha=0.4)
+    add_legend(axis)
 
 
 def plot_seen_unseen_curve(
@@ -24,19 +75,20 @@ def plot_seen_unseen_curve(
 ) -> _PLOT_OUT_TYPE:
     """Draw a seen-unseen curve and mark operating points on it.
 
-    Several methods go on one axis by calling this once for each, with its ``label`` and the same ``ax``.
+    To compare several methods, call this once for each of them with its own ``label`` and the same ``ax``.
 
     Args:
-        curve: Seen accuracy, absent accuracy and gamma, from :func:`lightning_calibft.functional.seen_unseen_curve` or
+        curve: Seen accuracy, absent accuracy, and gamma, from
+            :func:`lightning_calibft.functional.seen_unseen_curve` or
             :class:`lightning_calibft.metrics.SeenUnseenCurve`.
-        gammas: Operating points to mark, by their name in the legend.
-        score: Area under the curve, added to the legend.
+        gammas: The operating points to mark: a gamma for each name in the legend.
+        score: Area under the curve, shown in the legend.
         label: Name of the curve in the legend.
         name: Title of the axis.
         ax: A matplotlib axis to draw on. ``None``: a new figure.
 
     Returns:
-        Figure and axis; the figure is ``None`` if ``ax`` was given.
+        The figure and the axis. The figure is ``None`` if ``ax`` was given.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -51,18 +103,30 @@ def plot_seen_unseen_curve(
         >>> figure, ax = plot_seen_unseen_curve(curve, gammas={"no calibration": 0.0})  # doctest: +SKIP
     """
     seen, absent, gamma = (value.reshape(-1).detach().cpu() for value in curve)
-    figure, axes = plot_curve(
+    figure, axis = new_axis(ax)
+    num_curves = sum(line.get_linestyle() != "None" for line in axis.get_lines())
+    plot_curve(
         ([seen], [absent], [gamma]) if label else (seen, absent, gamma),
         score=score if score is None or not label else score.reshape(1),
-        ax=ax,
+        ax=axis,
         label_names=("Accuracy of seen classes among all", "Accuracy of absent classes among all"),
         labels=[label] if label else None,
         name=name,
     )
-    axis: Any = axes  # one axis, though the type says array as well
-    for text, value in (gammas or {}).items():
+    line = axis.get_lines()[-1]
+    line.set_linestyle(_CURVE_STYLES[num_curves % len(_CURVE_STYLES)])
+    for (text, value), marker in zip((gammas or {}).items(), cycle(_POINT_MARKERS), strict=False):
         x, y = point_at(seen, absent, gamma, value)
-        axis.plot(x, y, marker="o", linestyle="None", label=f"{text} (gamma {value:.3g})")
+        axis.plot(
+            x,
+            y,
+            color=line.get_color(),
+            marker=marker,
+            markersize=9,
+            markeredgecolor="white",
+            linestyle="None",
+            label=f"{text} (gamma {value:.3g})",
+        )
     if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+        add_legend(axis)
     return figure, axis

@@ -28,7 +28,9 @@ from methods import Setting
 from table import Rows, markdown, oracle, run, score
 from watched import watch
 
-from lightning_calibft.analysis import GroupLevels, Snapshot, verdict
+from lightning_calibft.analysis import verdict
+from lightning_calibft.analysis.history import Snapshot
+from lightning_calibft.analysis.logit_levels import GroupLevels
 
 DEGRADED = (20, "AdamW", 3e-3)
 """Two classes, and six times the learning rate of the benchmark."""

@@ -24,21 +24,19 @@ from torch.utils.data import DataLoader
 from watched import Watched, watch
 
 from lightning_calibft import analysis
+from lightning_calibft.plotting import CURVE_COLORS
 
 Draw = Callable[..., Any]
 
 
 def of_training(watched: Watched) -> dict[str, Draw]:
     """What the diagnostics have measured over training."""
-    every = watched.diagnostics.snapshots
-    steps = [each.step for each in every]
-    levels = [each.levels for each in every if each.levels is not None]
-    updates = [(each.step, each.updates) for each in every if each.updates is not None]
+    draw = partial(partial, analysis.plot_snapshots, watched.diagnostics.snapshots)
     return {
-        "logits_absent": partial(analysis.plot_logit_levels, steps, [each.absent for each in levels]),
-        "logits_seen": partial(analysis.plot_logit_levels, steps, [each.seen for each in levels]),
-        "row_norms": partial(analysis.plot_row_norms, steps, [each.norms for each in every if each.norms]),
-        "updates": partial(analysis.plot_mean_similarity, *zip(*updates, strict=True)),
+        "logits_absent": draw("absent_logits"),
+        "logits_seen": draw("seen_logits"),
+        "row_norms": draw("row_norms"),
+        "updates": draw("updates"),
     }
 
 
@@ -46,17 +44,14 @@ def of_models(setting: Setting, tuned: Any) -> dict[str, Draw]:
     """What two models make of the test images."""
     source, seen = setting.pretrained(), setting.seen
     classes, test = (DataLoader(part, 256) for part in (setting.data.target_train, setting.data.target_test))
-    gain = analysis.accuracy_gain(source, tuned, classes, test, seen)
-    similarity = analysis.update_similarity(source, tuned, seen)
-    first, last = (analysis.collect_outputs(each, test) for each in (source, tuned))
-    points = analysis.tsne_features(first.features, last.features)
-    pictures: dict[str, Draw] = {
-        "accuracy_gain": partial(analysis.plot_accuracy_gain, gain),
-        "update_matrix": partial(analysis.plot_update_similarity, similarity),
+    outputs = (analysis.collect_outputs(each, test) for each in (source, tuned))
+    first, last = analysis.tsne_features(*outputs, seen)
+    return {
+        "accuracy_gain": analysis.accuracy_gain(source, tuned, classes, test, seen).plot,
+        "update_matrix": analysis.update_similarity(source, tuned, seen).plot,
+        "tsne_before": first.plot,
+        "tsne_after": last.plot,
     }
-    for name, positions in zip(("tsne_before", "tsne_after"), points, strict=True):
-        pictures[name] = partial(analysis.plot_embedding, positions, first.target, setting.num_classes, seen)
-    return pictures
 
 
 def curves(setting: Setting, tuned: Any) -> Draw:
@@ -74,7 +69,13 @@ def curves(setting: Setting, tuned: Any) -> Draw:
     target = setting.data.target_test.tensors[1]
     gammas = {name: of_tuned if name == "fine-tuned" else {} for name in logits}
     methods = analysis.compare_curves(logits, target, setting.seen, gammas=gammas)
-    return partial(analysis.plot_seen_unseen_curves, methods)
+
+    def draw(ax: Any) -> None:
+        ax.set_prop_cycle(color=CURVE_COLORS)
+        for method in methods.values():
+            method.plot(ax)
+
+    return draw
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         watched = watch(setting, Path(folder, "report.html"))
     pictures = {**of_training(watched), **of_models(setting, watched.module), "curves": curves(setting, watched.module)}
     if args.benchmark == "digits":
-        pictures["toy"] = partial(analysis.plot_toy_example, analysis.toy_example())
+        pictures["toy"] = analysis.toy_example().plot
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():
         figure = Figure(figsize=(6, 4), dpi=80, layout="constrained")

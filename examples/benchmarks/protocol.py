@@ -33,7 +33,7 @@ from lightning_calibft import (
     inspect_checkpoint,
     load_calibrated,
 )
-from lightning_calibft.analysis import Outputs, collect_outputs
+from lightning_calibft.analysis.outputs import Outputs, collect_outputs
 from lightning_calibft.functional import (
     ausuc,
     average_logit_gap,

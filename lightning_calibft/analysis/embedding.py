@@ -2,51 +2,118 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lightning_calibft._arguments import check_integer, check_number, check_tensor, check_values
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
-from lightning_calibft.functional._inputs import check_matrix, check_target
+from lightning_calibft._arguments import check_integer, check_number, check_type
+from lightning_calibft.analysis.outputs import Outputs
+from lightning_calibft.functional._inputs import check_matrix
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, MARKERS, add_legend, new_axis
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
-def tsne_features(before: Tensor, after: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Embedding:
+    """Samples in two dimensions.
+
+    Attributes:
+        points: Positions of the samples, of shape ``(N, 2)``.
+        target: Class ids of the samples, of shape ``(N,)``.
+        split: The seen and the absent classes.
+    """
+
+    points: Tensor
+    target: Tensor
+    split: ClassSplit
+
+    def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Draw the samples of seen classes as blue dots and those of absent classes as orange triangles.
+
+        The shade tells the class. Samples of classes that are neither seen nor absent are left out. Returns a new
+        figure and its axis, or ``None`` and ``ax`` if it was given.
+        """
+        figure, axis = new_axis(ax)
+        for group, classes, shades in (
+            ("seen", self.split.seen_classes, "Blues"),
+            ("absent", self.split.absent_classes, "Oranges"),
+        ):
+            rank = torch.full((self.split.num_classes,), -1)
+            rank[list(classes)] = torch.arange(len(classes))
+            shade = rank[self.target.long()]
+            x, y = self.points[shade >= 0].T.numpy()
+            # The lightest third of the color map is too pale on white.
+            limits = {"vmin": -len(classes) / 2, "vmax": len(classes) - 1}
+            color = shade[shade >= 0].numpy()
+            axis.scatter(x, y, c=color, cmap=shades, marker=MARKERS[group], s=14, label=f"{group} classes", **limits)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        add_legend(axis)
+        return figure, axis
+
+
+def tsne_features(
+    before: Outputs,
+    after: Outputs,
+    seen_classes: ClassIds,
+    absent_classes: ClassIds | None = None,
+    *,
+    perplexity: float = 30.0,
+    seed: int = 0,
+) -> tuple[Embedding, Embedding]:
     """Embed the features of the same samples before and after fine-tuning in two dimensions by t-SNE.
 
-    The second embedding begins with the first, so that what stayed where it was in the features does so in the
-    pictures. Distances between far groups mean nothing in t-SNE; who is whose neighbour does.
+    The second embedding starts from the first, so that features that did not move stay in place in the pictures.
+    Distances between far groups mean nothing in t-SNE; only neighborhoods do.
 
     Args:
-        before: Features of shape ``(N, D)`` before fine-tuning, as from :func:`collect_outputs`.
-        after: Features of shape ``(N, E)`` of the same samples after it.
-        perplexity: About how many neighbours of a sample count; less than ``N``.
-        seed: Of what little is random in it. No other random state is touched.
+        before: Outputs of the model before fine-tuning, from :func:`collect_outputs`.
+        after: Outputs of the model after fine-tuning, for the same samples in the same order.
+        seen_classes: Ids of the classes in the fine-tuning data.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
+        perplexity: Roughly the number of neighbors that each sample attends to; less than the number of samples.
+        seed: Seed of t-SNE. The global random state does not change.
 
     Returns:
-        Two tensors of shape ``(N, 2)``.
+        The embedding before and the one after fine-tuning. Each has a method :meth:`~Embedding.plot`.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is not installed.
-        ValueError: If the features are not matrices of equally many rows, more than ``perplexity``.
-        TypeError: If they are no floating point tensors.
+        ValueError: If the outputs belong to different samples, the classes do not fit them, or ``perplexity`` is not
+            less than the number of samples.
+        TypeError: If ``before`` or ``after`` does not come from :func:`collect_outputs`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibft.analysis import collect_outputs, tsne_features
+        >>> samples = [(torch.randn(12, 8), torch.arange(12) % 3)]
+        >>> models = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
+        >>> first, last = (collect_outputs(model, samples) for model in models)
+        >>> before, after = tsne_features(first, last, seen_classes=[0, 1], perplexity=3)
+        >>> before.points.shape
+        torch.Size([12, 2])
     """
-    check_matrix("before", before)
-    check_matrix("after", after)
-    if len(before) != len(after):
+    for name, outputs in (("before", before), ("after", after)):
+        check_type(name, outputs, Outputs, " Get it from `collect_outputs`.")
+        check_matrix(name, outputs.features)
+    if not torch.equal(before.target, after.target):
         raise ValueError(
-            f"Expected arguments `before` and `after` to have a row for each of the same samples, but got {len(before)}"
-            f" and {len(after)} rows."
+            "Expected arguments `before` and `after` to be outputs for the same samples in the same order, but got"
+            f" {len(before.target)} and {len(after.target)} samples with different targets."
         )
+    split = ClassSplit(before.logits.shape[1], seen_classes, absent_classes)
     check_integer("seed", seed, least=0, most=2**32 - 1)
     perplexity = check_number("perplexity", perplexity)
-    if not 0 < perplexity < len(before):
+    num_samples = len(before.target)
+    if not 0 < perplexity < num_samples:
         raise ValueError(
-            f"Expected argument `perplexity` to be positive and less than the number of samples, {len(before)}, but"
+            f"Expected argument `perplexity` to be positive and less than the number of samples, {num_samples}, but"
             f" got {perplexity}."
         )
-    first = _tsne(before, None, perplexity, seed)
-    return first, _tsne(after, first, perplexity, seed)
+    first = _tsne(before.features, None, perplexity, seed)
+    last = _tsne(after.features, first, perplexity, seed)
+    return Embedding(first, before.target, split), Embedding(last, after.target, split)
 
 
 def _tsne(features: Tensor, start: Tensor | None, perplexity: float, seed: int) -> Tensor:
@@ -59,48 +126,3 @@ def _tsne(features: Tensor, start: Tensor | None, perplexity: float, seed: int) 
     init = "pca" if start is None else start.numpy()
     embedding = TSNE(2, perplexity=perplexity, init=init, random_state=seed)
     return torch.from_numpy(embedding.fit_transform(features.detach().cpu().float().numpy()))
-
-
-def plot_embedding(
-    points: Tensor,
-    target: Tensor,
-    num_classes: int,
-    seen_classes: ClassIds,
-    absent_classes: ClassIds | None = None,
-    *,
-    ax: _AX_TYPE | None = None,
-) -> _PLOT_OUT_TYPE:
-    """Draw samples in two dimensions, coloured by class: seen ones as dots, absent ones as crosses.
-
-    Args:
-        points: Positions of shape ``(N, 2)``, as from :func:`tsne_features`.
-        target: Class ids of shape ``(N,)``. Samples of classes that are neither seen nor absent are left out.
-        num_classes: Number of classes.
-        seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-    Returns:
-        Figure and axis; the figure is ``None`` if ``ax`` was given.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If shapes, classes or labels do not fit.
-        TypeError: If ``points`` or ``target`` has the wrong dtype.
-    """
-    split = ClassSplit(num_classes, seen_classes, absent_classes)
-    check_matrix("points", points)
-    check_tensor("target", target)
-    check_values("target", target)
-    points, target = points.cpu(), target.cpu()
-    check_target(target, len(points), num_classes, None)
-    figure, axis = new_axis(ax)
-    for label, mask, marker in (("seen", split.seen_mask, "o"), ("absent", split.absent_mask, "x")):
-        chosen = mask[target.long()]
-        x, y = points[chosen].T.numpy()
-        color = target[chosen].numpy()
-        axis.scatter(x, y, c=color, vmin=0, vmax=num_classes - 1, cmap="turbo", marker=marker, s=14, label=label)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.legend(fontsize="small")
-    return figure, axis

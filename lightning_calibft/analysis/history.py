@@ -1,4 +1,4 @@
-"""What is known of a fit at one step of it: plain numbers, safe in a checkpoint."""
+"""What was measured during a fit, as plain numbers that are safe in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_calibft.analysis.accuracy import GroupAccuracies
-from lightning_calibft.analysis.logits import GroupLevels, LogitLevels
+from lightning_calibft.analysis.accuracy_gain import GroupAccuracies
+from lightning_calibft.analysis.logit_levels import GroupLevels, LogitLevels
 from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms, mean_similarity, row_norms
 from lightning_calibft.metrics import AUSUC
 from lightning_calibft.split import ClassSplit
@@ -18,16 +18,16 @@ from lightning_calibft.split import ClassSplit
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A validation on labelled samples of seen and of absent classes, of the logits without gamma.
+    """Results of a validation on samples of seen and of absent classes, for logits without gamma.
 
     Attributes:
-        overall: Accuracy of all samples among all classes.
-        groups: Accuracies of seen and of absent samples.
+        overall: Accuracy on all samples among all classes.
+        groups: Accuracies on seen and on absent samples.
         ausuc: Area under the seen-unseen curve.
         best_gamma: The gamma with the best overall accuracy on these samples.
         best_overall: Overall accuracy with it.
-        best_seen: Accuracy of seen samples among all classes with it.
-        best_absent: The same of absent samples.
+        best_seen: Accuracy on seen samples among all classes with it.
+        best_absent: Accuracy on absent samples among all classes with it.
     """
 
     overall: float
@@ -41,15 +41,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was measured after one step of training; ``None`` for what was not.
+    """What was measured after one training step. ``None`` means not measured.
 
     Attributes:
-        epoch: Number of epochs that had begun.
-        step: Number of training steps that had been made.
+        epoch: Number of epochs started so far.
+        step: Number of training steps so far.
         norms: Norms of the head's rows.
-        updates: Cosines between what the head's rows have gained since training began.
+        updates: Mean cosines between the updates of the head's rows since the start of training.
         levels: Mean logits of validation samples.
-        evaluation: Accuracies and AUSUC, if the validation had samples of seen and of absent classes.
+        evaluation: Accuracies and AUSUC, if the validation data had samples of seen and of absent classes.
     """
 
     epoch: int
@@ -60,12 +60,12 @@ class Snapshot:
     evaluation: Evaluation | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return dicts of plain Python numbers."""
+        """Return the measurements as dicts of plain Python numbers."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Snapshot:
-        """Read what :meth:`as_dict` has written."""
+        """Build a snapshot from the output of :meth:`as_dict`."""
         norms, updates, levels, evaluation = (values[name] for name in ("norms", "updates", "levels", "evaluation"))
         return cls(
             values["epoch"],
@@ -78,7 +78,7 @@ class Snapshot:
 
 
 def evaluation_of(metric: AUSUC) -> Evaluation:
-    """Read an evaluation from the curve of a metric that has met samples of both groups."""
+    """Compute an evaluation from a metric that was updated with samples of both groups."""
     area, best = metric.compute().item(), metric.best_gamma().item()
     plain, calibrated = metric.accuracies(0.0), metric.accuracies(best)
     return Evaluation(
@@ -98,12 +98,12 @@ def evaluation_of(metric: AUSUC) -> Evaluation:
 
 
 class History:
-    """The snapshots of a fit, and the weight of the head that it began with.
+    """The snapshots of a fit, and the weight of the head at its start.
 
     Args:
-        epoch: Number of epochs before it began.
-        step: Number of training steps before it began.
-        weight: The weight of the head, of shape ``(C, D)``; ``None`` if it is not linear.
+        epoch: Number of epochs before the fit.
+        step: Number of training steps before the fit.
+        weight: Weight of the head at the start, of shape ``(C, D)``. ``None`` if the head is not linear.
     """
 
     def __init__(self, epoch: int, step: int, weight: Tensor | None) -> None:
@@ -122,7 +122,7 @@ class History:
         levels: LogitLevels | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
-        """Add what is known after a step. Numbers about other classes do not compare: they are forgotten."""
+        """Add a snapshot. If the split has changed, earlier ones are not comparable and are dropped."""
         if split != self.split:
             self.split, self.snapshots = split, []
         if not self.snapshots and step > self.step:
@@ -135,15 +135,15 @@ class History:
 
     @property
     def seen_classes(self) -> tuple[int, ...]:
-        """The seen classes of the snapshots, none before the first."""
+        """The seen classes of the snapshots. Empty before the first one."""
         return () if self.split is None else self.split.seen_classes
 
     def begins_with(self, weight: Tensor | None) -> bool:
-        """Tell whether this is a history of the model whose head has this weight."""
+        """Return whether this is the history of a model whose head started with this weight."""
         return weight is not None and self.weight is not None and torch.equal(weight, self.weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers and a tensor."""
+        """Return the history as plain numbers and a tensor."""
         split = self.split and [self.split.num_classes, [*self.split.seen_classes], [*self.split.absent_classes]]
         snapshots = [each.as_dict() for each in self.snapshots]
         begun = {"epoch": self.epoch, "step": self.step, "weight": self.weight}
@@ -151,7 +151,7 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> History:
-        """Read what :meth:`state_dict` has written."""
+        """Build a history from the output of :meth:`state_dict`."""
         history = cls(**state["begun"])
         history.split = state["split"] and ClassSplit(*state["split"])
         history.snapshots = [Snapshot.from_dict(values) for values in state["snapshots"]]

@@ -1,4 +1,4 @@
-"""One page about a fit, as Markdown or HTML, with its pictures inside."""
+"""A one-page report about a fit, as Markdown or HTML, with its pictures embedded."""
 
 from __future__ import annotations
 
@@ -8,27 +8,48 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_items, check_type
-from lightning_calibft.analysis._axes import COLORS, draw_lines
-from lightning_calibft.analysis.history import History, Snapshot
-from lightning_calibft.analysis.logits import plot_logit_levels
+from lightning_calibft.analysis.history import Snapshot
+from lightning_calibft.analysis.snapshot_plots import Quantity, measured_steps, plot_snapshots
 from lightning_calibft.analysis.verdict import verdict
-from lightning_calibft.analysis.weight_pictures import plot_mean_similarity, plot_row_norms, plot_update_similarity
 from lightning_calibft.analysis.weights import update_similarity
-from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.split import ClassSplit
 
 Format = Literal["markdown", "html"]
 
-FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
-
-# Rows of the matrix that a picture can still show, of each group.
+# The largest number of classes of each group in the picture of the matrix.
 _MAX_ROWS = 200
+_PICTURES: tuple[tuple[Quantity, str, str], ...] = (
+    (
+        "accuracies",
+        "Accuracies over training",
+        "Gamma can close the gap between the solid and the dashed gray line. It can raise Acc_U/Y to Acc_U/U at most."
+        " Where Acc_U/U or AUSUC falls, the features of absent classes get worse, and calibration cannot help.",
+    ),
+    (
+        "absent_logits",
+        "Logits of absent samples",
+        "Gamma has to make up for the distance of the true class (solid) below the largest seen class (blue). Its"
+        " distance above the largest other absent class (orange, dashed) is what the features are worth.",
+    ),
+    ("seen_logits", "Logits of seen samples", "The same for samples of seen classes, which the model was trained on."),
+    (
+        "row_norms",
+        "Norms of the head's rows",
+        "Mean and one standard deviation over classes. If the two groups stay together, the bias towards seen classes"
+        " does not come from the norms.",
+    ),
+    (
+        "updates",
+        "Similarity of the updates of the head's rows",
+        "Mean cosines between the changes of the rows since the start of training. If that of absent classes is near 1,"
+        " all of them were pushed in the same direction: their order is preserved, and a single number can undo it.",
+    ),
+)
 _STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em;line-height:1.4}"
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}img{max-width:100%}"
@@ -37,7 +58,7 @@ _STYLE = (
 
 @dataclass
 class _Page:
-    """Collects the parts of a page."""
+    """The parts of a page."""
 
     format: Format
     parts: list[str] = field(default_factory=list)
@@ -61,7 +82,7 @@ class _Page:
         self._add("\n".join(f"| {' | '.join(line)} |" for line in lines), f"<table>{entries}</table>")
 
     def picture(self, title: str, text: str, draw: Callable[..., object]) -> None:
-        """Add a picture with a heading and a sentence on how to read it."""
+        """Add a picture with a heading and an explanation."""
         self.heading(title)
         self.paragraph(text)
         uri = f"data:image/png;base64,{base64.b64encode(_png(draw)).decode()}"
@@ -80,7 +101,7 @@ class _Page:
 
 
 def _png(draw: Callable[..., object]) -> bytes:
-    # Not pyplot: its figures and backend are the user's.
+    # Not pyplot, whose figures and backend are the user's.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=90, layout="constrained")
@@ -97,16 +118,16 @@ def calibration_report(
     *,
     format: Format = "markdown",
 ) -> str:
-    """Write one page about a fit that needs no other file: what the numbers mean, a table and pictures.
+    """Return a one-page report about a fit: what the measurements mean, a table, and pictures.
 
     Args:
-        snapshots: The fit in order, at least one.
+        snapshots: The snapshots of a fit in order, at least one.
         split: The seen and the absent classes.
-        weights: The weight of the head, of shape ``(C, D)``, before fine-tuning and after it.
+        weights: Weight of the head, of shape ``(C, D)``, before and after fine-tuning.
         format: ``"markdown"`` or ``"html"``.
 
     Returns:
-        The page; pictures are in it as data URIs.
+        The text of the page. Pictures are embedded as data URIs, so the page needs no other file.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -129,109 +150,51 @@ def calibration_report(
     seen, absent = len(split.seen_classes), len(split.absent_classes)
     page.paragraph(
         f"{seen} seen and {absent} absent of {split.num_classes} classes; epoch {snapshots[-1].epoch}, step"
-        f" {snapshots[-1].step}. Seen are the classes of the fine-tuning data. Everything here is about the logits as"
-        " they are without gamma."
+        f" {snapshots[-1].step}. Seen classes are those in the fine-tuning data. All numbers are for logits without"
+        " gamma."
     )
     page.heading("What it means")
     page.items(verdict(snapshots))
-    _add_evaluations(page, [each for each in snapshots if each.evaluation is not None])
-    _add_levels(page, [each for each in snapshots if each.levels is not None])
-    _add_weights(page, snapshots, split, weights)
+    _add_validations(page, snapshots)
+    for quantity, title, text in _PICTURES:
+        if measured_steps(snapshots, quantity):
+            page.picture(title, text, partial(plot_snapshots, snapshots, quantity))
+    if weights is not None:
+        _add_similarity(page, split, *weights)
     return page.text()
 
 
-def _add_evaluations(page: _Page, snapshots: Sequence[Snapshot]) -> None:
-    evaluated = [(each, each.evaluation) for each in snapshots if each.evaluation is not None]
-    if not evaluated:
-        return
-    page.heading("Validations")
-    page.paragraph(
-        "Acc_A/B is the accuracy on samples of A among the classes of B: S seen, U absent, Y all; the last three with"
-        " the best gamma of each validation. AUSUC is the area under the curve of Acc_S/Y and Acc_U/Y over all gammas."
-    )
+def _add_validations(page: _Page, snapshots: Sequence[Snapshot]) -> None:
     header = ["epoch", "step", "Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "Acc_S/S", "Acc_U/U", "AUSUC"]
     header += ["best gamma", "Acc_Y/Y", "Acc_S/Y", "Acc_U/Y"]
     rows = []
-    for snapshot, now in evaluated:
+    for snapshot in snapshots:
+        if (now := snapshot.evaluation) is None:
+            continue
         of = now.groups
         values = [now.overall, of.seen_among_all, of.absent_among_all, of.seen_among_seen, of.absent_among_absent]
         values += [now.ausuc, now.best_gamma, now.best_overall, now.best_seen, now.best_absent]
         rows.append([str(snapshot.epoch), str(snapshot.step), *(f"{value:.3f}" for value in values)])
-    page.table(header, rows)
-    lines = {
-        "Acc_S/Y": ([now.groups.seen_among_all for _, now in evaluated], COLORS["seen"], "-"),
-        "Acc_U/Y": ([now.groups.absent_among_all for _, now in evaluated], COLORS["absent"], "-"),
-        "Acc_U/U": ([now.groups.absent_among_absent for _, now in evaluated], COLORS["absent"], "--"),
-        "Acc_Y/Y": ([now.overall for _, now in evaluated], COLORS["both"], "-"),
-        "Acc_Y/Y with the best gamma": ([now.best_overall for _, now in evaluated], COLORS["both"], "--"),
-        "AUSUC": ([now.ausuc for _, now in evaluated], "tab:green", "-"),
-    }
+    if rows:
+        page.heading("Validations")
+        page.paragraph(
+            "Acc_A/B is the accuracy on samples of A among the classes of B (S: seen, U: absent, Y: all). The last"
+            " three columns are with the best gamma of each validation. AUSUC is the area under the curve of Acc_S/Y"
+            " and Acc_U/Y over all gammas."
+        )
+        page.table(header, rows)
+
+
+def _add_similarity(page: _Page, split: ClassSplit, before: Tensor, after: Tensor) -> None:
+    seen, absent = (_evenly_spaced(classes) for classes in (split.seen_classes, split.absent_classes))
+    rows = [*seen, *absent]
     page.picture(
-        "Accuracies over training",
-        "Gamma can close the gap between the grey lines. It can lift Acc_U/Y up to Acc_U/U at most: where Acc_U/U or"
-        " AUSUC falls, the features of absent classes get worse, and calibration cannot help.",
-        lambda ax: draw_lines(ax, [each.step for each, _ in evaluated], lines, "Accuracy"),
+        "Similarity of the updates, class by class",
+        f"Between the first and the last weights, for {len(seen)} seen and {len(absent)} absent classes.",
+        update_similarity(before[rows], after[rows], range(len(seen))).plot,
     )
 
 
-def _add_levels(page: _Page, snapshots: Sequence[Snapshot]) -> None:
-    for title, text, group in (
-        (
-            "Logits of absent samples",
-            "How far the true class (black) lies below the largest seen class (blue) is what gamma has to make up for."
-            " How far it lies above the largest other absent class (orange) is what the features are worth.",
-            "absent",
-        ),
-        ("Logits of seen samples", "The same for samples of seen classes, which training has looked at.", "seen"),
-    ):
-        pairs = [(each.step, getattr(each.levels, group)) for each in snapshots]
-        if pairs := [(step, levels) for step, levels in pairs if levels.num_samples]:
-            steps, levels = zip(*pairs, strict=True)
-            page.picture(title, text, partial(plot_logit_levels, steps, levels))
-
-
-def _add_weights(
-    page: _Page, snapshots: Sequence[Snapshot], split: ClassSplit, weights: tuple[Tensor, Tensor] | None
-) -> None:
-    if norms := [(each.step, each.norms) for each in snapshots if each.norms is not None]:
-        page.picture(
-            "Norms of the head's rows",
-            "Mean and one standard deviation over classes. If the two groups stay together, the bias towards seen"
-            " classes is not one of norms.",
-            partial(plot_row_norms, *zip(*norms, strict=True)),
-        )
-    if updates := [(each.step, each.updates) for each in snapshots if each.updates is not None]:
-        page.picture(
-            "Similarity of the updates of the head's rows",
-            "Cosines between what the rows have gained since training began. Absent classes near 1 were all pushed the"
-            " same way: their order among each other is kept, and one number brings them back.",
-            partial(plot_mean_similarity, *zip(*updates, strict=True)),
-        )
-    if weights is not None:
-        seen, absent = (_some(classes) for classes in (split.seen_classes, split.absent_classes))
-        rows = [*seen, *absent]
-        similarity = update_similarity(weights[0][rows], weights[1][rows], range(len(seen)))
-        page.picture(
-            "Similarity of the updates, class by class",
-            f"From the first weights to the last, of {len(seen)} seen and {len(absent)} absent classes.",
-            partial(plot_update_similarity, similarity),
-        )
-
-
-def _some(classes: tuple[int, ...]) -> list[int]:
-    """At most so many classes as a picture can show, evenly spaced."""
+def _evenly_spaced(classes: tuple[int, ...]) -> list[int]:
+    """Return at most as many classes as a picture can show."""
     return list(classes[:: -(-len(classes) // _MAX_ROWS)])
-
-
-def write_report(path: Path, history: History, last: Tensor | None) -> None:
-    """Write the report of a fit into a file, whole or not at all.
-
-    Args:
-        path: The file, whose suffix tells the format.
-        history: The fit, with at least one snapshot.
-        last: The weight of the head at its end.
-    """
-    assert history.split is not None
-    weights = None if history.weight is None or last is None else (history.weight, last)
-    text = calibration_report(history.snapshots, history.split, weights, format=FORMATS[path.suffix])
-    replace_atomically(path, lambda file: file.write(text.encode()))

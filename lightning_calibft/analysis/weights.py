@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_calibft.functional._inputs import check_matrix, real_dtype
 from lightning_calibft.head import find_head
 from lightning_calibft.head.layers import as_tuple, is_linear
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
@@ -26,7 +27,7 @@ class RowNorms:
 
 @dataclass(frozen=True)
 class MeanSimilarity:
-    """Mean cosine between the updates of two different classes, NaN where there are no two that changed."""
+    """Mean cosine between the updates of two different classes, NaN where no two of them changed."""
 
     within_seen: float
     within_absent: float
@@ -38,7 +39,7 @@ class UpdateSimilarity:
     """Cosines between the updates of the rows of a head.
 
     Attributes:
-        matrix: One row and column for each class, of shape ``(C, C)``; NaN for a class that did not change.
+        matrix: The cosines, of shape ``(C, C)``, NaN for a class that did not change.
         means: Means over pairs of different classes.
         split: The seen and the absent classes.
     """
@@ -47,23 +48,40 @@ class UpdateSimilarity:
     means: MeanSimilarity
     split: ClassSplit
 
+    def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Draw the matrix of cosines, seen classes first.
+
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
+        """
+        figure, axis = new_axis(ax)
+        seen, absent = self.split.seen_classes, self.split.absent_classes
+        order = [*seen, *absent]
+        image = axis.imshow(self.matrix[order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        for line in (axis.axhline, axis.axvline):
+            line(len(seen) - 0.5, color="black", linewidth=0.8)
+        middles = [(len(seen) - 1) / 2, len(seen) + (len(absent) - 1) / 2]
+        axis.set_xticks(middles, ["seen", "absent"])
+        axis.set_yticks(middles, ["seen", "absent"])
+        axis.figure.colorbar(image, ax=axis, label="Cosine between updates")
+        return figure, axis
+
 
 def head_weight(model: nn.Module, head: str | nn.Module | None = None) -> Tensor:
-    """Return a copy of the weight of the head of a model, one row a class.
+    """Return a copy of the weight of a model's head, with one row for each class.
 
     Args:
         model: Any module with a linear head (``Linear`` or a 1x1 ``Conv2d``).
         head: As in :func:`~lightning_calibft.find_head`.
 
     Returns:
-        The weight, of shape ``(C, D)``. Heads whose logits are averaged count as one of the features of all of them.
+        The weight, of shape ``(C, D)``. Heads whose logits are averaged count as one head on all of their features.
 
     Raises:
-        ValueError: If the head is not found, or is not linear by itself, as one with an adapter.
+        ValueError: If the head is not found or is not a plain linear layer, for example because it has an adapter.
 
     Example:
         >>> import torch
-        >>> from lightning_calibft.analysis import head_weight
+        >>> from lightning_calibft.analysis.weights import head_weight
         >>> head_weight(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5))).shape
         torch.Size([5, 16])
     """
@@ -73,7 +91,7 @@ def head_weight(model: nn.Module, head: str | nn.Module | None = None) -> Tensor
         weight = module.weight if is_linear(module) else None
         if not isinstance(weight, Tensor):
             raise ValueError(
-                f"Expected the head to be Linear or a 1x1 Conv2d, whose rows are those of the classes, but got"
+                f"Expected the head to be Linear or a 1x1 Conv2d, with one row for each class, but got"
                 f" {type(module).__name__}. Merge adapters first, or name another `head`."
             )
         weights.append(weight.detach().flatten(1) / len(heads))
@@ -87,20 +105,20 @@ def row_norms(
     *,
     head: str | nn.Module | None = None,
 ) -> RowNorms:
-    """L2 norms of the rows of seen and of absent classes.
+    """Return the mean L2 norms of the head's rows of seen and of absent classes.
 
-    Training on imbalanced data lets rows of rare classes shrink; fine-tuning hardly changes those of absent ones.
-    Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
+    Training on imbalanced data shrinks the rows of rare classes. Fine-tuning hardly changes those of absent classes.
+    See Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
     Args:
-        weight: Weight of the head of shape ``(C, D)``, or a model.
+        weight: Weight of the head, of shape ``(C, D)``, or a model.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        head: Of a model, as in :func:`~lightning_calibft.find_head`.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
+        head: Head of the model, as in :func:`~lightning_calibft.find_head`. Not used for tensors.
 
     Raises:
         ValueError: If the head is not found or not linear, or the classes do not fit it.
-        TypeError: If ``weight`` is no floating point tensor.
+        TypeError: If ``weight`` is not a floating-point tensor.
 
     Example:
         >>> import torch
@@ -124,21 +142,21 @@ def update_similarity(
     *,
     head: str | nn.Module | None = None,
 ) -> UpdateSimilarity:
-    """Cosines between what fine-tuning added to the rows of the head.
+    """Return the cosines between the changes that fine-tuning made to the rows of the head.
 
-    Rows of absent classes that were all pushed the same way keep their order among each other, which is why one number
-    can bring them back. Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
+    If all rows of absent classes were pushed in the same direction, the order among their logits is preserved, and a
+    single number can undo the push. See Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
     Args:
-        before: Weight of the head of shape ``(C, D)`` before fine-tuning, or the model.
-        after: The same after it.
+        before: Weight of the head, of shape ``(C, D)``, before fine-tuning, or the model.
+        after: The weight or the model after fine-tuning.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        head: Of a model, as in :func:`~lightning_calibft.find_head`.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
+        head: Head of the model, as in :func:`~lightning_calibft.find_head`. Not used for tensors.
 
     Raises:
         ValueError: If the head is not found or not linear, or the shapes or classes do not fit.
-        TypeError: If a weight is no floating point tensor.
+        TypeError: If a weight is not a floating-point tensor.
 
     Example:
         >>> import torch
@@ -151,7 +169,7 @@ def update_similarity(
     after, _ = _weight_and_split("after", after, seen_classes, absent_classes, head)
     if before.shape != after.shape:
         raise ValueError(
-            f"Expected arguments `before` and `after` to have one shape, but got {tuple(before.shape)} and"
+            f"Expected arguments `before` and `after` to have the same shape, but got {tuple(before.shape)} and"
             f" {tuple(after.shape)}. Both must be weights of the same head."
         )
     update = _update(before, after)
@@ -160,7 +178,7 @@ def update_similarity(
 
 
 def mean_similarity(before: Tensor, after: Tensor, split: ClassSplit) -> MeanSimilarity:
-    """Return the means of :func:`update_similarity` without the matrix: in time and memory O(C * D)."""
+    """Return the means of :func:`update_similarity` without the matrix, in O(C * D) time and memory."""
     return _means(_update(before, after), split)
 
 
@@ -183,7 +201,7 @@ def _update(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _means(update: Tensor, split: ClassSplit) -> MeanSimilarity:
-    """Sums over pairs are products of sums: the cosines of a group add up to the squared length of its sum."""
+    # Sums over pairs are products of sums: the cosines within a group add up to the squared length of its sum.
     norms = update.norm(dim=1)
     changed = torch.stack([split.seen_mask, split.absent_mask]).to(update.device) & (norms > 0)
     sums = torch.where(changed, 1 / norms, 0) @ update

@@ -1,6 +1,6 @@
 """The Lightning callbacks."""
 
 from lightning_calibft.callback.absent_class_calibration import AbsentClassCalibration
-from lightning_calibft.callback.diagnostics import CalibrationDiagnostics
+from lightning_calibft.callback.calibration_diagnostics import CalibrationDiagnostics
 
 __all__ = ["AbsentClassCalibration", "CalibrationDiagnostics"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_calibft.analysis import compare_curves, plot_seen_unseen_curves
+from lightning_calibft.analysis import compare_curves
 from tests.helpers.references import _reference_at_gamma, _reference_ausuc, random_case
 
 
@@ -37,9 +37,14 @@ def test_unknown_method():
 def test_picture():
     logits, target, seen, absent = random_case(0)
     methods = compare_curves({"one": logits, "other": 2 * logits + 1}, target, seen, absent)
-    figure, ax = plot_seen_unseen_curves(methods)
+    figure, ax = methods["one"].plot()
     assert figure is ax.figure
+    assert methods["other"].plot(ax) == (None, ax)
     assert len(ax.lines) == 4  # a curve and a point each
+    for curve, point in (ax.lines[:2], ax.lines[2:]):
+        assert curve.get_color() == point.get_color()
+    assert ax.lines[0].get_color() != ax.lines[2].get_color()
+    assert ax.lines[0].get_linestyle() != ax.lines[2].get_linestyle()
     marked = ax.lines[1]
     assert (marked.get_xdata()[0], marked.get_ydata()[0]) == pytest.approx(
         _reference_at_gamma(logits, target, seen, absent, 0.0)[:2]

@@ -14,19 +14,12 @@ import torch
 from matplotlib import pyplot as plt
 
 from lightning_calibft import ClassSplit
-from lightning_calibft.analysis import (
-    Evaluation,
-    GroupAccuracies,
-    GroupLevels,
-    LogitLevels,
-    MeanSimilarity,
-    RowNorms,
-    Snapshot,
-    calibration_report,
-    verdict,
-)
-from lightning_calibft.analysis.history import History, evaluation_of
-from lightning_calibft.analysis.verdict import degraded
+from lightning_calibft.analysis import calibration_report
+from lightning_calibft.analysis.accuracy_gain import GroupAccuracies
+from lightning_calibft.analysis.history import Evaluation, History, Snapshot, evaluation_of
+from lightning_calibft.analysis.logit_levels import GroupLevels, LogitLevels
+from lightning_calibft.analysis.verdict import degraded, verdict
+from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms
 from lightning_calibft.metrics import AUSUC
 from tests.helpers.analysis_references import _reference_norms, _reference_similarity
 from tests.helpers.references import (
@@ -96,17 +89,16 @@ def test_a_history():
 
 def test_features_that_held_and_gamma_that_helps():
     features, gamma, *_, updates = verdict([snapshot(0), snapshot(10, ausuc=0.82)])
-    assert features.startswith("The features of absent classes have held.")
+    assert features.startswith("The features of absent classes have held up.")
     assert "AUSUC went from 0.800 to 0.820" in features
     assert "from 90.0% to 90.0%" in features
     assert "trainer.validate" not in features
-    assert gamma.startswith(
-        "Gamma helps: without it 50.0% overall (96.0% of seen and 4.0% of absent samples) are right."
-    )
-    assert "gamma = 3.25 the same weights reach 75.0% (71.0% and 79.0%)" in gamma
+    assert gamma.startswith("Gamma helps: without it, 50.0% of the samples are classified correctly")
+    assert "(96.0% of seen and 4.0% of absent ones)." in gamma
+    assert "gamma = 3.25, the same weights reach 75.0% (71.0% and 79.0%)" in gamma
     assert "the logits of absent classes are too low" in gamma
-    assert "mean cosine between their updates 0.90" in updates
-    assert "pushed much the same way" in updates
+    assert "mean cosine between their updates: 0.90" in updates
+    assert "pushed in much the same direction" in updates
 
 
 @pytest.mark.parametrize(
@@ -131,16 +123,16 @@ def test_what_chance_explains_is_no_degradation():
 
 def test_gamma_with_little_to_win():
     gamma = verdict([snapshot(0), snapshot(10, overall=0.74)])[1]
-    assert gamma.startswith("Gamma has little to win here: without it 74.0% overall")
+    assert gamma.startswith("Gamma has little to gain here: without it, 74.0% of the samples")
 
 
 def test_one_validation_and_none():
     (features, _, *_) = verdict([snapshot(10)])
-    assert "cannot be told from one validation (AUSUC 0.800, Acc_U/U 90.0%)" in features
+    assert "A single validation (AUSUC 0.800, Acc_U/U 90.0%) cannot show" in features
     assert "`trainer.validate` before `trainer.fit`" in features
     nothing, updates = verdict([Snapshot(0, 0), replace(snapshot(10, within_absent=0.2), evaluation=None)])
-    assert nothing.startswith("No validation had labelled samples of both")
-    assert "pushed in different ways" in updates
+    assert nothing.startswith("No validation had labeled samples of both")
+    assert "pushed in different directions" in updates
     assert len(verdict([Snapshot(0, 0)])) == 1
 
 
@@ -183,5 +175,5 @@ def test_a_page_without_validations_and_weights():
 def test_many_classes_are_thinned_out_for_the_picture():
     weights = torch.randn(1501, 3), torch.randn(1501, 3)
     text = calibration_report([Snapshot(1, 10)], ClassSplit(1501, range(500)), weights)
-    assert "of 167 seen and 167 absent classes" in text
+    assert "for 167 seen and 167 absent classes" in text
     assert pictures(text) == 1

@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 from lightning_calibft import attach
-from lightning_calibft.analysis import (
-    MeanSimilarity,
-    RowNorms,
-    head_weight,
-    plot_mean_similarity,
-    plot_row_norms,
-    plot_update_similarity,
-    row_norms,
-    update_similarity,
-)
+from lightning_calibft.analysis.weights import head_weight, row_norms, update_similarity
 from lightning_calibft.split import ClassSplit
 from tests.helpers.analysis_references import _reference_cosine, _reference_norms, _reference_similarity
 
@@ -92,28 +83,18 @@ def test_models_and_their_weights_give_the_same():
     assert row_norms(after, SEEN) == row_norms(after.weight, SEEN)
     of_models, of_weights = update_similarity(before, after, SEEN), update_similarity(before.weight, after.weight, SEEN)
     assert of_models.means == of_weights.means
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         update_similarity(before, nn.Linear(10, 8), SEEN)
     with pytest.raises(ValueError, match="8"):
         row_norms(after, [8])
 
 
-def test_pictures():
-    steps = [0, 5, 9]
-    figure, ax = plot_row_norms(steps, [RowNorms(1.0 + i, 0.5, 2.0, 0.1) for i in range(3)])
-    assert figure is ax.figure
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2, 3], [2, 2, 2]]
-    low_and_high = ax.collections[0].get_paths()[0].vertices
-    assert low_and_high[:, 1].min() == 0.5
-    assert low_and_high[:, 1].max() == 3.5
-
-    _, other = plot_mean_similarity(steps, [MeanSimilarity(0.1, 0.2, -0.3)] * 3)
-    assert [line.get_ydata()[0] for line in other.lines[1:]] == [0.1, 0.2, -0.3]
-
+def test_picture():
     before, after = weights()
     similarity = update_similarity(before, after, SEEN, ABSENT)
-    figure, ax = plot_update_similarity(similarity, ax=other)
-    assert figure is None
+    figure, ax = similarity.plot()
+    assert figure is ax.figure
     image = torch.from_numpy(ax.images[0].get_array().data)
     assert image[0, 4] == similarity.matrix[SEEN[0], ABSENT[1]]
     assert image.shape == (6, 6)
+    assert similarity.plot(ax) == (None, ax)

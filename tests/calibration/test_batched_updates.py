@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_calibft.callback.training_labels import TrainingLabels
 
 from lightning_calibft import AbsentClassCalibration, ClassSplit, calibrate, get_gamma
 from lightning_calibft.calibration import BatchedUpdates, BatchReader
 from lightning_calibft.calibration.data_check import DataCheck
+from lightning_calibft.callback.training_labels import TrainingLabels
 from tests.callback.measures import Measures, logged
 from tests.helpers.references import _reference_gap
 from tests.helpers.runs import ABSENT, SEEN, TRAIN, VAL, Plain, loader, pretrained, quiet, raw_logits, trainer_of

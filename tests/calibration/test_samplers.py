@@ -24,7 +24,7 @@ from torch.utils.data import (
 from lightning_calibft import calibrate
 from lightning_calibft.calibration.loaders import batches_of, calibration_loaders, rebuilt_loader, sample_indices
 from tests.calibration.nets import net
-from tests.runs import SEEN, TRAIN, quiet
+from tests.helpers.runs import SEEN, TRAIN, quiet
 
 pytestmark = quiet
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_calibft.analysis import Snapshot
+from lightning_calibft.analysis.history import Snapshot
 from tests.helpers.analysis_references import _reference_levels, _reference_norms, _reference_similarity
 from tests.helpers.references import _reference_at_gamma, _reference_ausuc, _reference_split_accuracy
 from tests.helpers.runs import (

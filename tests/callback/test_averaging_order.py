@@ -51,7 +51,9 @@ def test_a_late_head_is_an_error(tmp_path, make, lacks, head):
         module.forward = None
     callbacks = (AbsentClassCalibration(SEEN, head=head), WeightAveraging())
     trainer = trainer_of(tmp_path, *callbacks)
-    with pytest.raises(RuntimeError, match=rf"copied the model before .*{lacks}.* existed. Build the .* in .*`__init__`"):
+    with pytest.raises(
+        RuntimeError, match=rf"copied the model before .*{lacks}.* existed. Build the .* in .*`__init__`"
+    ):
         trainer.fit(module, loader())
     assert trainer.global_step == 0
 

@@ -162,7 +162,7 @@ def test_the_package_of_a_trainer(package):
 
 
 def test_what_is_of_no_package():
-    with pytest.raises(TypeError, match="Expected a Trainer of `lightning.pytorch` or `pytorch_lightning`, but got a l"):
+    with pytest.raises(TypeError, match=r"a Trainer of `lightning\.pytorch` or `pytorch_lightning`, but got a list"):
         lightning_of([])
 
 

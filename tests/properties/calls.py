@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 import lightning_calibft as top
 from lightning_calibft import analysis, cross_validation, estimators, functional, head, metrics
+from lightning_calibft.analysis.outputs import Outputs
 from tests.helpers.runs import Plain, pretrained, trainer_of
 
 torch.manual_seed(0)
@@ -121,7 +122,6 @@ def calls(folder: Path) -> dict[str, Call]:
     return {
         **_metrics(metrics),
         **_metrics(estimators),
-        **_metrics(analysis),
         "absent_class_metrics": Call(metrics.absent_class_metrics, given(num_classes=3, seen_classes=SEEN)),
         **{
             name: Call(getattr(functional, name), on_logits())
@@ -181,34 +181,19 @@ def calls(folder: Path) -> dict[str, Call]:
 
 
 def _analyses() -> dict[str, Call]:
-    norms = analysis.row_norms(LOGITS[:3], SEEN)
-    updates = analysis.update_similarity(torch.zeros(3, 3), LOGITS[:3], SEEN)
-    levels = analysis.logit_levels(LOGITS, TARGET, SEEN)
-    curves = analysis.compare_curves({"a": LOGITS}, TARGET, SEEN)
-    accuracies = analysis.group_accuracies(LOGITS, TARGET, SEEN)
-    gain = analysis.AccuracyGain(*[accuracies] * 4)
-    toy = analysis.toy_example(steps=2)
-    snapshot = analysis.Snapshot(epoch=0, step=0)
+    snapshot = analysis.Snapshot(epoch=0, step=0, norms=analysis.row_norms(LOGITS[:3], SEEN))
+    outputs = Outputs(features=LOGITS, logits=LOGITS, target=TARGET)
     of_models = {"seen_classes": SEEN, "class_data": batches, "test_data": batches}
     arguments: dict[str, Callable[[], dict[str, Any]]] = {
         "accuracy_gain": given(before=model, after=model, **of_models),
         "calibration_report": given(snapshots=[snapshot], split=SPLIT),
         "collect_outputs": given(model=model, loader=batches),
         "compare_curves": given(logits=lambda: {"a": LOGITS}, target=TARGET.clone, seen_classes=SEEN),
-        "group_accuracies": on_logits(),
-        "head_weight": given(model=model),
         "logit_levels": on_logits(),
-        "plot_accuracy_gain": given(gain=gain),
-        "plot_embedding": given(points=LOGITS[:, :2].clone, target=TARGET.clone, num_classes=3, seen_classes=SEEN),
-        "plot_logit_levels": given(steps=[0], levels=[levels.seen]),
-        "plot_mean_similarity": given(steps=[0], means=[updates.means]),
-        "plot_row_norms": given(steps=[0], norms=[norms]),
-        "plot_seen_unseen_curves": given(methods=curves),
-        "plot_toy_example": given(trajectory=toy),
-        "plot_update_similarity": given(similarity=updates),
+        "plot_snapshots": given(snapshots=[snapshot], quantity="row_norms"),
         "row_norms": given(weight=LOGITS[:3].clone, seen_classes=SEEN),
         "toy_example": given(steps=2),
-        "tsne_features": given(before=LOGITS.clone, after=LOGITS.clone, perplexity=2.0),
+        "tsne_features": given(before=outputs, after=outputs, seen_classes=SEEN, perplexity=2.0),
         "update_similarity": given(before=LOGITS[:3].clone, after=LOGITS[1:].clone, seen_classes=SEEN),
         "verdict": given(snapshots=[snapshot]),
     }

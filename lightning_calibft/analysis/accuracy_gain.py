@@ -1,4 +1,4 @@
-"""How much of what fine-tuning gains is in the features, and how much of it the head lets through."""
+"""How much fine-tuning improves the features, and how much of that shows in the predictions."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_calibft._arguments import check_model, check_type
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, new_axis
+from lightning_calibft._arguments import check_model
 from lightning_calibft.analysis.outputs import Outputs, collect_outputs
 from lightning_calibft.calibration import UnpackBatch
 from lightning_calibft.functional import class_means, nearest_class_mean_logits, split_accuracy
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, add_legend, new_axis
 from lightning_calibft.split import ClassIds
 
 
 @dataclass(frozen=True)
 class GroupAccuracies:
-    """Accuracies in [0, 1] of the samples of seen and absent classes, NaN where there are none.
+    """Accuracies in [0, 1] of the samples of seen and of absent classes, NaN where there are none.
+
+    Gamma does not change the last two.
 
     Attributes:
-        seen_among_all: Of seen samples among all classes, the paper's Acc_{S/Y}.
-        absent_among_all: Of absent samples among all classes, Acc_{U/Y}.
-        seen_among_seen: Of seen samples among the seen classes alone, Acc_{S/S}.
-        absent_among_absent: Of absent samples among the absent classes alone, Acc_{U/U}. No gamma changes the last two.
+        seen_among_all: Accuracy on seen samples among all classes, the paper's Acc_{S/Y}.
+        absent_among_all: Accuracy on absent samples among all classes, Acc_{U/Y}.
+        seen_among_seen: Accuracy on seen samples among the seen classes alone, Acc_{S/S}.
+        absent_among_absent: Accuracy on absent samples among the absent classes alone, Acc_{U/U}.
     """
 
     seen_among_all: float
@@ -34,13 +36,13 @@ class GroupAccuracies:
     absent_among_absent: float
 
     def __sub__(self, other: GroupAccuracies) -> GroupAccuracies:
-        """Differences of the accuracies."""
+        """Return the differences of the accuracies."""
         return GroupAccuracies(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class AccuracyGain:
-    """Accuracies of two models, before and after fine-tuning, by their heads and by the nearest class mean (NCM)."""
+    """Accuracies before and after fine-tuning, of the network and of the nearest class mean (NCM) of its features."""
 
     network_before: GroupAccuracies
     network_after: GroupAccuracies
@@ -49,29 +51,54 @@ class AccuracyGain:
 
     @property
     def network(self) -> GroupAccuracies:
-        """What the predictions of the whole network gained."""
+        """How much the predictions of the network gained."""
         return self.network_after - self.network_before
 
     @property
     def ncm(self) -> GroupAccuracies:
-        """What the features gained, judged without the head."""
+        """How much the features gained, measured without the head."""
         return self.ncm_after - self.ncm_before
+
+    def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Draw the gains of the network and of the nearest class mean side by side, in points of accuracy.
+
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
+        """
+        figure, axis = new_axis(ax)
+        from matplotlib.patches import Patch
+
+        colors = [COLORS["seen"], COLORS["absent"]] * 2
+        handles = []
+        for shift, label, gain, hatch in (
+            (-0.2, "network", self.network, ""),
+            (0.2, "nearest class mean\nof the features", self.ncm, "///"),
+        ):
+            places, heights = [place + shift for place in range(4)], [100 * value for value in astuple(gain)]
+            axis.bar(places, heights, width=0.4, color=colors, hatch=hatch, edgecolor="white")
+            handles.append(Patch(facecolor=COLORS["both"], hatch=hatch, edgecolor="white", label=label))
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(
+            range(4), ["seen\namong\nall", "absent\namong\nall", "seen\namong\nseen", "absent\namong\nabsent"]
+        )
+        axis.set(ylabel="Gain by fine-tuning (points of accuracy)")
+        add_legend(axis, handles=handles)
+        return figure, axis
 
 
 def group_accuracies(
     preds: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
 ) -> GroupAccuracies:
-    """Accuracies of seen and absent samples, among all classes and among those of their own group.
+    """Return the accuracies of seen and absent samples, among all classes and among those of their own group.
 
     Args:
         preds: Logits, or similarities to class means, of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
 
     Example:
         >>> import torch
-        >>> from lightning_calibft.analysis import group_accuracies
+        >>> from lightning_calibft.analysis.accuracy_gain import group_accuracies
         >>> logits = torch.tensor([[3.0, 0.0, 1.0, 0.0], [0.0, 4.0, 1.0, 0.0], [2.0, 0.0, 1.0, 0.0]])
         >>> group_accuracies(logits, torch.tensor([0, 1, 2]), seen_classes=[0, 1])
         GroupAccuracies(seen_among_all=1.0, absent_among_all=0.0, seen_among_seen=1.0, absent_among_absent=1.0)
@@ -98,19 +125,19 @@ def accuracy_gain(
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
 ) -> AccuracyGain:
-    """Compare what fine-tuning gained in the predictions with what it gained in the features.
+    """Compare how much fine-tuning improved the predictions with how much it improved the features.
 
-    Where the features of absent classes gained but the predictions of the network did not, only the head stands in the
-    way, and gamma can help. Where the features lost as well, it cannot. Mai et al., "Fine-Tuning is Fine, if
-    Calibrated", NeurIPS 2024, section 4.
+    If the features of absent classes improved but the predictions did not, only the head stands in the way, and gamma
+    can help. If the features got worse as well, it cannot. See Mai et al., "Fine-Tuning is Fine, if Calibrated",
+    NeurIPS 2024, section 4.
 
     Args:
-        before: The model before fine-tuning.
-        after: The model after it. A gamma in either plays no part.
-        class_data: Loader of labelled samples of all classes, of which the class means are made.
-        test_data: Loader of other labelled samples, on which accuracies are measured.
+        before: The model before fine-tuning. Its gamma, if any, is ignored.
+        after: The model after fine-tuning. Its gamma, if any, is ignored.
+        class_data: Loader of labeled samples of all classes, from which the class means are computed.
+        test_data: Loader of other labeled samples, on which the accuracies are measured.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
         head: Dotted name of the head in both models, as in :func:`~lightning_calibft.find_head`.
         unpack_batch: As in :func:`~lightning_calibft.calibrate`.
         class_map: As in :func:`~lightning_calibft.calibrate`.
@@ -156,36 +183,3 @@ def _ncm_logits(means: Outputs, test: Outputs) -> Tensor:
     return nearest_class_mean_logits(
         test.features, class_means(means.features, means.target, num_classes=test.logits.shape[1])
     )
-
-
-def plot_accuracy_gain(gain: AccuracyGain, *, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-    """Draw what the network and the nearest class mean gained, side by side, in points of accuracy.
-
-    Args:
-        gain: From :func:`accuracy_gain`.
-        ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-    Returns:
-        Figure and axis; the figure is ``None`` if ``ax`` was given.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    check_type("gain", gain, AccuracyGain)
-    figure, axis = new_axis(ax)
-    names = ("seen\namong all", "absent\namong all", "seen\namong seen", "absent\namong absent")
-    for shift, (label, values, color) in zip(
-        (-0.2, 0.2),
-        (
-            ("network", gain.network, COLORS["both"]),
-            ("nearest class mean of the features", gain.ncm, "tab:green"),
-        ),
-        strict=True,
-    ):
-        heights = [100 * value for value in astuple(values)]
-        axis.bar([place + shift for place in range(4)], heights, width=0.4, label=label, color=color)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(4), names)
-    axis.set(ylabel="Gain by fine-tuning, points of accuracy")
-    axis.legend(fontsize="small")
-    return figure, axis

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_calibft.analysis import accuracy_gain, group_accuracies, plot_accuracy_gain
+from lightning_calibft.analysis.accuracy_gain import accuracy_gain, group_accuracies
 from tests.calibration.nets import Net
 from tests.helpers.analysis_references import _reference_ncm
 from tests.helpers.references import _reference_split_accuracy, random_case
@@ -62,7 +62,7 @@ def test_gain():
     assert gain.ncm.absent_among_all == gain.ncm_after.absent_among_all - gain.ncm_before.absent_among_all
     assert gain.ncm.absent_among_all != gain.network.absent_among_all
 
-    _, ax = plot_accuracy_gain(gain)
+    _, ax = gain.plot()
     heights = [bar.get_height() for bar in ax.patches]
     assert heights == pytest.approx([100 * value for value in (*astuple(gain.network), *astuple(gain.ncm))])
 

@@ -166,7 +166,7 @@ def test_without_validation_only_weights(tmp_path):
     assert all(each.levels is each.evaluation is None for each in diagnostics.snapshots)
     check_weights(diagnostics.snapshots[-1], pretrained().fc.weight.detach(), module.fc.weight.detach())
     text = (tmp_path / "calibration_report.md").read_text()
-    assert "No validation had labelled samples of both" in text
+    assert "No validation had labeled samples of both" in text
     assert text.count("data:image/png") == 3
 
 
@@ -177,7 +177,7 @@ def test_validation_of_seen_classes_alone(tmp_path):
     last = diagnostics.snapshots[-1]
     assert last.evaluation is None
     assert (last.levels.seen.num_samples, last.levels.absent.num_samples) == (12, 0)
-    assert "No validation had labelled samples of both" in (tmp_path / "calibration_report.md").read_text()
+    assert "No validation had labeled samples of both" in (tmp_path / "calibration_report.md").read_text()
 
 
 def test_all_loaders_are_one_set(tmp_path):

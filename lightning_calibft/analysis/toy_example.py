@@ -1,4 +1,4 @@
-"""The smallest example of what fine-tuning on some classes does to the others."""
+"""A toy example of what fine-tuning on some classes does to the others."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_calibft._arguments import check_integer, check_number, check_type
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
+from lightning_calibft._arguments import check_integer, check_number
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, add_legend, new_axis
 
-SEEN, ABSENT = (0, 1), (2, 3)
 _PRETRAINING_STEPS, _PRETRAINING_RATE = 2000, 0.3
 
 
 @dataclass(frozen=True)
 class ToyTrajectory:
-    """What happened to four classes, of which 0 and 1 are fine-tuned on; ``T + 1`` rows, one before each step.
+    """The course of fine-tuning on classes 0 and 1 of four classes, with ``T + 1`` rows: before and after each step.
 
     Attributes:
         features: Mean feature of each class, of shape ``(T + 1, 4, 2)``.
-        goal: Mean feature of each class in the domain of pre-training, of shape ``(4, 2)``, that the head knows.
-        true_logit: Mean logit of the true class of each class' samples, of shape ``(T + 1, 4)``.
-        seen_logit: Mean largest logit of a seen class, for each class' samples, of shape ``(T + 1, 4)``.
-        accuracy: Accuracy of each class' samples among all classes, of shape ``(T + 1, 4)``.
-        own_accuracy: The same among the two classes of its own group, seen or absent.
+        goal: Mean feature of each class in the domain of pre-training, for which the head was trained, ``(4, 2)``.
+        true_logit: Mean logit of the true class, for the samples of each class, of shape ``(T + 1, 4)``.
+        seen_logit: Mean largest logit of a seen class, for the samples of each class, of shape ``(T + 1, 4)``.
+        accuracy: Accuracy among all classes, for the samples of each class, of shape ``(T + 1, 4)``.
+        own_accuracy: Accuracy among the two classes of the same group, seen or absent, of shape ``(T + 1, 4)``.
     """
 
     features: Tensor
@@ -34,6 +33,22 @@ class ToyTrajectory:
     seen_logit: Tensor
     accuracy: Tensor
     own_accuracy: Tensor
+
+    def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Draw the path of the mean feature of each class from its start (dot) towards its goal (star).
+
+        Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
+        """
+        figure, axis = new_axis(ax)
+        for label, group, style in ((0, "seen", "-"), (1, "seen", "--"), (2, "absent", "-"), (3, "absent", "--")):
+            path, logit, color = self.features[:, label], self.true_logit[:, label], COLORS[group]
+            text = f"{group} class {label}:\nlogit {logit[0]:.1f} to {logit[-1]:.1f}"
+            axis.plot(*path.T.numpy(), style, color=color, label=text)
+            axis.plot(*path[0].numpy(), "o", color=color)
+            axis.plot(*self.goal[label].numpy(), "*", color=color, markersize=12)
+        axis.set(xlabel="First feature", ylabel="Second feature", title="From the dot towards the star")
+        add_legend(axis)
+        return figure, axis
 
 
 @dataclass
@@ -51,7 +66,7 @@ class _Network:
         return self.features(inputs) @ self.weight.T + self.bias
 
     def step(self, inputs: Tensor, target: Tensor, learning_rate: float) -> _Network:
-        """One step of gradient descent on the mean cross-entropy over all four classes."""
+        """Take one step of gradient descent on the mean cross-entropy over all four classes."""
         error = (self.logits(inputs).softmax(1) - F.one_hot(target, 4)) / len(target)
         return _Network(
             self.layer - learning_rate * (error @ self.weight).T @ inputs,
@@ -66,17 +81,17 @@ def toy_example(
     """Fine-tune a linear layer and a linear head on two of four classes of points in the plane.
 
     Both are pre-trained on all four classes. Then the domain changes: the plane is squeezed along one axis. Gradient
-    descent on classes 0 and 1 moves their features back towards where the head knows them, and since all features go
-    through one layer, those of classes 2 and 3 come along: they can be told apart better than before. But their logits
-    fall, and those of the seen classes rise: what the network predicts for them gets worse while their features get
-    better. The idea is that of the toy example in Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024.
+    descent on classes 0 and 1 moves their features back to where the head expects them. All features go through the
+    same layer, so those of classes 2 and 3 move along and become easier to tell apart. But the logits of classes 2 and
+    3 fall while those of the seen classes rise, so their predictions get worse while their features get better. The
+    idea is that of the toy example in Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024.
 
     Args:
         steps: Number of steps ``T`` of fine-tuning.
-        learning_rate: Of gradient descent, on all samples at once.
-        squeeze: What the second coordinate is multiplied by in the new domain.
+        learning_rate: Learning rate of gradient descent, which uses all samples in each step.
+        squeeze: Factor of the second coordinate in the new domain.
         samples_per_class: Number of samples of each class.
-        seed: Of the samples. The global random state is not touched.
+        seed: Seed of the samples. The global random state does not change.
 
     Raises:
         ValueError: If ``steps`` or ``samples_per_class`` is less than 1.
@@ -85,9 +100,9 @@ def toy_example(
         >>> from lightning_calibft.analysis import toy_example
         >>> toy = toy_example()
         >>> distance = (toy.features - toy.goal).norm(dim=2)[:, 2:].mean(1)
-        >>> bool(distance[-1] < distance[0] / 2)  # absent features come along,
+        >>> bool(distance[-1] < distance[0] / 2)  # absent features move along,
         True
-        >>> [round(toy.own_accuracy[t, 2:].mean().item(), 1) for t in (0, -1)]  # and are told apart better,
+        >>> [round(toy.own_accuracy[t, 2:].mean().item(), 1) for t in (0, -1)]  # and become easier to tell apart,
         [0.8, 1.0]
         >>> bool((toy.true_logit[-1, 2:] < toy.true_logit[0, 2:]).all())  # but their logits fall,
         True
@@ -100,22 +115,22 @@ def toy_example(
     learning_rate, squeeze = check_number("learning_rate", learning_rate), check_number("squeeze", squeeze)
     source, target, goal, network = _pretrain(samples_per_class, seed)
     inputs, seen = source * source.new_tensor([1.0, squeeze]), target < 2
-    rows = [_look(network, inputs, target)]
+    rows = [_measure(network, inputs, target)]
     for _ in range(steps):
         network = network.step(inputs[seen], target[seen], learning_rate)
-        rows.append(_look(network, inputs, target))
+        rows.append(_measure(network, inputs, target))
     features, *rest = (torch.stack(column) for column in zip(*rows, strict=True))
     return ToyTrajectory(features, goal, *rest)
 
 
 def _pretrain(samples_per_class: int, seed: int) -> tuple[Tensor, Tensor, Tensor, _Network]:
-    """Samples, their classes, the mean feature of each class and the network that has learned them all."""
+    """Return samples, their classes, the mean feature of each class, and a network trained on all of them."""
     generator = torch.Generator().manual_seed(seed)
-    # Around a point far from the origin: all features have a part in common, as those after a ReLU do.
+    # Around a point far from the origin, so that all features have a part in common, as after a ReLU.
     angle = torch.tensor([45.0, 135.0, 225.0, 315.0], dtype=torch.float64).deg2rad()
-    centres = torch.stack([angle.cos(), angle.sin()], 1) + 2
+    centers = torch.stack([angle.cos(), angle.sin()], 1) + 2
     target = torch.arange(4).repeat_interleave(samples_per_class)
-    inputs = centres[target] + 0.25 * torch.randn(len(target), 2, generator=generator, dtype=torch.float64)
+    inputs = centers[target] + 0.25 * torch.randn(len(target), 2, generator=generator, dtype=torch.float64)
     network = _Network(torch.eye(2).double(), torch.zeros(4, 2).double(), torch.zeros(4).double())
     for _ in range(_PRETRAINING_STEPS):
         network = network.step(inputs, target, _PRETRAINING_RATE)
@@ -123,11 +138,11 @@ def _pretrain(samples_per_class: int, seed: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _class_means(values: Tensor) -> Tensor:
-    """Mean of each of the four equal parts."""
-    return values.unflatten(0, (4, -1)).mean(1)
+    """Return the mean of each quarter of the rows."""
+    return values.reshape(4, -1, *values.shape[1:]).mean(1)
 
 
-def _look(network: _Network, inputs: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def _measure(network: _Network, inputs: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     logits = network.logits(inputs)
     own = torch.cat([logits[:, :2].argmax(1)[target < 2], logits[:, 2:].argmax(1)[target >= 2] + 2])
     return (
@@ -137,30 +152,3 @@ def _look(network: _Network, inputs: Tensor, target: Tensor) -> tuple[Tensor, ..
         _class_means((logits.argmax(1) == target).double()),
         _class_means((own == target).double()),
     )
-
-
-def plot_toy_example(trajectory: ToyTrajectory, *, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-    """Draw the way of each class' mean feature to where the head knows it, and what its logit does meanwhile.
-
-    Args:
-        trajectory: From :func:`toy_example`.
-        ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-    Returns:
-        Figure and axis; the figure is ``None`` if ``ax`` was given.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    check_type("trajectory", trajectory, ToyTrajectory)
-    figure, axis = new_axis(ax)
-    for label in (*SEEN, *ABSENT):
-        path, logit = trajectory.features[:, label], trajectory.true_logit[:, label]
-        group, style = ("seen", "-") if label in SEEN else ("absent", "--")
-        text = f"{group} class {label}: logit {logit[0]:.1f} to {logit[-1]:.1f}"
-        (line,) = axis.plot(*path.T.numpy(), style, label=text)
-        axis.plot(*path[0].numpy(), "o", color=line.get_color())
-        axis.plot(*trajectory.goal[label].numpy(), "*", color=line.get_color(), markersize=12)
-    axis.set(xlabel="First feature", ylabel="Second feature", title="From the dot towards the star")
-    axis.legend(loc="lower left", fontsize="small")
-    return figure, axis

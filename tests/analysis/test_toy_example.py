@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.analysis import plot_toy_example, toy_example
-from lightning_calibft.analysis.toy import _pretrain
+from lightning_calibft.analysis.toy_example import _pretrain, toy_example
 
 
 def _reference_trajectory(steps, learning_rate, squeeze, samples, seed):
@@ -85,7 +84,7 @@ def test_errors():
 
 def test_picture():
     toy = toy_example(steps=20)
-    _, ax = plot_toy_example(toy)
+    _, ax = toy.plot()
     assert len(ax.lines) == 12  # a path, its beginning and its goal for each class
     path = ax.lines[6]
     assert path.get_ydata().tolist() == toy.features[:, 2, 1].tolist()

@@ -9,7 +9,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from lightning_calibft.analysis import GroupLevels, LogitLevelsMetric, logit_levels, plot_logit_levels
+from lightning_calibft.analysis.logit_levels import LogitLevelsMetric, logit_levels
 from tests.helpers.analysis_references import _reference_levels
 from tests.helpers.references import random_case
 
@@ -56,14 +56,3 @@ def test_ignored_and_unknown_labels_do_not_count():
     metric_of_rest = LogitLevelsMetric(logits.shape[1], seen, absent)
     metric_of_rest.update(logits[rest], other[rest])
     assert metric.levels() == metric_of_rest.levels()
-
-
-def test_picture():
-    levels = [GroupLevels(float(i), 2.0, 3.0, 5) for i in range(3)]
-    _, ax = plot_logit_levels([0, 1, 2], levels)
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[0, 1, 2], [2, 2, 2], [3, 3, 3]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "true class",
-        "largest other seen class",
-        "largest other absent class",
-    ]

@@ -1,15 +1,13 @@
-"""How high the logits of labelled samples stand: that of the true class, and the largest of the others."""
+"""Mean logits of labeled samples: that of the true class, and the largest ones of the other classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_calibft.analysis._axes import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, check_series, draw_lines, new_axis
 from lightning_calibft.functional._group_logits import top_classes
 from lightning_calibft.functional._inputs import _SEEN, Groups, prepare, real_dtype
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
@@ -24,7 +22,7 @@ class GroupLevels:
         true: Logit of the true class.
         other_seen: Largest logit among the seen classes that are not the true one.
         other_absent: Largest logit among the absent classes that are not the true one.
-        num_samples: How many samples the means are of.
+        num_samples: Number of samples.
     """
 
     true: float
@@ -44,17 +42,17 @@ class LogitLevels:
 def logit_levels(
     preds: Tensor, target: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None
 ) -> LogitLevels:
-    """Mean ground-truth logit and mean largest other logits of labelled samples.
+    """Return the mean ground-truth logit and the mean largest other logits of labeled samples.
 
-    For samples of absent classes, the difference of ``true`` and ``other_absent`` is what tells absent classes apart,
-    and no gamma changes it; that of ``other_seen`` and ``true`` is what gamma has to make up for. Mai et al.,
-    "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
+    For samples of absent classes, ``true - other_absent`` tells how well the absent classes are told apart, whatever
+    gamma is, and ``other_seen - true`` is the gap that gamma has to close. See Mai et al., "Fine-Tuning is Fine, if
+    Calibrated", NeurIPS 2024, section 5.
 
     Args:
         preds: Logits of shape ``(N, C)``, without gamma.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
 
     Raises:
         ValueError: If shapes, classes or labels do not fit.
@@ -72,24 +70,23 @@ def logit_levels(
 
 
 class LogitLevelsMetric(AbsentClassMetric):
-    """The means of :func:`logit_levels` over many batches; the state is eight numbers.
+    """The means of :func:`logit_levels` over many batches. The state is eight numbers.
 
-    As input to ``update`` the metric accepts logits ``preds (N, C)`` and ``target (N,)``, as output of ``compute`` it
-    returns a tensor of shape ``(2, 3)``: for seen and absent samples the means ``true``, ``other_seen`` and
-    ``other_absent``.
-    After ``compute`` on all processes, :meth:`levels` gives them with their names.
+    As input to ``update`` the metric accepts logits ``(N, C)`` and ``target (N,)``. As output of ``compute`` it returns
+    a tensor of shape ``(2, 3)``: the means ``true``, ``other_seen``, and ``other_absent`` of seen and of absent
+    samples. :meth:`levels` returns the same by name.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
-        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronisation.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+        absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
+        ignore_index: A label whose samples are ignored.
+        validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
+        kwargs: Arguments for :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
-        >>> from lightning_calibft.analysis import LogitLevelsMetric
+        >>> from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
         >>> metric = LogitLevelsMetric(4, seen_classes=[0, 1])
         >>> metric.update(torch.tensor([[5.0, 1.0, 2.0, 0.0], [4.0, 3.0, 1.0, 2.0]]), torch.tensor([0, 3]))
         >>> metric.compute()
@@ -131,14 +128,14 @@ class LogitLevelsMetric(AbsentClassMetric):
         return _means(self.sums, self.counts)
 
     def levels(self) -> LogitLevels:
-        """Return the means with their names, and the numbers of samples."""
+        """Return the means by name, and the numbers of samples."""
         self.compute()
         assert self._found is not None
         return self._found
 
 
 def _sums(logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Sums of the three logits over the samples of each group, ``(2, 3)``, and how many those are, ``(2,)``."""
+    """Return the sums of the three logits over the samples of each group, ``(2, 3)``, and their numbers, ``(2,)``."""
     logits, dtype = logits.detach(), real_dtype(logits.device)
     group = groups.of_samples(target, ignore_index)
     place = target.long().clamp(0, logits.shape[1] - 1).unsqueeze(1)
@@ -152,7 +149,7 @@ def _sums(logits: Tensor, target: Tensor, groups: Groups, ignore_index: int | No
 
 def _means(sums: Tensor, counts: Tensor) -> Tensor:
     means = sums / counts.unsqueeze(1)
-    return means.masked_fill(means == -torch.inf, torch.nan)  # of a group of one class there is no other
+    return means.masked_fill(means == -torch.inf, torch.nan)  # a group of one class has no other
 
 
 def _levels(sums: Tensor, counts: Tensor) -> LogitLevels:
@@ -161,30 +158,3 @@ def _levels(sums: Tensor, counts: Tensor) -> LogitLevels:
         for (true, other_seen, other_absent), count in zip(_means(sums, counts).tolist(), counts.tolist(), strict=True)
     )
     return LogitLevels(seen, absent)
-
-
-def plot_logit_levels(
-    steps: Sequence[int], levels: Sequence[GroupLevels], *, ax: _AX_TYPE | None = None
-) -> _PLOT_OUT_TYPE:
-    """Draw the mean logits of the samples of one group over training.
-
-    Args:
-        steps: Training steps.
-        levels: ``.absent`` or ``.seen`` of what :func:`logit_levels` gives, one a step.
-        ax: A matplotlib axis to draw on. ``None``: a new figure.
-
-    Returns:
-        Figure and axis; the figure is ``None`` if ``ax`` was given.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    check_series(steps, "levels", levels, GroupLevels)
-    figure, axis = new_axis(ax)
-    lines = {
-        "true class": ([each.true for each in levels], "black", "-"),
-        "largest other seen class": ([each.other_seen for each in levels], COLORS["seen"], "--"),
-        "largest other absent class": ([each.other_absent for each in levels], COLORS["absent"], "--"),
-    }
-    draw_lines(axis, steps, lines, "Mean logit")
-    return figure, axis

@@ -1,0 +1,247 @@
+"""A callback that reports what fine-tuning does to absent classes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_calibft._arguments import check_integer, check_path
+from lightning_calibft.analysis import calibration_report
+from lightning_calibft.analysis.history import History, Snapshot
+from lightning_calibft.analysis.report import Format
+from lightning_calibft.calibration import BatchReader, UnpackBatch
+from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
+from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
+from lightning_calibft.checkpoint.files import replace_atomically
+from lightning_calibft.head import find_head, num_classes
+from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
+from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.plotting import check_matplotlib
+from lightning_calibft.split import ClassSplit
+
+_FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
+
+
+class CalibrationDiagnostics(Callback):
+    """Measures what fine-tuning does to absent classes, and writes a one-page report when the fit ends.
+
+    For each validation and each epoch it records the accuracies on seen and absent classes, AUSUC, and the best gamma;
+    the mean logits of the true class and of the largest other classes; the norms of the head's rows; and how similar
+    the updates of these rows are since the first step. The report says in words whether gamma helps, and whether
+    calibration cannot help because the features of absent classes got worse. The analyses are those of Mai et al.,
+    "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024); see :mod:`lightning_calibft.analysis`.
+
+    The measurements use the logits without gamma from the module's own validation, over all validation loaders
+    together. The callback works alone or with :class:`~lightning_calibft.AbsentClassCalibration`, in any order.
+
+    Note:
+        The callback does not change the loss, the random state, the weights, or the state dict of the model. Its own
+        state (the measurements so far and a copy of the head's first weight) is saved in checkpoints, and a resumed fit
+        continues with it.
+
+        Call ``trainer.validate(model, val_loader)`` before ``trainer.fit`` to make the model before fine-tuning the
+        first point. This needs ``seen_classes``.
+
+    Args:
+        seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels of the training batches so
+            far. Whenever a new class appears, earlier measurements are dropped.
+        absent_classes: Head rows of the classes that it lacks. ``None``: all classes that are not seen.
+        head: Dotted name of the module that outputs the logits, if it is not found automatically.
+        every_n_epochs: Measure every ``every_n_epochs`` epochs, starting with the first, and in the last epoch.
+        output: The file to write, ``.md`` or ``.html``, with its pictures embedded. Relative to the Trainer's
+            ``default_root_dir``. An existing file is replaced.
+        unpack_batch: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        class_map: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        label_names: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+
+    Attributes:
+        snapshots: The measurements so far, in order.
+
+    Raises:
+        ModuleNotFoundError: In ``setup``, if matplotlib is not installed.
+        ValueError: If an argument is out of range, or, when a fit starts, if the head is not found or the classes do
+            not fit it.
+        RuntimeError: In ``setup``, if the strategy shards the weights.
+
+    Example::
+
+        diagnostics = CalibrationDiagnostics(seen_classes=[0, 1, 2], output="report.html")
+        trainer = Trainer(callbacks=[diagnostics, AbsentClassCalibration()])
+        trainer.validate(model, val_loader)
+        trainer.fit(model, train_loader, val_loader)
+    """
+
+    def __init__(
+        self,
+        seen_classes: list[int] | None = None,
+        absent_classes: list[int] | None = None,
+        *,
+        head: str | None = None,
+        every_n_epochs: int = 1,
+        output: str = "calibration_report.md",
+        unpack_batch: UnpackBatch | str | None = None,
+        class_map: ClassMap | None = None,
+        label_names: LabelNames | None = None,
+    ) -> None:
+        check_class_lists(seen_classes, absent_classes)
+        check_integer("every_n_epochs", every_n_epochs, least=1)
+        check_path("output", output)
+        if Path(output).suffix not in _FORMATS:
+            raise ValueError(f"Expected argument `output` to end in .md or .html, but got {output!r}.")
+        self.seen_classes = seen_classes
+        self.absent_classes = absent_classes
+        self.head = head
+        self.every_n_epochs = every_n_epochs
+        self.output = output
+        self.unpack_batch = unpack_batch
+        self.class_map = class_map
+        self.label_names = label_names
+        self._recorder: SnapshotRecorder | None = None
+        self._history: History | None = None
+        self._history_before_fit: History | None = None  # of a validation before the fit
+        self._restored_classes: list[int] = []
+        self._warned = False
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The measurements so far, in order."""
+        return [] if self._history is None else self._history.snapshots
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_trainer(trainer, pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise RuntimeError(
+                "CalibrationDiagnostics does not support ModelParallelStrategy, because each process holds only a part"
+                " of the head's weight. Use the strategy 'ddp', or train without this callback."
+            )
+        if stage == "fit":
+            check_matplotlib()
+            if trainer.is_global_zero:
+                self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
+            self._history, self._restored_classes, self._warned = None, [], False
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored_classes = state_dict["seen_classes"]
+        self._history = state_dict["history"] and History.from_state_dict(state_dict["history"])
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        recorder = self._start_recorder(trainer, pl_module)
+        weight, before, self._history_before_fit = recorder.weight(), self._history_before_fit, None
+        if self._history is not None:  # restored
+            recorder.add_classes({*self._restored_classes, *self._history.seen_classes})
+        elif before is not None and before.begins_with(weight):
+            self._history = before
+        else:
+            self._history = History(trainer.current_epoch, trainer.global_step, weight)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is not None:
+            self._recorder.add_training_batch(batch, trainer.train_dataloader)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._start_recorder(trainer, pl_module).start_validation()
+        elif self._recorder is not None and not trainer.sanity_checking and self._is_due(trainer):
+            self._recorder.start_validation()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        assert self._recorder is not None
+        self._recorder.start_batch(batch)
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        assert self._recorder is not None
+        self._recorder.end_batch()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in `on_validation_epoch_end`, where weight averaging may or may not have restored the trained weights.
+        assert self._recorder is not None
+        if trainer.state.fn == "fit":
+            assert self._history is not None
+            self._recorder.end_validation(self._history, trainer.current_epoch + 1, trainer.global_step)
+        else:
+            self._history_before_fit = History(0, 0, self._recorder.weight())
+            self._recorder.end_validation(self._history_before_fit, 0, 0)
+            self._remove_recorder()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is None or self._history is None or not self._is_due(trainer):
+            return
+        if not (self.snapshots and self.snapshots[-1].step == trainer.global_step):  # else a validation added it
+            self._recorder.end_epoch(self._history, trainer.current_epoch + 1, trainer.global_step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        classes = [] if self._recorder is None else self._recorder.classes()
+        return {"seen_classes": classes, "history": self._history and self._history.state_dict()}
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._recorder is not None
+        if trainer.is_global_zero:
+            self._write_report(self._path(trainer), self._recorder.weight())
+        self._remove_recorder()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_recorder()
+
+    def _start_recorder(self, trainer: Trainer, model: LightningModule) -> SnapshotRecorder:
+        self._remove_recorder()
+        width, split = num_classes(find_head(model, self.head)), None
+        if self.seen_classes is not None:
+            split = ClassSplit(width, self.seen_classes, self.absent_classes)
+        reader = BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, width))
+        self._recorder = SnapshotRecorder(model, self.head, reader, split, trainer.strategy, self._warn_once)
+        return self._recorder
+
+    def _remove_recorder(self) -> None:
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._recorder = None
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch
+        return epoch % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, self.output)
+
+    def _write_report(self, path: Path, weight: Tensor | None) -> None:
+        history = self._history
+        if history is None or history.split is None:
+            rank_zero_warn(
+                "CalibrationDiagnostics writes no report, because no epoch was trained with both seen and absent"
+                " classes."
+            )
+            return
+        weights = None if history.weight is None or weight is None else (history.weight, weight)
+        text = calibration_report(history.snapshots, history.split, weights, format=_FORMATS[path.suffix])
+        try:
+            replace_atomically(path, lambda file: file.write(text.encode()))
+        except OSError as error:  # must not fail a fit that is complete
+            rank_zero_warn(f"CalibrationDiagnostics could not write its report: {error}.")
+        else:
+            rank_zero_info(f"Calibration report: {path}")
+
+    def _warn_once(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"CalibrationDiagnostics ignores some batches. {reason}", stacklevel=2)
