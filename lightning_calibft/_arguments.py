@@ -98,6 +98,15 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
+def check_class_ids(name: str, value: Tensor, remedy: str) -> None:
+    """Raise if a tensor of labels is not one of integers: soft, multi-label and boolean ones name no single class."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(
+            f"Expected {name} to be a tensor of class ids, but got dtype {value.dtype} with shape {tuple(value.shape)}."
+            f" Soft and multi-label targets name no single class. {remedy}"
+        )
+
+
 def check_values(name: str, value: Tensor) -> None:
     """Raise if a tensor has a shape alone."""
     if value.is_meta:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_calibft._arguments import check_integer, check_tensor, is_integer
+from lightning_calibft._arguments import check_class_ids, check_integer, check_tensor, is_integer
 
 ClassIds = Iterable[int] | Tensor
 
@@ -81,11 +81,7 @@ class ClassSplit:
             ClassSplit(num_classes=4, seen_classes=(0, 2), absent_classes=(1, 3))
         """
         check_tensor("target", target)
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(
-                f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
-                " Soft and multi-label targets name no single class: pass `seen_classes` instead."
-            )
+        check_class_ids("argument `target`", target, "Pass `seen_classes` instead.")
         return cls(num_classes, target.unique())
 
     @property

@@ -22,7 +22,7 @@ def root(function: Callable[[float], float], low: float = -300.0, high: float = 
 
 
 def pseudo_absent(run: Run) -> float:
-    return pseudo_absent_gamma(run.logits, run.target, run.pretrained_logits, run.seen).item()
+    return pseudo_absent_gamma(run.logits, run.target, run.pretrained_logits, run.seen).gamma.item()
 
 
 def soft_mass(run: Run) -> float:

@@ -150,7 +150,7 @@ def paper_rows(net: nn.Module, data: TargetData, folder: Path, args: argparse.Na
     groups = data.split.seen_classes, data.split.absent_classes
     gammas = {
         "fine-tuned": 0.0,
-        "+ ALG": average_logit_gap(train.logits[seen], train.target[seen], *groups).item(),
+        "+ ALG": average_logit_gap(train.logits[seen], train.target[seen], *groups).gamma.item(),
         "+ pseudo_absent": get_gamma(tuned),
         "+ oracle gamma": best_gamma(test.logits, test.target, *groups).item(),
     }

@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_calibft._arguments import check_class_ids
 from lightning_calibft.labels.class_map import rows_tensor, to_rows
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
@@ -158,11 +158,7 @@ def check_target(target: Any) -> Tensor:
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"Expected the target of a batch to be a tensor, but got {_kind(target)}. {UNPACK_REMEDY}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"Expected the target of a batch to hold class ids, but got dtype {target.dtype} with shape"
-            f" {tuple(target.shape)}: soft and multi-label targets name no single class. {CLEAN_LABELS_REMEDY}"
-        )
+    check_class_ids("the target of a batch", target, CLEAN_LABELS_REMEDY)
     if target.ndim != 1:
         raise ValueError(
             f"Expected the target of a batch to have shape (N,), one class id a sample, but got"

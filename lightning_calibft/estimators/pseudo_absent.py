@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_calibft.estimators.sample_estimator import SampleEstimator
+from lightning_calibft.functional.average_logit_gap import GammaEstimate
 from lightning_calibft.functional.pseudo_absent import pseudo_absent_compute, pseudo_absent_margins
 
 
@@ -61,10 +62,10 @@ class PseudoAbsent(SampleEstimator):
         self._keep(pseudo_absent_margins(preds, target, pretrained_preds, self._groups), target)
 
     def _gamma(self, samples: Tensor) -> Tensor:
-        return self._gamma_and_error(samples)[0]
+        return self._estimate(samples).gamma
 
     def _gamma_error(self, samples: Tensor) -> Tensor:
-        return self._gamma_and_error(samples)[1]
+        return self._estimate(samples).standard_error
 
-    def _gamma_and_error(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def _estimate(self, samples: Tensor) -> GammaEstimate:
         return pseudo_absent_compute(samples, len(self.split.seen_classes), len(self.split.absent_classes))

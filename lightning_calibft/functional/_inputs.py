@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft._arguments import check_integer, check_tensor, check_values
+from lightning_calibft._arguments import check_class_ids, check_integer, check_tensor, check_values
 from lightning_calibft.split import ClassIds, ClassSplit
 
 Average = Literal["micro", "macro"]
@@ -104,11 +104,7 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
     """Raise if labels are not one class id per sample."""
     check_tensor("target", target)
     check_values("target", target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"Expected argument `target` to be a tensor of class ids, but got dtype {target.dtype}."
-            " Soft and multi-label targets name no single class: pass the ids from before label mixing."
-        )
+    check_class_ids("argument `target`", target, "Pass the ids from before label mixing.")
     if target.shape != (num_samples,):
         raise ValueError(
             f"Expected argument `target` to have shape ({num_samples},), one class id per sample, but got"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,30 +19,11 @@ from lightning_calibft.functional._inputs import (
 from lightning_calibft.split import ClassIds
 
 
-@overload
-def average_logit_gap(
-    preds: Tensor,
-    target: Tensor,
-    seen_classes: ClassIds,
-    absent_classes: ClassIds | None = None,
-    *,
-    return_standard_error: Literal[False] = False,
-    ignore_index: int | None = None,
-    validate_args: bool = True,
-) -> Tensor: ...
+class GammaEstimate(NamedTuple):
+    """Gamma and how uncertain it is."""
 
-
-@overload
-def average_logit_gap(
-    preds: Tensor,
-    target: Tensor,
-    seen_classes: ClassIds,
-    absent_classes: ClassIds | None = None,
-    *,
-    return_standard_error: Literal[True],
-    ignore_index: int | None = None,
-    validate_args: bool = True,
-) -> tuple[Tensor, Tensor]: ...
+    gamma: Tensor
+    standard_error: Tensor
 
 
 def average_logit_gap(
@@ -51,10 +32,9 @@ def average_logit_gap(
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
-    return_standard_error: bool = False,
     ignore_index: int | None = None,
     validate_args: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> GammaEstimate:
     r"""Estimate gamma by how far the absent logits lie below the seen ones on the fine-tuning data.
 
     .. math::
@@ -68,14 +48,12 @@ def average_logit_gap(
         target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        return_standard_error: Whether to return the standard error of the mean as well.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with
-        ``return_standard_error`` the pair of gamma and its standard error, the sample standard deviation of the gaps
-        over :math:`\sqrt{n}`.
+        Gamma and its standard error, the sample standard deviation of the gaps over :math:`\sqrt{n}`: float64 scalars
+        (float32 on devices without float64). Gamma is NaN with a warning if no sample counts.
 
     Raises:
         ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
@@ -85,7 +63,7 @@ def average_logit_gap(
         >>> import torch
         >>> from lightning_calibft.functional import average_logit_gap
         >>> logits = torch.tensor([[4.0, 1.0, -2.0], [2.0, 3.0, -1.0]])
-        >>> average_logit_gap(logits, torch.tensor([0, 1]), seen_classes=[0, 1])
+        >>> average_logit_gap(logits, torch.tensor([0, 1]), seen_classes=[0, 1]).gamma
         tensor(3., dtype=torch.float64)
     """
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
@@ -93,8 +71,7 @@ def average_logit_gap(
     if validate_args:
         warn_if_probabilities(preds)
     counted = groups.of_samples(target, ignore_index) == _SEEN
-    gamma, standard_error = gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
-    return (gamma, standard_error) if return_standard_error else gamma
+    return gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
 
 
 def check_seen_classes(num_seen_classes: int) -> None:
@@ -125,10 +102,10 @@ def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return counted.sum(), gaps.sum(), gaps.square().sum()
 
 
-def gap_compute(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def gap_compute(count: Tensor, total: Tensor, squares: Tensor) -> GammaEstimate:
     """Mean of the gaps and its standard error."""
     if not count:
         rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
     gamma = total / count
     variance = (squares - total * gamma).clamp(min=0) / (count - 1)
-    return gamma, torch.where(count > 1, (variance / count).sqrt(), torch.nan)
+    return GammaEstimate(gamma, torch.where(count > 1, (variance / count).sqrt(), torch.nan))

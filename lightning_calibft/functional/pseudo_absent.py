@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from lightning_calibft.functional._inputs import (
     real_dtype,
     warn_if_probabilities,
 )
-from lightning_calibft.functional.average_logit_gap import check_seen_classes
+from lightning_calibft.functional.average_logit_gap import GammaEstimate, check_seen_classes
 from lightning_calibft.split import ClassIds
 
 _STEPS = 80  # of bisection: from any range of logits to the last bit of float64
 
 
-@overload
 def pseudo_absent_gamma(
     preds: Tensor,
     target: Tensor,
@@ -32,37 +30,9 @@ def pseudo_absent_gamma(
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
-    return_standard_error: Literal[False] = False,
     ignore_index: int | None = None,
     validate_args: bool = True,
-) -> Tensor: ...
-
-
-@overload
-def pseudo_absent_gamma(
-    preds: Tensor,
-    target: Tensor,
-    pretrained_preds: Tensor,
-    seen_classes: ClassIds,
-    absent_classes: ClassIds | None = None,
-    *,
-    return_standard_error: Literal[True],
-    ignore_index: int | None = None,
-    validate_args: bool = True,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def pseudo_absent_gamma(
-    preds: Tensor,
-    target: Tensor,
-    pretrained_preds: Tensor,
-    seen_classes: ClassIds,
-    absent_classes: ClassIds | None = None,
-    *,
-    return_standard_error: bool = False,
-    ignore_index: int | None = None,
-    validate_args: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> GammaEstimate:
     r"""Estimate gamma by what it must separate: seen samples from pseudo-absent copies of them.
 
     A sample :math:`(x, y)` decides for the seen classes by the margin :math:`m = \max_S z - \max_U z`. Its
@@ -92,13 +62,12 @@ def pseudo_absent_gamma(
         pretrained_preds: Logits of the same samples, ``(N, C)``, from the model before fine-tuning.
         seen_classes: Ids of the at least two classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        return_standard_error: Whether to return the standard error as well.
         ignore_index: A label whose samples are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        Gamma, a float64 scalar (float32 on devices without float64), NaN with a warning if no sample counts; with
-        ``return_standard_error`` the pair of gamma and its standard error, that of an M-estimator (the sandwich).
+        Gamma and its standard error, that of an M-estimator (the sandwich): float64 scalars (float32 on devices without
+        float64). Gamma is NaN with a warning if no sample counts.
 
     Raises:
         ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
@@ -109,7 +78,7 @@ def pseudo_absent_gamma(
         >>> from lightning_calibft.functional import pseudo_absent_gamma
         >>> pretrained = torch.tensor([[2.0, 0.0, 0.0, -1.0], [0.0, 2.0, 0.0, -1.0]])
         >>> logits = torch.tensor([[6.0, 0.0, -3.0, -4.0], [0.0, 6.0, -3.0, -4.0]])
-        >>> pseudo_absent_gamma(logits, torch.tensor([0, 1]), pretrained, seen_classes=[0, 1])
+        >>> pseudo_absent_gamma(logits, torch.tensor([0, 1]), pretrained, seen_classes=[0, 1]).gamma
         tensor(5., dtype=torch.float64)
     """
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
@@ -122,8 +91,7 @@ def pseudo_absent_gamma(
     margins = margins[groups.of_samples(target, ignore_index) == _SEEN]
     if not len(margins):
         rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
-    gamma, standard_error = pseudo_absent_compute(margins, len(groups.seen), len(groups.absent))
-    return (gamma, standard_error) if return_standard_error else gamma
+    return pseudo_absent_compute(margins, len(groups.seen), len(groups.absent))
 
 
 def pseudo_absent_margins(preds: Tensor, target: Tensor, pretrained_preds: Tensor, groups: Groups) -> Tensor:
@@ -144,11 +112,11 @@ def pseudo_absent_margins(preds: Tensor, target: Tensor, pretrained_preds: Tenso
     return in_row_chunks(margins, preds, target, pretrained_preds)[0]
 
 
-def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tuple[Tensor, Tensor]:
+def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> GammaEstimate:
     """Gamma and its standard error from the margins ``(N, 2)``; NaN if there are none or one is not finite."""
     seen, pseudo = margins.unbind(1)
     if not len(margins) or not margins.isfinite().all():
-        return margins.new_tensor(torch.nan), margins.new_tensor(torch.nan)
+        return GammaEstimate(margins.new_tensor(torch.nan), margins.new_tensor(torch.nan))
 
     def surplus(gamma: Tensor) -> Tensor:
         return num_seen * torch.sigmoid(gamma - seen) - num_absent * torch.sigmoid(pseudo - gamma)
@@ -162,7 +130,7 @@ def pseudo_absent_compute(margins: Tensor, num_seen: int, num_absent: int) -> tu
     gamma = (low + high) / 2
     slope = num_seen * _slope(gamma - seen) + num_absent * _slope(pseudo - gamma)
     error = surplus(gamma).std() / slope.mean() / math.sqrt(len(seen)) if len(seen) > 1 else gamma * torch.nan
-    return gamma, error
+    return GammaEstimate(gamma, error)
 
 
 def _slope(value: Tensor) -> Tensor:

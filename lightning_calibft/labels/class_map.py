@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lightning_calibft._arguments import check_integer, check_tensor, is_integer
+from lightning_calibft._arguments import check_class_ids, check_integer, check_tensor, is_integer
 from lightning_calibft.labels.label_names import (
     CLASS_MAPS,
     LabelNames,
@@ -117,11 +117,7 @@ def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDE
         tensor([ 482, -100,  217])
     """
     check_tensor("target", target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"Expected argument `target` to be a tensor of integers, as `class_map` maps them, but got dtype"
-            f" {target.dtype}. Soft and multi-label targets name no single class."
-        )
+    check_class_ids("argument `target`", target, "A `class_map` maps integers.")
     target = target.long()
     known, row = rows
     index = torch.searchsorted(known, target).clamp(max=len(known) - 1)

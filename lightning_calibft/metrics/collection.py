@@ -75,4 +75,5 @@ def absent_class_metrics(
         },
         prefix=prefix,
         postfix=postfix,
+        compute_groups=[["ausuc"], ["acc", "acc_absent", "acc_harmonic", "acc_seen"]],
     )

@@ -77,7 +77,7 @@ def test_any_integer_is_a_class_id(dtype):
 @pytest.mark.parametrize(
     ("batch", "error", "text"),
     [
-        ((X, X), TypeError, r"class ids, but got dtype torch.float32 with shape \(3, 2\): soft and multi-label"),
+        ((X, X), TypeError, r"class ids, but got dtype torch.float32 with shape \(3, 2\)\. Soft and multi-label"),
         ((X, X > 0), TypeError, "class ids, but got dtype torch.bool"),
         ((X, X.to(torch.complex64)), TypeError, "got dtype torch.complex64"),
         ((X, Y[:, None]), ValueError, r"shape \(N,\), one class id a sample, but got \(3, 1\)"),

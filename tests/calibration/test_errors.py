@@ -39,7 +39,7 @@ pytestmark = quiet
         ({"loader": [(X, Y + 4)]}, ValueError, r"class ids in \[0, 6\), rows of the classification head, but got"),
         ({"loader": [(X, Y - 1)]}, ValueError, r"class ids in \[0, 6\), rows of the classification head, but got -1"),
         ({"loader": [(X, Y + 4)], "seen_classes": SEEN}, ValueError, "but 30 of 45 samples have others"),
-        ({"loader": [(X, nn.functional.one_hot(Y, 6).float())]}, TypeError, "soft and multi-label .* no single class"),
+        ({"loader": [(X, nn.functional.one_hot(Y, 6).float())]}, TypeError, "Soft and multi-label .* no single class"),
         ({"loader": [(X, nn.functional.one_hot(Y, 6))]}, ValueError, r"shape \(N,\), one class id a sample"),
         ({"loader": [(X, Y, Y)]}, ValueError, "got a tuple of 3 items. Pass `unpack_batch`"),
         ({"loader": [X]}, ValueError, "got a Tensor. Pass `unpack_batch`"),

@@ -33,7 +33,7 @@ def expected(before, after):
     x, y = TRAIN.tensors
     with torch.no_grad():
         logits = copy.deepcopy(after).eval()(x)
-        return pseudo_absent_gamma(logits, y, copy.deepcopy(before).eval()(x), SEEN, return_standard_error=True)
+        return pseudo_absent_gamma(logits, y, copy.deepcopy(before).eval()(x), SEEN)
 
 
 @pytest.mark.parametrize("kind", ["model", "state dict"])

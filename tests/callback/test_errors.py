@@ -149,7 +149,7 @@ def test_the_head(make, arguments, text, tmp_path):
         (
             TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6).float()),
             TypeError,
-            r"class ids, but got dtype torch.float32 with shape \(8, 6\): soft .*calibration_dataloader\(\)",
+            r"class ids, but got dtype torch.float32 with shape \(8, 6\)\. Soft .*calibration_dataloader\(\)",
         ),
         (TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6) > 0), TypeError, "got dtype torch.bool"),
         (TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6)), ValueError, r"shape \(N,\), .* got \(8, 6\)"),

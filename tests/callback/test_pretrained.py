@@ -27,7 +27,7 @@ def logits_of(state, x):
 
 def expected(state, before):
     x, y = TRAIN.tensors
-    return pseudo_absent_gamma(logits_of(state, x), y, logits_of(before, x), SEEN).item()
+    return pseudo_absent_gamma(logits_of(state, x), y, logits_of(before, x), SEEN).gamma.item()
 
 
 def test_gamma_of_the_model_and_of_each_file(tmp_path):

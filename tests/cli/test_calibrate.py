@@ -184,7 +184,7 @@ def test_the_weights_from_before_fine_tuning(raw, photos, tmp_path, capsys):
     dataset = ImageFolder(photos, create_transform(**resolve_model_data_config(model, {"img_size": 32})))
     images, target = next(iter(torch.utils.data.DataLoader(dataset, 64)))
     with torch.no_grad():
-        gamma = pseudo_absent_gamma(model(images), torch.tensor(SEEN)[target], before.eval()(images), SEEN)
+        gamma = pseudo_absent_gamma(model(images), torch.tensor(SEEN)[target], before.eval()(images), SEEN).gamma
     assert inspect_checkpoint(out)["gamma"] == pytest.approx(gamma.item(), rel=1e-4)
     assert inspect_checkpoint(out)["estimator"] == "pseudo_absent"
 

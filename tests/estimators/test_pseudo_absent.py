@@ -30,7 +30,7 @@ def statistics(metric):
 
 def expected():
     logits, target, before, seen, absent = case()
-    gamma, error = pseudo_absent_gamma(logits, target, before, seen, absent, return_standard_error=True)
+    gamma, error = pseudo_absent_gamma(logits, target, before, seen, absent)
     return gamma.item(), error.item(), int(torch.isin(target, torch.tensor(seen)).sum())
 
 

@@ -21,7 +21,7 @@ def _functional(name, logits, target):
         "SeenUnseenCurve": F.seen_unseen_curve,
         "SplitAccuracy": F.split_accuracy,
         "HarmonicMeanAccuracy": F.harmonic_mean_accuracy,
-        "AverageLogitGap": F.average_logit_gap,
+        "AverageLogitGap": lambda *args, **kwargs: F.average_logit_gap(*args, **kwargs).gamma,
         "NearestClassMeanAccuracy": F.nearest_class_mean_accuracy,
     }[METRICS[name][0].__name__]
     config = dict(METRICS[name][1])

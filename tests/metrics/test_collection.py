@@ -5,6 +5,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lightning_calibft import functional as F
+from lightning_calibft.estimators import MatchedMaxima, OperatingPoint, QuantileGap
 from lightning_calibft.metrics import (
     AUSUC,
     AverageLogitGap,
@@ -33,6 +34,12 @@ def _group_of(metrics, name):
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], candidates="seen")),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], top_k=2)),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], ignore_index=3)),
+        (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], class_map=[0, 1, 3, 2])),
+        (lambda: AUSUC(4, [0, 1]), lambda: AUSUC(4, [0, 1], class_map=[0, 1, 3, 2])),
+        (lambda: AUSUC(4, [0, 1]), lambda: AUSUC(4, [0, 1, 2])),
+        (lambda: AUSUC(4, [0, 1]), lambda: OperatingPoint(4, [0, 1], criterion="harmonic_mean")),
+        (lambda: AverageLogitGap(4, [0, 1]), lambda: MatchedMaxima(4, [0, 1])),
+        (lambda: QuantileGap(4, [0, 1], quantile=0.0), lambda: QuantileGap(4, [0, 1], quantile=1.0)),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], [2])),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1, 2])),
         (lambda: SplitAccuracy(2, [0]), lambda: SplitAccuracy(2, [0], average="macro")),
@@ -71,10 +78,21 @@ def test_two_configurations_in_one_collection_stay_right(one, other):
 
 
 def test_same_update_shares_one_state():
-    metrics = absent_class_metrics(4, [0, 1])
-    metrics.add_metrics({"curve": SeenUnseenCurve(4, [0, 1], average="macro")})
-    metrics.update(*HARD)
-    assert _group_of(metrics, "ausuc") == {"ausuc", "curve"}
+    alike = MetricCollection({"ausuc": AUSUC(4, [0, 1]), "curve": SeenUnseenCurve(4, [0, 1], average="macro")})
+    # In a collection of the user's own, too, which forms the groups by itself.
+    own = MetricCollection({"val": absent_class_metrics(4, [0, 1])})
+    for metrics in (alike, own):
+        metrics.update(*HARD)
+    assert _group_of(alike, "ausuc") == {"ausuc", "curve"}
+    accuracies = {"val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+    assert _group_of(own, "val_acc") == accuracies
+    assert _group_of(own, "val_ausuc") == {"val_ausuc"}
+
+
+def test_the_groups_of_absent_class_metrics_are_told():
+    """Before any batch has been seen, so that none can make two states equal by chance."""
+    metrics = absent_class_metrics(4, [0, 1], prefix="val_")
+    assert _group_of(metrics, "ausuc") == {"ausuc"}
     assert _group_of(metrics, "acc") == {"acc", "acc_seen", "acc_absent", "acc_harmonic"}
 
 

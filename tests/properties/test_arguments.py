@@ -74,7 +74,7 @@ SPECIAL = {
     ("pseudo_cross_validation", "seed"): {"3"},
 }
 # By their truth, as flags are everywhere; an axis is matplotlib's affair.
-FLAGS = {"validate_args", "progress", "add_bias", "weights_only", "return_standard_error", "log_metrics"}
+FLAGS = {"validate_args", "progress", "add_bias", "weights_only", "log_metrics"}
 FLAGS |= {"calibrate_checkpoints", "ax"}
 UNUSED = {("row_norms", "head"), ("update_similarity", "head"), ("check_estimator", "seen_classes")}
 UNUSED |= {("check_estimator", "absent_classes")}

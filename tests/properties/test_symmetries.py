@@ -31,8 +31,8 @@ FUNCTIONS = {
     "ausuc": ausuc,
     "ausuc_macro": lambda *case: ausuc(*case, average="macro"),
     "best_gamma": best_gamma,
-    "gap": average_logit_gap,
-    "pseudo_absent": lambda logits, target, *split: pseudo_absent_gamma(logits, target, logits.flip(0), *split),
+    "gap": lambda *args: average_logit_gap(*args).gamma,
+    "pseudo_absent": lambda logits, target, *split: pseudo_absent_gamma(logits, target, logits.flip(0), *split).gamma,
 }
 
 
