@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_calibft._arguments import check_integer, check_model
+from lightning_calibft._format import StrPath
 from lightning_calibft.calibration import (
     BatchReader,
     CalibrationResult,
@@ -23,7 +24,6 @@ from lightning_calibft.calibration import (
     head_width,
     target_error,
 )
-from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.splits import Candidates, Plan, cross_validate
 from lightning_calibft.head import attach, reset_gamma
 from lightning_calibft.labels.class_map import IGNORE_INDEX, ClassMap, resolve_class_map

@@ -16,8 +16,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lightning_calibft._arguments import check_choice, check_integer, check_path
+from lightning_calibft._format import StrPath
 from lightning_calibft.calibration import CalibrationResult, Pass
-from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.functional._curve import UnreachableAccuracyError
