@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from lightning_calibft.calibration import CalibrationResult, calibrate
     from lightning_calibft.callback import AbsentClassCalibration, CalibrationDiagnostics
     from lightning_calibft.checkpoint.export import export
-    from lightning_calibft.checkpoint.load import fold_checkpoint, inspect_checkpoint, load_calibrated
+    from lightning_calibft.checkpoint.fold_checkpoint import fold_checkpoint
+    from lightning_calibft.checkpoint.inspect import inspect_checkpoint
+    from lightning_calibft.checkpoint.load import load_calibrated
     from lightning_calibft.cross_validation import pseudo_cross_validation
     from lightning_calibft.head import ZeroShotHead, attach, detach, find_head, fold, get_gamma, set_gamma
     from lightning_calibft.labels.class_map import resolve_class_map
@@ -50,9 +52,9 @@ _MODULE_OF = {
     "export": "checkpoint.export",
     "find_head": "head",
     "fold": "head",
-    "fold_checkpoint": "checkpoint.load",
+    "fold_checkpoint": "checkpoint.fold_checkpoint",
     "get_gamma": "head",
-    "inspect_checkpoint": "checkpoint.load",
+    "inspect_checkpoint": "checkpoint.inspect",
     "load_calibrated": "checkpoint.load",
     "pseudo_cross_validation": "cross_validation",
     "resolve_class_map": "labels.class_map",

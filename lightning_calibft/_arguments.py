@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import cast
@@ -10,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-StrPath = str | os.PathLike[str]
+from lightning_calibft._format import check_path as check_path
 
 _LARGEST = torch.iinfo(torch.long).max
 
@@ -56,12 +55,6 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise if an argument is none of the known words."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-
-
-def check_path(name: str, value: object) -> None:
-    """Raise if an argument cannot be the path of a file."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"Expected argument `{name}` to be a path, a string or `pathlib.Path`, but got {value!r}.")
 
 
 def check_type(name: str, value: object, kind: type, remedy: str = "") -> None:

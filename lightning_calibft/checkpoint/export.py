@@ -10,20 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_calibft._arguments import check_model, check_path, check_type
+from lightning_calibft._arguments import check_model, check_type
+from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
 from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.checkpoint.files import METADATA_KEY, SAFETENSORS, StrPath, new_folder, replace_atomically
-from lightning_calibft.checkpoint.load import write_weights
-from lightning_calibft.checkpoint.state import calibrated_heads, folded_facts
+from lightning_calibft.checkpoint.files import (
+    check_destination_file,
+    check_destination_folder,
+    new_folder,
+    replace_atomically,
+    write_weights,
+)
+from lightning_calibft.checkpoint.state import calibrated_heads, folded_metadata
 from lightning_calibft.head import fold
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
 _GRAPHS = (".onnx", ".pt2")
+_LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one message of protobuf, and the graph needs some of it
 
 
 def export(
@@ -45,7 +50,7 @@ def export(
     ``.pt2``                       for ``torch.export.load``
     ============================= ===================================================================================
 
-    Each holds the facts of the calibration beside the weights. ``model`` stays as it is. A head that cannot be folded,
+    Each holds the calibration metadata beside the weights. ``model`` stays as it is. A head that cannot be folded,
     as one without bias, goes into ``.onnx`` and ``.pt2`` with its calibration, and into none of the others.
 
     Args:
@@ -72,15 +77,15 @@ def export(
         check_type("result", result, CalibrationResult)
     model = getattr(model, "_orig_mod", model)  # of a compiled model
     check_destination(model, destination, inputs)
-    facts = {} if result is None else result.as_dict()
-    facts = folded_facts(facts, calibrated_heads(model.state_dict(), "the model"))
+    found = {} if result is None else result.as_dict()
+    metadata = folded_metadata(found, calibrated_heads(model.state_dict(), "the model"))
     copied = copy.deepcopy(model).eval()
     try:
         copied = fold(copied)
     except ValueError:  # no bias takes gamma up: only a graph can hold the calibration as it is
         if Path(destination).suffix not in _GRAPHS:
             raise
-    write_model(copied, destination, facts, inputs)
+    write_model(copied, destination, metadata, inputs)
 
 
 def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> None:
@@ -88,6 +93,9 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
 
     Raises:
         ValueError: If it could not.
+        FileNotFoundError: If the folder to write into is missing.
+        FileExistsError: If it would write a folder where there is something else.
+        ImportError: If a package is missing or too old.
     """
     suffix, where = Path(destination).suffix, f"argument `destination` {os.fspath(destination)!r}"
     if suffix in _GRAPHS:
@@ -100,44 +108,62 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
     elif suffix not in (*_WEIGHTS, ""):
         known = ", ".join((*_WEIGHTS, *_GRAPHS))
         raise ValueError(f"Expected {where} to end in one of {known}, or to be a folder.")
-    elif not suffix and _is_timm(model) and not hasattr(timm.models, "save_for_hf"):
-        raise ImportError(f"Writing a folder needs a later timm than {timm.__version__}: `pip install --upgrade timm`.")
+    elif not suffix and _is_timm(model):
+        import timm
+
+        if not hasattr(timm.models, "save_for_hf"):
+            raise ImportError(
+                f"Writing a folder needs a later timm than {timm.__version__}: `pip install --upgrade timm`."
+            )
     elif not suffix and not _is_timm(model) and not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"Expected a model of timm or transformers beside the folder {os.fspath(destination)!r}, but got"
             f" {type(model).__name__}. Pass the model inside it, or a file name that ends in {', '.join(_WEIGHTS)}."
         )
+    if suffix == ".onnx":
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        if size > _LARGEST_ONNX:
+            raise ValueError(
+                f"Expected a model of less than 2 GiB, the limit of an ONNX file, for the {where}, but its weights have"
+                f" {size / 2**30:.1f} GiB. Write a .pt2 or .safetensors file."
+            )
+        _check_onnx()
+    (check_destination_file if suffix else check_destination_folder)(destination)
 
 
 def write_model(
     model: nn.Module,
     destination: StrPath,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     inputs: Tensor | tuple[Tensor, ...] | None,
 ) -> None:
     """Write a plain model, whose gamma is folded already, as :func:`export` says."""
     suffix = Path(destination).suffix
     if suffix in _WEIGHTS:
-        write_weights(model.state_dict(), facts, destination)
+        write_weights(model.state_dict(), metadata, destination)
     elif suffix == "":
         with new_folder(destination) as folder:
-            _write_folder(model, folder, facts)
+            _write_folder(model, folder, metadata)
     else:
         assert inputs is not None
         write = _write_onnx if suffix == ".onnx" else _write_program
-        write(model, destination, facts, inputs if isinstance(inputs, tuple) else (inputs,))
+        write(model, destination, metadata, inputs if isinstance(inputs, tuple) else (inputs,))
 
 
 def _is_timm(model: nn.Module) -> bool:
     return hasattr(model, "pretrained_cfg") and hasattr(model, "num_features")
 
 
-def _write_folder(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_folder(model: Any, folder: Path, metadata: Mapping[str, Any]) -> None:
+    from safetensors import SafetensorError
+
     try:
         if _is_timm(model):
-            timm.models.save_for_hf(model, str(folder), {METADATA_KEY: dict(facts)}, safe_serialization=True)
+            from timm.models import save_for_hf
+
+            save_for_hf(model, str(folder), {METADATA_KEY: dict(metadata)}, safe_serialization=True)
         else:
-            setattr(model.config, METADATA_KEY, dict(facts))
+            setattr(model.config, METADATA_KEY, dict(metadata))
             model.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"Could not write the weights: {error}.") from error
@@ -147,22 +173,25 @@ def _dynamic_rows(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
     return tuple({0: torch.export.Dim.AUTO} for _ in inputs)
 
 
-def _write_program(model: nn.Module, path: StrPath, facts: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
+def _write_program(model: nn.Module, path: StrPath, metadata: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
     program = torch.export.export(model, inputs, dynamic_shapes=_dynamic_rows(inputs))
-    extra = {f"{METADATA_KEY}.json": json.dumps(facts)}
+    extra = {f"{METADATA_KEY}.json": json.dumps(metadata)}
     buffer = io.BytesIO()  # torch writes to files itself, and ends the process where the disk is full
     torch.export.save(program, buffer, extra_files=extra)
     replace_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def _write_onnx(model: nn.Module, path: StrPath, facts: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
+def _check_onnx() -> None:
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Exporting to ONNX needs onnx and onnxscript. Install them with `pip install 'lightning-calibft[onnx]'`."
         ) from error
+
+
+def _write_onnx(model: nn.Module, path: StrPath, metadata: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
     program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=_dynamic_rows(inputs), verbose=False)
     assert program is not None
-    program.model.metadata_props[METADATA_KEY] = json.dumps(facts)
+    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
     replace_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))

@@ -15,34 +15,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
+from lightning_calibft.checkpoint.metadata import parse_metadata
 
-from lightning_calibft._arguments import StrPath, check_path
-
-METADATA_KEY = "lightning_calibft"
-SAFETENSORS = ".safetensors"
+# A zip archive of torch stores its members as they are, so what unpacks to many times the size of its file is forged.
+_LARGEST_UNPACKED, _LARGEST_RATIO = 64 * 2**20, 10
 
 
 def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     """Load a checkpoint file onto the CPU, or say in one line why it cannot be.
 
-    What a safetensors file holds comes under ``state_dict``, and its facts about the calibration under
-    ``METADATA_KEY``, as in a checkpoint of Lightning.
+    What a safetensors file holds comes under ``state_dict``, and its calibration metadata under ``METADATA_KEY``, as in
+    a checkpoint of Lightning.
     """
-    check_path("path", path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
-    if os.path.isdir(path):
-        raise ValueError(
-            f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. Consolidate a sharded checkpoint"
-            " first, with `python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER`."
-        )
+    check_is_file(path)
     if is_safetensors(path):
         return _read_safetensors(path)
+    import torch
+
     try:
+        if weights_only:
+            _check_unpacked_size(path)
         # timm's training script saves its arguments as a Namespace, which can run no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -66,49 +59,87 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
+def check_is_file(path: StrPath) -> None:
+    """Raise if there is no checkpoint file that could be opened: none at all, a folder, or a pipe that never ends."""
+    check_path("path", path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
+    if os.path.isdir(path):
+        remedy = "Consolidate a sharded checkpoint first, with `python -m lightning.fabric.utilities."
+        remedy += "consolidate_checkpoint FOLDER`."
+        if weights := sorted(Path(path).glob("*.safetensors")):
+            remedy = f"Name the file in it, such as {str(weights[0])!r}."
+        raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. {remedy}")
+    if not os.path.isfile(path):
+        raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a device, a pipe or a socket.")
+
+
+def check_destination_file(path: StrPath) -> None:
+    """Raise if no file can be written at ``path``: its folder is missing, or what is there is no file."""
+    _check_parent(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"Expected argument `destination` to be a file, but {os.fspath(path)!r} is a directory."
+        )
+    _check_replaceable(path)
+
+
+def check_destination_folder(path: StrPath) -> None:
+    """Raise if no folder can be made at ``path``: there is something else, or nothing to make it in."""
+    _check_parent(path)
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(
+            f"Expected argument `destination` to be a new folder, but {os.fspath(path)!r} exists. Remove it, or choose"
+            " another name."
+        )
+
+
+def _check_parent(path: StrPath) -> None:
+    check_path("destination", path)
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Expected argument `destination` to be in an existing directory, but there is no {os.fspath(folder)!r}."
+        )
+
+
+def _check_replaceable(path: StrPath) -> None:
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(
+            f"Expected the name of a file to write, but {os.fspath(path)!r} is a device, a pipe or a socket. It is left"
+            " as it is."
+        )
+
+
 def is_safetensors(path: StrPath) -> bool:
-    """Tell by its name whether a file is one of safetensors."""
+    """Return whether a file is one of safetensors, by its name."""
     return Path(path).suffix == SAFETENSORS
 
 
+def _check_unpacked_size(path: StrPath) -> None:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > max(_LARGEST_UNPACKED, _LARGEST_RATIO * os.path.getsize(path)):
+            raise ValueError(f"it unpacks to {unpacked / 2**30:.1f} GiB, many times its size")
+
+
 def _read_safetensors(path: StrPath) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
-            facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            told = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or no safetensors file: {error}."
         ) from error
-    return {"state_dict": state, METADATA_KEY: facts} if facts else {"state_dict": state}
-
-
-def read_exported_facts(path: StrPath) -> dict[str, Any] | None:
-    """Return what an exported graph or folder tells of its calibration; ``None`` for what is neither.
-
-    Raises:
-        ValueError: If it is damaged.
-        ModuleNotFoundError: If the package ``onnx`` is missing for an ``.onnx`` file.
-    """
-    check_path("path", path)
-    suffix, config = Path(path).suffix, Path(path, "config.json")
-    try:
-        if config.is_file():
-            return dict(json.loads(config.read_text()).get(METADATA_KEY, {}))
-        if suffix == ".pt2" and os.path.isfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith(f"{METADATA_KEY}.json")]
-                return dict(json.loads(archive.read(names[0]))) if names else {}
-        if suffix == ".onnx" and os.path.isfile(path):
-            import onnx
-
-            properties = onnx.load(os.fspath(path), load_external_data=False).metadata_props
-            return dict(json.loads(next((item.value for item in properties if item.key == METADATA_KEY), "{}")))
-    except (OSError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # each library has its own for damaged files
-        raise ValueError(f"Expected an exported model, but {os.fspath(path)!r} cannot be read: {error}.") from error
-    return None
+    # `safetensors.torch.save_model` leaves out all but one of the names of a shared tensor, and tells which.
+    state.update({name: state[kept] for name, kept in told.items() if kept in state and name not in state})
+    metadata = parse_metadata(told.get(METADATA_KEY, "{}"), path)
+    return {"state_dict": state, METADATA_KEY: metadata} if metadata else {"state_dict": state}
 
 
 class Signature(NamedTuple):
@@ -135,7 +166,7 @@ def signature(path: StrPath) -> Signature | None:
 def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
     """Write a file such that at every instant ``path`` holds what it held before, or all of ``checkpoint``.
 
-    A safetensors file holds its state dict and its facts about the calibration only.
+    A safetensors file holds its state dict and its calibration metadata only.
 
     Args:
         checkpoint: What to write.
@@ -145,6 +176,7 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Sig
     Raises:
         ReplacedError: If there is another file by now, or none; it is as it was.
     """
+    import torch
 
     def write(file: BinaryIO) -> None:
         if is_safetensors(path):
@@ -155,8 +187,18 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Sig
     replace_atomically(path, write, replaces)
 
 
+def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
+    """Write a state dict and its calibration metadata, the latter where loaders overlook it."""
+    if is_safetensors(path):
+        write_atomically({"state_dict": state, METADATA_KEY: metadata}, path)
+    else:
+        state._metadata[METADATA_KEY] = metadata
+        write_atomically(state, path)
+
+
 def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], replaces: Signature | None = None) -> None:
     """Let ``write`` fill a file beside ``path`` that takes its place once it is on the disk."""
+    _check_replaceable(path)
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
@@ -183,12 +225,8 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     Raises:
         FileExistsError: If there is something at ``path`` already, other than an empty folder.
     """
+    check_destination_folder(path)
     target = Path(os.path.realpath(path))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(
-            f"Expected argument `destination` to be a new folder, but {os.fspath(path)!r} exists. Remove it, or choose"
-            " another name."
-        )
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
         temporary.mkdir()
@@ -200,6 +238,9 @@ def new_folder(path: StrPath) -> Iterator[Path]:
 
 
 def _to_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
+    from safetensors.torch import save
+    from torch import Tensor
+
     if others := [(key, value) for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]:
         raise ValueError(
             f"Expected a state dict of tensors for a file of safetensors, but {others[0][0]!r} in it is a"
@@ -207,8 +248,8 @@ def _to_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
         )
     # Each tensor on its own: safetensors refuses those that share memory, as tied weights do.
     state = {key: value.detach().clone().contiguous() for key, value in checkpoint["state_dict"].items()}
-    facts = checkpoint.get(METADATA_KEY)
-    return save(state, {"format": "pt", **({METADATA_KEY: json.dumps(facts)} if facts else {})})
+    metadata = checkpoint.get(METADATA_KEY)
+    return save(state, {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})})
 
 
 def _sync_folder(folder: Path) -> None:

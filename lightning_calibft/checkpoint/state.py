@@ -1,33 +1,43 @@
-"""What checkpoints hold of a calibration, as dicts in memory."""
+"""What a checkpoint holds of a calibration: the entries in its state dict, and the metadata beside them."""
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from copy import copy
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_calibft.calibration import CalibrationResult
-from lightning_calibft.checkpoint.files import METADATA_KEY, StrPath
-from lightning_calibft.head import CHILD_NAME
+from lightning_calibft._format import MASK as MASK, METADATA_KEY, OFFSET as OFFSET, StrPath
+from lightning_calibft.checkpoint.metadata import check_entries, check_metadata
 
-OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
+if TYPE_CHECKING:
+    from lightning_calibft.calibration import CalibrationResult
+
 LIGHTNING_VERSION = "pytorch-lightning_version"  # Lightning's own key, in each of its checkpoints
 
 # Where training scripts keep the weights, in the order in which timm looks for them.
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What the keys of a Linear or Conv2d begin with, also of a reparametrized one and of one with an adapter.
-_LINEAR_KEYS = ("weight", "bias", "parametrizations.weight.", "base_layer.", "lora_")
 
 
 def state_key(checkpoint: Mapping[str, Any]) -> str | None:
     """Return the key of the state dict in a checkpoint; ``None`` if the checkpoint is a state dict itself."""
     return next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+
+
+def warn_of_several_state_dicts(checkpoint: Mapping[str, Any], path: StrPath) -> None:
+    """Warn which of several state dicts in a checkpoint counts."""
+    keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)]
+    if len(keys) > 1:
+        warnings.warn(
+            f"{os.fspath(path)!r} holds {' and '.join(map(repr, keys))}. {keys[0]!r} is used, as timm does.",
+            stacklevel=3,
+        )
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> OrderedDict[str, Any]:
@@ -40,17 +50,31 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> OrderedDict[s
     return _like(state, state)
 
 
-def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint tells of its calibration: itself, or its state dict in its ``_metadata``."""
-    key = state_key(checkpoint)
-    state = checkpoint if key is None else checkpoint[key]
-    facts = checkpoint.get(METADATA_KEY) or getattr(state, "_metadata", {}).get(METADATA_KEY)
-    return dict(facts) if isinstance(facts, Mapping) else {}
+def calibration_metadata(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
+    """Return what a checkpoint tells of its calibration, beside its weights.
+
+    Raises:
+        ValueError: If it cannot be true.
+    """
+    return check_metadata(_raw_metadata(checkpoint), path)
 
 
 def is_folded(checkpoint: Mapping[str, Any]) -> bool:
-    """Tell whether gamma was folded into the bias of this checkpoint."""
-    return bool(facts_of(checkpoint).get("folded"))
+    """Return whether gamma was folded into the bias of this checkpoint."""
+    metadata = _raw_metadata(checkpoint)
+    return isinstance(metadata, Mapping) and bool(metadata.get("folded"))
+
+
+def _raw_metadata(checkpoint: Mapping[str, Any]) -> Any:
+    key = state_key(checkpoint)
+    state = checkpoint if key is None else checkpoint[key]
+    return checkpoint.get(METADATA_KEY) or _module_versions(state).get(METADATA_KEY)
+
+
+def _module_versions(state: object) -> Mapping[str, Any]:
+    """Return what torch keeps beside a state dict: the versions of the modules, by their names."""
+    metadata = getattr(state, "_metadata", None)
+    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def put_calibration(checkpoint: dict[str, Any], calibration: Mapping[str, Tensor], result: CalibrationResult) -> None:
@@ -71,70 +95,55 @@ def calibration_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, tuple[float, Tensor]]:
-    """Return gamma and the mask of each head, by the prefix of its keys."""
+    """Return gamma and the mask of each head, by the prefix of its keys.
+
+    Raises:
+        ValueError: If there is none, if the entries cannot be true, or if gamma is folded into the bias already.
+    """
     state = state_dict_of(checkpoint, path)
     if is_folded(checkpoint):
         raise ValueError(
             f"Expected a calibrated checkpoint, but in {os.fspath(path)!r} gamma is folded into the bias already. Load"
-            " it as any other, with `load_from_checkpoint`."
+            " it as any other."
         )
-    heads = {
-        key.removesuffix(OFFSET): (value.item(), state[key.removesuffix(OFFSET) + MASK])
-        for key, value in state.items()
-        if key.endswith(OFFSET)
-    }
+    heads: dict[str, tuple[float, Any]] = {}
+    for prefix in [key.removesuffix(OFFSET) for key in state if key.endswith(OFFSET)]:
+        mask = state.get(prefix + MASK)
+        gamma, _ = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
+        heads[prefix] = gamma, mask
     if not heads or not all(mask.any() for _, mask in heads.values()):
         key = state_key(checkpoint)
         inside = "" if key in (None, "state_dict") else f" in its {key!r}, which counts before other weights"
         raise ValueError(
-            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Train with the"
-            " `AbsentClassCalibration` callback, or calibrate the loaded model with `calibrate(model, loader)`."
+            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Calibrate its weights"
+            " first, with `calibft calibrate` or, in Python, with `calibrate(model, loader)`."
         )
     return heads
 
 
-def classes_of(facts: Mapping[str, Any], mask: Tensor) -> tuple[list[int], list[int]]:
-    """Return the seen and the absent classes; without facts, what is not absent counts as seen."""
+def classes_of(metadata: Mapping[str, Any], mask: Tensor) -> tuple[list[int], list[int]]:
+    """Return the seen and the absent classes; without metadata, what is not absent counts as seen."""
     absent = mask.nonzero().flatten().tolist()
-    return facts.get("seen_classes") or (mask == 0).nonzero().flatten().tolist(), absent
+    return metadata.get("seen_classes") or (mask == 0).nonzero().flatten().tolist(), absent
 
 
-def fold_state(
-    state: Mapping[str, Any], heads: Mapping[str, tuple[float, Tensor]], path: StrPath, add_bias: bool
-) -> OrderedDict[str, Any]:
-    """Return a state dict with gamma in the bias and without the calibration's entries.
+def folded_metadata(metadata: Mapping[str, Any], heads: Mapping[str, tuple[float, Tensor]]) -> dict[str, Any]:
+    """Return what a folded file tells: all that is known of the calibration, and that it must not be folded again.
 
-    Raises:
-        ValueError: If a head is not linear, or has no bias and none may be added.
+    Where metadata and state dict differ, the state dict, which made the logits, is right.
     """
-    folded = without_calibration(state)
-    for prefix, (gamma, mask) in heads.items():
-        keys = [key.removeprefix(prefix) for key in folded if key.startswith(prefix)]
-        where = f"the head {prefix.rstrip('.')!r} in {os.fspath(path)!r}"
-        if not keys or not all(key.startswith(_LINEAR_KEYS) for key in keys):
-            raise ValueError(
-                f"Expected {where} to be linear to fold gamma into its bias, but it holds"
-                f" {', '.join(keys[:5]) or 'no weights'}. Keep the calibration attached: load the file into the"
-                " attached model."
-            )
-        base = f"{prefix}base_layer." if any(key.startswith("base_layer.") for key in keys) else prefix
-        if f"{base}bias" not in folded and not add_bias:
-            raise ValueError(
-                f"Expected {where} to have a bias that takes up gamma, but it has none. `add_bias` gives it a new one,"
-                " which the original class refuses when it loads strictly, and drops in silence when not."
-            )
-        weight = next(value for key, value in folded.items() if key.startswith((f"{base}weight", f"{base}param")))
-        bias = folded.get(f"{base}bias", torch.zeros(len(mask), dtype=weight.dtype))
-        folded[f"{base}bias"] = (bias.float() + gamma * mask).to(bias.dtype)
-    return folded
-
-
-def folded_facts(facts: Mapping[str, Any], heads: Mapping[str, tuple[float, Tensor]]) -> dict[str, Any]:
-    """Return what a folded file tells: all that is known of the calibration, and that it must not be folded again."""
     gamma, mask = next(iter(heads.values()))
-    seen, absent = classes_of(facts, mask)
-    classes = {"num_classes": len(mask), "seen_classes": seen, "absent_classes": absent}
-    return {"gamma": gamma, **classes, **versions(), **facts, "folded": True}
+    told = metadata.get("gamma", gamma)
+    seen, absent = classes_of(metadata, mask)
+    return {
+        **versions(),
+        **metadata,
+        "gamma": told if math.isclose(told, gamma, rel_tol=1e-6) else gamma,  # the offset is in float32
+        "num_classes": len(mask),
+        "seen_classes": seen,
+        "absent_classes": absent,
+        "folded": True,
+    }
 
 
 def without_calibration(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -142,7 +151,9 @@ def without_calibration(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
     return _like(state, {key: value for key, value in state.items() if not key.endswith((OFFSET, MASK))})
 
 
-def bare_weights(checkpoint: Mapping[str, Any], state: Mapping[str, Any], prefix: str | None) -> OrderedDict[str, Any]:
+def unwrapped_state_dict(
+    checkpoint: Mapping[str, Any], state: Mapping[str, Any], prefix: str | None
+) -> OrderedDict[str, Any]:
     """Return the state dict of the model inside its wrappers.
 
     Args:
@@ -174,10 +185,9 @@ def _strip(state: Mapping[str, Any], prefix: str) -> OrderedDict[str, Any]:
             f" {next(iter(state))!r}."
         )
     result = _like({}, stripped)
-    # By these, modules tell the version of their entries.
-    metadata = {f"{key}.": value for key, value in getattr(state, "_metadata", {}).items()}
+    versions_of = {f"{key}.": value for key, value in _module_versions(state).items()}
     result._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (key.removeprefix(prefix).rstrip("."), value) for key, value in metadata.items() if key.startswith(prefix)
+        (key.removeprefix(prefix).rstrip("."), value) for key, value in versions_of.items() if key.startswith(prefix)
     )
     return result
 
@@ -185,5 +195,5 @@ def _strip(state: Mapping[str, Any], prefix: str) -> OrderedDict[str, Any]:
 def _like(state: Mapping[str, Any], values: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """Return ``values`` as a state dict with the ``_metadata`` of ``state``."""
     result = OrderedDict(values)
-    result._metadata = copy(getattr(state, "_metadata", OrderedDict()))  # type: ignore[attr-defined]
+    result._metadata = OrderedDict(_module_versions(state))  # type: ignore[attr-defined]
     return result

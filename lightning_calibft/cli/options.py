@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.utils import ParseKwargs
-
-from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
-
 EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
 gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
 
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # that timm knows
+# Written out, because asking for them would load torch and timm: the names of the estimators that need no samples of
+# absent classes, and the interpolations that timm knows.
+_ESTIMATORS = (
+    "alg",
+    "pseudo_absent",
+    "matched_maxima",
+    "quantile_gap",
+    "log_sum_exp_gap",
+    "midpoint",
+    "confusion_matched",
+    "fixed",
+)
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
-class _Arguments(ParseKwargs):
-    """Takes words as ``name=value``; what is none is wrong usage."""
+class _Arguments(argparse.Action):
+    """Takes words as ``name=value``, as timm's scripts do; what is none is wrong usage."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if wrong := [word for word in values if "=" not in word]:
-            raise argparse.ArgumentError(self, f"expected NAME=VALUE, but got {wrong[0]!r}")
-        super().__call__(parser, namespace, values, option_string)
+        arguments = {}
+        for word in values:
+            name, equals, value = word.partition("=")
+            if not equals:
+                raise argparse.ArgumentError(self, f"expected NAME=VALUE, but got {word!r}")
+            try:
+                arguments[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                arguments[name] = value
+        setattr(namespace, self.dest, arguments)
 
 
 def _integer(least: int) -> Callable[[str], int]:
@@ -42,7 +57,7 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def finite_number(word: str) -> float:
-    """Read a number that is one."""
+    """Read a finite number."""
     if not math.isfinite(number := float(word)):
         raise ValueError
     return number
@@ -56,8 +71,10 @@ def positive_number(word: str) -> float:
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """Add a subcommand that calls ``run``, with the options of all of them."""
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EPILOG)
+    """Add a subcommand that calls ``run``, with the options that all commands have."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EPILOG
+    )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--unsafe", action="store_true", help="unpickle any object: only for files that you trust")
@@ -65,13 +82,13 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
 
 
 def add_files(command: argparse.ArgumentParser) -> None:
-    """Add a file to read and one to write."""
+    """Add the file to read and the one to write."""
     command.add_argument("source", type=Path, help="a calibrated file")
     command.add_argument("destination", type=Path, help="what to write; its name decides the format")
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Add what builds a timm model."""
+    """Add the options that build a timm model."""
     command.add_argument(
         "--img-size", type=_integer(1), help="height and width of the images; the model's own by default"
     )
@@ -87,7 +104,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_classes(command: argparse.ArgumentParser) -> None:
-    """Add which row of the head each folder is."""
+    """Add the options that say which row of the head each folder is."""
     command.add_argument("--num-classes", type=_integer(2), help="rows of the head, where the weights do not tell it")
     command.add_argument(
         "--class-map",
@@ -100,9 +117,8 @@ def add_classes(command: argparse.ArgumentParser) -> None:
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
-    """Add how gamma is found and images are read."""
-    names = [name for name in ESTIMATORS if not needs_absent_samples(name)]
-    command.add_argument("--estimator", choices=names, default="alg", help="how gamma is found (%(default)s)")
+    """Add the options that say how gamma is found and images are read."""
+    command.add_argument("--estimator", choices=_ESTIMATORS, default="alg", help="how gamma is found (%(default)s)")
     command.add_argument(
         "--estimator-kwargs", nargs="*", default={}, action=_Arguments, metavar="NAME=VALUE", help="its arguments"
     )
@@ -113,15 +129,15 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
     command.add_argument("--batch-size", type=_integer(1), default=64, help="(%(default)s)")
     command.add_argument(
-        "--workers",
+        "--num-workers",
         type=_integer(0),
         default=min(4, os.cpu_count() or 1),
         help="processes that read images (%(default)s)",
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    command.add_argument("--device", help="where the model runs; a GPU if there is one")
     command.add_argument("--amp", action="store_true", help="run the model under autocast")
     command.add_argument("--crop-pct", type=positive_number, help="as timm's own scripts; the model's own by default")
     command.add_argument("--mean", type=finite_number, nargs="+", help="likewise")
     command.add_argument("--std", type=positive_number, nargs="+", help="likewise")
     command.add_argument("--interpolation", choices=_INTERPOLATIONS, help="likewise")
-    command.add_argument("--quiet", action="store_true", help="show no progress bar")
+    command.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")

@@ -13,11 +13,11 @@ from torchmetrics.utilities.prints import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_calibft._arguments import check_integer, check_model
+from lightning_calibft._format import StrPath
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import empty_error, target_error
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.splits import Candidates, CrossValidationPlan, cross_validate
 from lightning_calibft.head import attach, reset_gamma
 from lightning_calibft.labels.class_map import IGNORE_INDEX, ClassMap, resolve_class_map

@@ -16,9 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_calibft._arguments import check_choice, check_integer, check_path
+from lightning_calibft._format import StrPath
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.checkpoint.files import StrPath
 from lightning_calibft.cross_validation.store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.functional.seen_unseen_curve import UnreachableAccuracyError

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_calibft.checkpoint.files import StrPath, replace_atomically
+from lightning_calibft._format import StrPath
+from lightning_calibft.checkpoint.files import replace_atomically
 
 
 class SplitStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -10,9 +11,16 @@ from torch import Tensor, nn
 
 from lightning_calibft.head.attach import detach
 from lightning_calibft.head.layers import base_layer
-from lightning_calibft.head.offset import attached_heads, check_not_folded, mark_head_folded, offset_of
+from lightning_calibft.head.offset import (
+    AbsentClassOffset,
+    attached_heads,
+    check_not_folded,
+    mark_head_folded,
+    offset_of,
+)
 
-Linear = nn.Linear | nn.Conv2d
+# What the names in a Linear or Conv2d begin with, also in one that is pruned, reparametrized or has an adapter.
+_LINEAR_NAMES = ("weight", "bias", "parametrizations.weight.", "base_layer.", "lora_")
 
 
 def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
@@ -32,8 +40,8 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: If ``model`` is not calibrated or folded already, or its head has no bias and ``add_bias`` is false,
-            or the head is neither ``Linear`` nor ``Conv2d`` nor one of them with LoRA.
+        ValueError: If ``model`` is not calibrated or folded already, or its head has no bias and ``add_bias`` is false
+            or shares it with another layer, or is neither ``Linear`` nor ``Conv2d`` nor one of them with LoRA.
 
     Example:
         >>> from lightning_calibft.head import set_gamma
@@ -48,37 +56,143 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         check_not_folded(module)
     if not heads or any(offset_of(module).gamma() is None for module in heads.values()):
         raise ValueError("Expected argument `model` to be calibrated. Call `calibrate` or `set_gamma` first.")
-    layers = [_foldable(name, module, add_bias) for name, module in heads.items()]
-    for layer, module in zip(layers, heads.values(), strict=True):
-        shift = offset_of(module).shift().flatten()
-        if layer.bias is None:
-            bias = torch.zeros_like(shift, dtype=layer.weight.dtype, device=layer.weight.device)
-            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=layer.weight.requires_grad))
-        with torch.no_grad():
-            bias = cast(Tensor, layer.bias)
-            bias.copy_(bias + shift)
+    for name, module in heads.items():
+        _check_layer(name, module)
+    # By module, so that a parameter has several names only where several modules share it.
+    tensors = {
+        f"{name}.{key}".removeprefix("."): tensor
+        for name, module in model.named_modules()
+        if not isinstance(module, AbsentClassOffset)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    shifts = {f"{name}.".removeprefix("."): offset_of(module).shift().flatten() for name, module in heads.items()}
+    for name, bias in folded_biases(tensors, shifts, add_bias=add_bias).items():
+        owner, _, key = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if name in tensors:
+            with torch.no_grad():
+                tensors[name].copy_(bias)
+        else:
+            weight = cast(Tensor, layer.weight)
+            layer.register_parameter(key, nn.Parameter(bias, requires_grad=weight.requires_grad))
+    for module in heads.values():
         mark_head_folded(module)
     return detach(model)
 
 
-def _foldable(name: str, head: nn.Module, add_bias: bool) -> Linear:
-    """Return the layer whose bias is added to the logits as it is."""
+def folded_biases(
+    tensors: Mapping[str, Tensor], shifts: Mapping[str, Tensor], *, add_bias: bool, where: str = ""
+) -> dict[str, Tensor]:
+    """Return what folding changes, in a model and in a state dict alike: biases with gamma in them, by their names.
+
+    A pruned bias (``torch.nn.utils.prune``) takes up gamma at its pruned entries too: its mask changes there. Heads
+    that share one bias add gamma to it once. The sum has the precision of the bias, and at least that of float32.
+
+    Args:
+        tensors: All parameters and buffers, without the calibration's; the same one may have several names.
+        shifts: What is added to the logits of each class, by what the names of the head begin with.
+        add_bias: Give a head without bias a new one.
+        where: What follows the name of a head in errors.
+
+    Raises:
+        ValueError: If a head is not linear, has no bias and may not get one, or shares it with another layer.
+    """
+    changes: dict[str, Tensor] = {}
+    biases: dict[str, tuple[str, Tensor]] = {}
+    for prefix, shift in shifts.items():
+        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        head = f"the head {prefix.rstrip('.') or 'forward'!r}{where}"
+        layer = prefix + _layer_in(names, head)
+        bias = tensors.get(f"{layer}bias_orig", tensors.get(f"{layer}bias"))
+        if bias is None:
+            if not add_bias:
+                raise ValueError(
+                    f"{_expected(head)} but it has none. Pass `add_bias=True` to give it one, which the original"
+                    " class refuses when it loads strictly, and drops in silence when not."
+                )
+            weight = next(tensors[prefix + name] for name in names if "weight" in name)
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            bias = torch.zeros(len(shift), dtype=dtype, device=weight.device)
+        if bias.shape != shift.shape or not bias.is_floating_point():
+            raise ValueError(
+                f"{_expected(head)} but its bias has the shape {tuple(bias.shape)} and the dtype {bias.dtype} beside"
+                f" {len(shift)} classes. Keep the calibration attached."
+            )
+        shift = shift.to(bias.device, torch.promote_types(bias.dtype, torch.float32))
+        if f"{layer}bias_orig" in tensors:
+            mask = tensors[f"{layer}bias_mask"]
+            changes[f"{layer}bias_orig"] = torch.where(shift != 0, _add(bias * mask, shift), bias)
+            changes[f"{layer}bias_mask"] = torch.where(shift != 0, torch.ones_like(mask), mask)
+            biases[f"{layer}bias_orig"] = head, shift
+        else:
+            changes[f"{layer}bias"] = _add(bias, shift)
+            biases[f"{layer}bias"] = head, shift
+    for name, (head, shift) in biases.items():
+        for other in _names_of_same(tensors, name):
+            if other not in biases:
+                raise ValueError(
+                    f"{_expected(head)} but {other!r} is the same tensor: gamma would change that too. Give the head a"
+                    " bias of its own, or keep the calibration attached."
+                )
+            if not torch.equal(biases[other][1], shift):
+                raise ValueError(
+                    f"{_expected(head)} but it shares it with {biases[other][0]}, which has another gamma. Keep the"
+                    " calibration attached."
+                )
+            changes[other] = changes[name]  # and share it still
+    return changes
+
+
+def _layer_in(names: list[str], head: str) -> str:
+    """Return what the names of the linear layer in a head begin with: its ``base_layer`` if it has an adapter."""
+    has_adapter = any(name.startswith("base_layer.") for name in names)
+    # Of the adapters of PEFT, LoRA adds to the output of the layer; others may scale it.
+    if has_adapter and not any(name.startswith("lora_") for name in names):
+        raise ValueError(f"{_expected(head)} but it has an adapter. Merge the adapter and calibrate again.")
+    if not names or not all(name.startswith(_LINEAR_NAMES) for name in names):
+        raise ValueError(
+            f"{_expected(head)} but it holds {', '.join(names[:5]) or 'no weights'}. Keep the calibration attached."
+        )
+    return "base_layer." if has_adapter else ""
+
+
+def _expected(head: str) -> str:
+    return f"Expected {head} to be a Linear or Conv2d with a bias of its own to fold gamma into,"
+
+
+def _add(bias: Tensor, shift: Tensor) -> Tensor:
+    return (bias.detach() + shift).to(bias.dtype)  # the shift has at least float32, and so has the sum
+
+
+def _names_of_same(tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    """Return the other names under which the memory of a tensor is known."""
+    if (tensor := tensors.get(name)) is None:
+        return []
+    return [
+        other
+        for other, value in tensors.items()
+        if other != name and value.shape == tensor.shape and (value is tensor or _address(value) == _address(tensor))
+    ]
+
+
+def _address(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+
+
+def _check_layer(name: str, head: nn.Module) -> None:
+    """Raise if a head is not a layer whose bias is added to the logits as it is. Its weights are not looked at."""
     name, kind, layer = name or "forward", type(head).__name__, base_layer(head)
-    expected = f"Expected the head {name!r} to be a Linear or Conv2d with a bias to fold gamma into, but got a"
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        raise ValueError(f"{expected} {kind}. Keep the calibration attached.")
-    # Of the adapters of PEFT, those with these two matrices add to the output of the layer; others may scale it.
-    if layer is not head and "lora_A" not in dict(head.named_children()):
-        raise ValueError(f"{expected} {kind} with an adapter. Merge the adapter and calibrate again.")
-    if layer.bias is None and not add_bias:
-        raise ValueError(f"{expected} {kind} without one. Pass `add_bias=True` to give it a new one.")
+        raise ValueError(f"{_expected(f'the head {name!r}')} but got a {kind}. Keep the calibration attached.")
     if not _adds_bias(layer, len(offset_of(head).mask)):
-        raise ValueError(f"{expected} {kind} whose own `forward` does not add it. Keep the calibration attached.")
-    return layer
+        raise ValueError(
+            f"{_expected(f'the head {name!r}')} but got a {kind} whose own `forward` does not add it. Keep the"
+            " calibration attached."
+        )
 
 
-def _adds_bias(layer: Linear, width: int) -> bool:
-    """Tell whether the bias moves the output by itself. A class with a ``forward`` of its own is tried with zeros."""
+def _adds_bias(layer: nn.Linear | nn.Conv2d, width: int) -> bool:
+    """Return whether the bias moves the output by itself. A class with a ``forward`` of its own is tried with zeros."""
     if type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward):
         return True
     layer = copy.deepcopy(layer).eval()

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft._arguments import check_model
-from lightning_calibft.checkpoint.files import METADATA_KEY
+from lightning_calibft._format import CHILD_NAME as CHILD_NAME, METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, like_dtensor, replace_logits
 from lightning_calibft.split import ClassSplit
 
-CHILD_NAME = "absent_class_calibration"
 # What `fold` leaves on a head: an attribute, not in the state dict, that is true.
 FOLDED_NAME = "_absent_class_calibration_folded"
 Recorder = Callable[["AbsentClassOffset", Tensor], None]

@@ -20,7 +20,7 @@ from lightning_calibft.labels.label_names import (
     wordnet_ids,
 )
 
-ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike
+ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike[str]
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: samples that the loss left out
 _MOST_TARGET = 2**39

@@ -12,7 +12,7 @@ from timm.data import create_transform, infer_imagenet_subset, resolve_model_dat
 from torch import nn
 from torchvision.datasets import ImageFolder
 
-from lightning_calibft.checkpoint.files import StrPath
+from lightning_calibft._format import StrPath
 from lightning_calibft.labels.class_map import resolve_class_map
 
 

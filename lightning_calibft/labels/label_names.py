@@ -10,9 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
-
-LabelNames = list[str] | str | os.PathLike
+LabelNames = list[str] | str | os.PathLike[str]
 
 LABEL_SETS = (
     "imagenet-1k",
@@ -43,6 +41,8 @@ def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str,
     names: Any = label_names
     if isinstance(label_names, (str, os.PathLike)):
         if label_names in LABEL_SETS:
+            from timm.data import ImageNetInfo
+
             names = ImageNetInfo(str(label_names)).label_names()
         elif Path(label_names).suffix == ".json":
             names = read_json("label_names", label_names, LABEL_SETS)
@@ -69,6 +69,8 @@ def label_set_of(num_classes: int | None) -> str:
     Raises:
         ValueError: If timm knows none.
     """
+    from timm.data import infer_imagenet_subset
+
     name = infer_imagenet_subset({"num_classes": 1000 if num_classes is None else num_classes})
     if name is None:
         raise ValueError(

@@ -46,6 +46,6 @@ def test_fold_half_precision(tmp_path):
 def test_a_head_without_bias_is_refused(tmp_path):
     model = set_gamma(nn.Sequential(nn.Linear(5, NUM_CLASSES, bias=False)), 2.5, SEEN)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"the head '0' in .* to have a bias .* `add_bias` gives it a new one"):
+    with pytest.raises(ValueError, match=r"the head '0' in .* a bias .* Pass `add_bias=True` to give it one"):
         fold_checkpoint(tmp_path / "model.pt", tmp_path / "folded.pt")
     assert not (tmp_path / "folded.pt").exists()

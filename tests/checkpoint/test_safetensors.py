@@ -20,7 +20,7 @@ pytestmark = quiet
 
 @pytest.fixture
 def calibrated(tmp_path):
-    """A calibrated state dict as others save it, without facts."""
+    """A calibrated state dict as others save it, without metadata."""
     torch.manual_seed(0)
     save_file(set_gamma(pretrained(), 2.5, [0, 2]).state_dict(), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
@@ -40,7 +40,7 @@ def test_inspect_fold_and_load(calibrated, tmp_path):
     assert get_gamma(module) == 2.5
 
 
-def test_facts_survive_in_every_kind_of_file(calibrated, tmp_path):
+def test_metadata_survive_in_every_kind_of_file(calibrated, tmp_path):
     for name in ("a.safetensors", "a.pth"):
         fold_checkpoint(calibrated, tmp_path / name)
         info = inspect_checkpoint(tmp_path / name)
@@ -72,9 +72,9 @@ def test_the_permissions_are_those_of_other_files(calibrated, tmp_path):
     assert (tmp_path / "folded.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_facts_that_are_no_json(tmp_path):
+def test_metadata_that_are_no_json(tmp_path):
     save_file(attach(nn.Linear(2, 3)).state_dict(), tmp_path / "a.safetensors", {"lightning_calibft": "{broken"})
-    with pytest.raises(ValueError, match=r"a\.safetensors' is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match=r"metadata of '.*a\.safetensors' to be JSON that can be read, but it is not"):
         inspect_checkpoint(tmp_path / "a.safetensors")
     save_file(attach(nn.Linear(2, 3)).state_dict(), tmp_path / "a.safetensors", {"lightning_calibft": json.dumps([1])})
     assert not inspect_checkpoint(tmp_path / "a.safetensors")["calibrated"]

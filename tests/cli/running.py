@@ -9,7 +9,7 @@ from lightning_calibft.cli import main
 from tests.shipping.consumer import NUM_CLASSES
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-READ = ["--workers", "0", "--img-size", "32", "--quiet", "--device", "cpu"]
+READ = ["--num-workers", "0", "--img-size", "32", "--no-progress", "--device", "cpu"]
 
 
 def run(*words):

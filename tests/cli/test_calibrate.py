@@ -109,7 +109,7 @@ def test_the_progress_bar_is_not_on_stdout(raw, photos, tmp_path, capsys):
     words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--json"]
     assert run(*words) == 0
     assert "Calibrating" not in capsys.readouterr().err
-    assert run(*[word for word in words if word != "--quiet"]) == 0
+    assert run(*[word for word in words if word != "--no-progress"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["calibrated"]
     assert "Calibrating" in captured.err
@@ -121,7 +121,7 @@ def test_interrupted(raw, photos, tmp_path):
         (many / str(row)).mkdir(parents=True)
         for index in range(400):
             shutil.copy(photos / str(row) / "0.png", many / str(row) / f"{index}.png")
-    words = ["calibrate", "test_resnet", raw, many, tmp_path / "out.pth", "--workers", "0", "--batch-size", "1"]
+    words = ["calibrate", "test_resnet", raw, many, tmp_path / "out.pth", "--num-workers", "0", "--batch-size", "1"]
     command = [sys.executable, "-m", "lightning_calibft.cli", *map(str, words), "--device", "cpu"]
     # Where the suite runs in the background of a shell, SIGINT is ignored from the start, and by what it starts.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

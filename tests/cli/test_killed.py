@@ -69,7 +69,16 @@ def test_killed(best, raw, photos, tmp_path):
 def test_an_image_that_cannot_be_read(workers, raw, photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "4" / "3.png").write_bytes(b"no image")
-    words = ["calibrate", "test_resnet", raw, tmp_path / "photos", tmp_path / "out.pth", *READ, "--workers", workers]
+    words = [
+        "calibrate",
+        "test_resnet",
+        raw,
+        tmp_path / "photos",
+        tmp_path / "out.pth",
+        *READ,
+        "--num-workers",
+        workers,
+    ]
     assert run(*words) == 1
     error = capsys.readouterr().err
     assert error.startswith("calibft: error: ")

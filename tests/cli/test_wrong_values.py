@@ -9,7 +9,7 @@ from tests.cli.running import READ, run
 HUGE = str(10**30)
 WRONG = {
     "--batch-size": ["0", "-1", "x", "2.5", HUGE],
-    "--workers": ["-1", "x", HUGE],
+    "--num-workers": ["-1", "x", HUGE],
     "--img-size": ["0", "-5", "x", HUGE],
     "--num-classes": ["0", "-1", "1", "x", HUGE],
     "--max-samples": ["0", "-1", "x", HUGE],

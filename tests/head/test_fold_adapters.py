@@ -38,7 +38,7 @@ def test_lora_on_a_head_without_bias():
     model, x = peft.get_peft_model(Plain(bias=False), config).eval(), inputs()
     expected = model(x) + SHIFT
     set_gamma(model, GAMMA, SEEN)
-    with pytest.raises(ValueError, match=r"without one\. Pass `add_bias=True`"):
+    with pytest.raises(ValueError, match=r"but it has none\. Pass `add_bias=True`"):
         fold(model)
     fold(model, add_bias=True)
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=0, atol=1e-5)
@@ -63,5 +63,5 @@ def test_an_adapter_that_scales_its_layer_does_not_fold():
     expected = model(x) + SHIFT
     set_gamma(model, GAMMA, SEEN, head="base_model.model.fc")
     torch.testing.assert_close(model(x), expected)
-    with pytest.raises(ValueError, match=r"got a Linear with an adapter\. Merge the adapter and calibrate again"):
+    with pytest.raises(ValueError, match=r"but it has an adapter\. Merge the adapter and calibrate again"):
         fold(model)

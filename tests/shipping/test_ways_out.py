@@ -86,15 +86,15 @@ FILES = [
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_facts_are_in_each_file(name, shipped):
+def test_the_metadata_are_in_each_file(name, shipped):
     folder, _, _ = shipped
-    facts = inspect_checkpoint(folder / name)
-    assert facts["folded"]
-    assert not facts["calibrated"]
-    assert facts["seen_classes"] == SEEN
+    info = inspect_checkpoint(folder / name)
+    assert info["folded"]
+    assert not info["calibrated"]
+    assert info["seen_classes"] == SEEN
     if name in ("model.ckpt", "model.pth", "model.safetensors"):
-        assert facts["num_samples"] == 48
-        assert facts["gamma"] == pytest.approx(inspect_checkpoint(folder / "best.ckpt")["gamma"])
+        assert info["num_samples"] == 48
+        assert info["gamma"] == pytest.approx(inspect_checkpoint(folder / "best.ckpt")["gamma"])
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pth", "model.safetensors"])
@@ -162,7 +162,7 @@ def test_models_without_gamma_or_without_bias(destination, tmp_path):
     with pytest.raises(ValueError, match="holds no gamma"):
         export(model, tmp_path / destination)
     model.fc = nn.Linear(model.fc.in_features, NUM_CLASSES, bias=False)
-    with pytest.raises(ValueError, match="without one"):
+    with pytest.raises(ValueError, match="but it has none"):
         export(set_gamma(model, 2.5, SEEN), tmp_path / destination)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,137 @@
+"""What a file tells of its calibration. Nothing here imports torch before a file needs it."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_calibft._format import MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
+from lightning_calibft.checkpoint.files import check_is_file, is_safetensors, read_checkpoint
+from lightning_calibft.checkpoint.metadata import check_entries, check_metadata, parse_metadata
+
+_LARGEST_JSON = 64 * 2**20  # bytes: the classes of the widest head take a few of them
+
+
+def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str, Any]:
+    """Return whether a checkpoint is calibrated, and how.
+
+    Args:
+        path: A checkpoint: of Lightning, of timm's training script, or a plain state dict; what
+            :func:`~lightning_calibft.export` has written; or a folder of timm or transformers, with a ``config.json``
+            and weights.
+        weights_only: As in :func:`load_calibrated`.
+
+    Returns:
+        Plain Python values: ``calibrated`` and ``folded`` (bools), ``heads`` (dotted names), ``gamma`` and, as far as
+        the file tells, ``standard_error``, ``num_samples``, ``estimator``, ``num_classes``, ``seen_classes``,
+        ``absent_classes``, ``version`` (of this package), ``torch_version`` and ``lightning_version``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, needs ``weights_only=False``, or tells of a calibration what cannot
+            be true.
+
+    Example::
+
+        inspect_checkpoint("checkpoints/best.ckpt")["gamma"]
+    """
+    check_path("path", path)
+    if Path(path, "config.json").is_file():
+        return _inspect_folder(Path(path), weights_only)
+    check_is_file(path)
+    if is_safetensors(path):
+        return _inspect_safetensors([path])
+    if Path(path).suffix in (".pt2", ".onnx"):
+        return _information({}, _metadata_of_graph(path), path)
+    from lightning_calibft.checkpoint.state import LIGHTNING_VERSION, calibration_metadata, state_dict_of
+
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    entries = {key: value for key, value in state_dict_of(checkpoint, path).items() if key.endswith((OFFSET, MASK))}
+    information = _information(entries, calibration_metadata(checkpoint, path), path)
+    if isinstance(checkpoint.get(LIGHTNING_VERSION), str):
+        information["lightning_version"] = checkpoint[LIGHTNING_VERSION]
+    return information
+
+
+def _inspect_folder(folder: Path, weights_only: bool) -> dict[str, Any]:
+    """Look into the weights of a folder, and into its ``config.json`` where they hold no gamma."""
+    files = sorted(folder.glob(f"*{SAFETENSORS}"))
+    weights = [_inspect_safetensors(files)] if files else []
+    if not files:
+        weights = [
+            inspect_checkpoint(path, weights_only=weights_only) for path in sorted(folder.glob("pytorch_model*.bin"))
+        ]
+    for information in weights:
+        if information["calibrated"] or information["folded"]:
+            return information
+    config = parse_metadata(_text_of(folder / "config.json"), folder)
+    metadata = config.get(METADATA_KEY) if isinstance(config, Mapping) else None
+    return _information({}, check_metadata(metadata, folder), folder)
+
+
+def _inspect_safetensors(paths: Iterable[StrPath]) -> dict[str, Any]:
+    """Read the entries of the calibration alone, of a file or of all the parts of one."""
+    from safetensors import SafetensorError, safe_open
+
+    entries: dict[str, Any] = {}
+    told: dict[str, str] = {}
+    path: StrPath = ""
+    for path in paths:
+        try:
+            with safe_open(path, "numpy") as file:
+                told.update(file.metadata() or {})
+                keys = [key for key in file.keys() if key.endswith((OFFSET, MASK))]  # noqa: SIM118
+                needs_torch = any(file.get_slice(key).get_dtype() == "BF16" for key in keys)
+            with safe_open(path, "pt" if needs_torch else "numpy") as file:
+                entries.update({key: file.get_tensor(key) for key in keys})
+        except (SafetensorError, TypeError, ValueError) as error:  # TypeError: of a type that neither knows
+            raise ValueError(
+                f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or no safetensors file: {error}."
+            ) from error
+    metadata = parse_metadata(told.get(METADATA_KEY, "{}"), path)
+    return _information(entries, check_metadata(metadata, path), path)
+
+
+def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
+    text: str | bytes = "{}"
+    try:
+        if Path(path).suffix == ".onnx":
+            import onnx
+
+            properties = onnx.load(os.fspath(path), load_external_data=False).metadata_props
+            text = next((item.value for item in properties if item.key == METADATA_KEY), text)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                members = [member for member in archive.infolist() if member.filename.endswith(f"{METADATA_KEY}.json")]
+                if members and members[0].file_size > _LARGEST_JSON:
+                    raise ValueError(f"its metadata unpack to {members[0].file_size / 2**30:.1f} GiB")
+                text = archive.read(members[0]) if members else text
+    except (OSError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # each library has its own for damaged files
+        raise ValueError(f"Expected an exported model, but {os.fspath(path)!r} cannot be read: {error}.") from error
+    return check_metadata(parse_metadata(text, path), path)
+
+
+def _text_of(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"Expected a small file, but {os.fspath(path)!r} has {path.stat().st_size / 2**30:.1f} GiB.")
+    return path.read_bytes()
+
+
+def _information(entries: Mapping[str, Any], metadata: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
+    """Put together what the entries in the state dict say, which made the logits, and what is told beside them."""
+    information: dict[str, Any] = {"calibrated": False, "folded": False, "heads": [], **metadata}
+    for prefix in dict.fromkeys(key.removesuffix(MASK).removesuffix(OFFSET) for key in entries):
+        head = prefix.rstrip(".")
+        gamma, mask = check_entries(head, entries.get(prefix + OFFSET), entries.get(prefix + MASK), path)
+        if any(mask):
+            information["calibrated"] = True
+            information["heads"].append(head)
+            information["gamma"] = gamma
+            information["num_classes"] = len(mask)
+            information["absent_classes"] = [row for row, absent in enumerate(mask) if absent]
+    return information

@@ -1,0 +1,133 @@
+"""What a file tells of its calibration, checked: it may be damaged, or lie. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from reprlib import repr as short
+from typing import Any
+
+from lightning_calibft._format import StrPath
+
+_MOST_CLASSES = 2**31 - 1
+_LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # what float32 holds
+
+
+def parse_metadata(text: str | bytes, path: StrPath) -> Any:
+    """Return what is in JSON, which may not hold a name twice.
+
+    Raises:
+        ValueError: If it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not: {error}"
+        raise ValueError(
+            f"Expected the calibration metadata of {os.fspath(path)!r} to be JSON that can be read, but {reason}."
+        ) from error
+
+
+def check_metadata(metadata: Any, path: StrPath) -> dict[str, Any]:
+    """Return the known entries of the calibration metadata; what is no mapping tells nothing.
+
+    Raises:
+        ValueError: If one of them is not what it must be, or one is missing of a calibration that is folded.
+    """
+    if not isinstance(metadata, Mapping):
+        return {}
+    known = {key: metadata[key] for key in _ENTRIES if key in metadata}
+    for key, value in known.items():
+        is_valid, kind = _ENTRIES[key]
+        if not is_valid(value):
+            raise ValueError(f"{_expected(path)} hold {kind} as `{key}`, but got {short(value)}.")
+    if known.get("folded"):
+        for key in ("gamma", "num_classes", "absent_classes"):
+            if key not in known:
+                raise ValueError(f"{_expected(path)} hold `{key}`, for they say that gamma is folded, but they do not.")
+    for key in ("seen_classes", "absent_classes"):
+        width = known.get("num_classes", _MOST_CLASSES)
+        if any(row >= width for row in known.get(key, ())):
+            raise ValueError(f"{_expected(path)} hold class ids below {width} as `{key}`, but got {short(known[key])}.")
+    return known
+
+
+def check_entries(head: str, offset: Any, mask: Any, path: StrPath) -> tuple[float, list[float]]:
+    """Return gamma and the mask of a head, given its two arrays or tensors.
+
+    Raises:
+        ValueError: If gamma is not one finite number, or the mask not one number in [0, 1] for each class.
+    """
+    where = f"the calibration of the head {head!r} in {os.fspath(path)!r}"
+    gamma, values = _plain(offset, 0), _plain(mask, 1)
+    if not _is_finite(gamma):
+        raise ValueError(f"Expected {where} to have one finite number as offset, but got {short(offset)}.")
+    if not isinstance(values, list) or not values or not all(_is_finite(value) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"Expected {where} to have a mask of zeros and ones, one a class, but got {short(mask)}.")
+    return gamma, values
+
+
+def _plain(array: Any, ndim: int) -> Any:
+    """Return an array or tensor of so many dimensions as plain numbers; ``None`` if it is something else."""
+    if getattr(array, "ndim", None) != ndim:
+        return None
+    try:
+        if hasattr(array, "untyped_storage") and array.nbytes > array.untyped_storage().nbytes():
+            return None  # one number, expanded to any size
+        return array.tolist()
+    except Exception:  # without values, sparse, or a stranger
+        return None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return entries
+
+
+def _expected(path: StrPath) -> str:
+    return f"Expected the calibration metadata of {os.fspath(path)!r} to"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= _LARGEST_GAMMA
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_classes(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_count, value)) and len(set(value)) == len(value)
+
+
+def _is_arguments(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_text, value))
+
+
+_TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
+_CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gamma": (_is_finite, "a finite number"),
+    "standard_error": (_is_number, "a number"),
+    "num_samples": (_is_count, "a number of samples"),
+    "estimator": _TEXT,
+    "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
+    "seen_classes": _CLASSES,
+    "absent_classes": _CLASSES,
+    "model": _TEXT,
+    "model_args": (_is_arguments, "named arguments"),
+    "version": _TEXT,
+    "torch_version": _TEXT,
+    "lightning_version": _TEXT,
+    "folded": (lambda value: isinstance(value, bool), "true or false"),
+}
