@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import check_weights
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import (
     EvaluationPass,
     check_tolerance,
@@ -99,35 +100,38 @@ def calibrate(
         >>> abs(get_gamma(model) - result.gamma) < 1e-6  # the head keeps it in float32
         True
     """
-    check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
-    check_max_samples(max_samples)
-    check_tolerance(tolerance)
-    if seen_classes is None and isinstance(estimator, str):
-        _check_classes_can_be_read(loader, estimator)
-    fresh = not attached_heads(model)
-    attach(model, head)
+    errors = SharedErrors()
+    with errors.shared():
+        check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
+        check_max_samples(max_samples)
+        check_tolerance(tolerance)
+        if seen_classes is None and isinstance(estimator, str):
+            _check_classes_can_be_read(loader, estimator)
+        fresh = not attached_heads(model)
+        attach(model, head)
     try:
         with preserve_random_state():
-            rows = resolve_class_map(class_map, label_names, head_width(model))
-            loaders = calibration_loaders(loader, max_samples, at_random=tolerance is not None)
-            reader = BatchReader(unpack_batch, rows)
-            reading = EvaluationPass(
-                model,
-                loaders,
-                estimator,
-                estimator_kwargs,
-                reader,
-                max_samples,
-                tolerance=tolerance,
-                progress=progress,
-                pretrained=_weights(pretrained),
-            )
-            check_weights(reading.device)
-            if not isinstance(estimator, str):
-                split = estimator.split
-            else:
-                seen = reading.read_classes() if seen_classes is None else seen_classes
-                split = ClassSplit(reading.num_classes, seen, absent_classes)
+            with errors.shared():
+                reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, head_width(model)))
+                reading = EvaluationPass(
+                    model,
+                    calibration_loaders(loader, max_samples, at_random=tolerance is not None, errors=errors),
+                    estimator,
+                    estimator_kwargs,
+                    reader,
+                    max_samples,
+                    tolerance=tolerance,
+                    progress=progress,
+                    pretrained=_weights(pretrained),
+                )
+                check_weights(reading.device)
+                errors.agree()
+                if not isinstance(estimator, str):
+                    split = estimator.split
+                else:
+                    seen = reading.read_classes() if seen_classes is None else seen_classes
+                    split = ClassSplit(reading.num_classes, seen, absent_classes)
+                errors.agree()
             result = reading.run(split)
     except BaseException:
         if fresh:

@@ -34,7 +34,7 @@ class DataCheck:
     """
 
     def __init__(self, split: ClassSplit, device: torch.device, mapped: bool, absent: AbsentSamples) -> None:
-        self.errors = SharedErrors(device)
+        self.errors = SharedErrors()
         self._split = split
         self._mapped = mapped
         self._absent = absent

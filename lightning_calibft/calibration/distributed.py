@@ -35,70 +35,49 @@ def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
     return tensor
 
 
-def gather(make: Callable[[], Made]) -> list[Made]:
-    """Return what each process makes; what fails in one of them fails in all.
-
-    Args:
-        make: Returns something that can be pickled.
-
-    Raises:
-        ValueError: If another process has failed with one.
-        RuntimeError: If another process has failed with any other error.
-    """
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return [make()]
-    failed = None
-    try:
-        # A row of a large tensor would take all of it along.
-        made: bytes | int = pickle.dumps(apply_to_collection(make(), Tensor, Tensor.clone))
-    except Exception as error:
-        failed, made = error, _failure_code(error)
-    parts: list[Any] = [None] * world_size
-    distributed.all_gather_object(parts, made)
-    if failed is not None:
-        raise failed
-    if codes := [part for part in parts if isinstance(part, int)]:
-        raise _failed_elsewhere(max(codes))
-    return [pickle.loads(part) for part in parts]
-
-
-def _failure_code(error: Exception | None) -> int:
-    return 0 if error is None else 1 if isinstance(error, ValueError) else 2
-
-
-def _failed_elsewhere(code: int) -> Exception:
-    kind = ValueError if code == 1 else RuntimeError
-    return kind("The calibration pass has failed on another process, which says why. Gamma stays unset.")
-
-
 class SharedErrors:
-    """Ends a pass on all processes when one of them fails, so that none waits for it.
+    """Ends what the processes do together on all of them when one of them fails, so that none waits for it.
 
-    Args:
-        device: The device of the communication.
+    Each waits for the others in the same call, whatever it comes to next: the one that has failed, too. After a
+    failure, none waits any more.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._failed = 0
+    def __init__(self) -> None:
+        self._failed = 0  # 1 for a ValueError, after which a caller may go on: then all of them do; 2 for any other
 
-    def agree(self, failed: Exception | None = None) -> None:
-        """Wait for the other processes, and tell them if this one has ``failed``.
+    def agree(self) -> None:
+        """Wait for the other processes.
 
         Raises:
-            ValueError: If another process has failed with one, after which a caller may go on: then all of them do.
+            ValueError: If another process has failed with one.
             RuntimeError: If another process has failed with any other error.
         """
-        if not self._failed:  # after a failure, no process waits for another
-            code = torch.tensor(_failure_code(failed), device=self._device)
-            self._failed = int(all_reduce(code, maximum=True))
-        if self._failed and failed is None:
-            raise _failed_elsewhere(self._failed)
+        self.gather(lambda: None)
+
+    def gather(self, make: Callable[[], Made]) -> list[Made]:
+        """Wait for the other processes and return what each makes, by rank.
+
+        Args:
+            make: Returns something that can be pickled.
+
+        Raises:
+            ValueError: If another process has failed with one.
+            RuntimeError: If another process has failed with any other error.
+        """
+        alone = rank_and_world_size()[1] == 1
+        with self.shared():
+            made = make()
+            # A row of a large tensor would take all of it along.
+            packed = b"" if alone else pickle.dumps(apply_to_collection(made, Tensor, Tensor.clone))
+        parts = [] if self._failed else self._exchange(packed)
+        if self._failed:
+            kind = ValueError if self._failed == 1 else RuntimeError
+            raise kind("The calibration pass has failed on another process, which says why. Gamma stays unset.")
+        return [made] if alone else [pickle.loads(part) for part in parts]
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Tell the other processes of an error in the block.
+        """Tell the other processes of an error in the block, where they wait next.
 
         Raises:
             torch.OutOfMemoryError: If that was the error, now with a remedy.
@@ -106,10 +85,20 @@ class SharedErrors:
         try:
             yield
         except Exception as error:
-            self.agree(error)
-            if isinstance(error, torch.OutOfMemoryError):
+            if self._failed:  # they know
+                raise
+            self._failed = 1 if isinstance(error, ValueError) else 2
+            self._exchange(self._failed)
+            if isinstance(error, torch.OutOfMemoryError) and error.__cause__ is None:
                 raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY} The error was: {error}") from error
             raise
+
+    def _exchange(self, part: bytes | int) -> list[Any]:
+        parts: list[Any] = [part] * rank_and_world_size()[1]
+        if len(parts) > 1:
+            distributed.all_gather_object(parts, part)
+        self._failed = max(part if isinstance(part, int) else 0 for part in parts)
+        return parts
 
 
 class ShardedReading(NamedTuple):
@@ -125,9 +114,7 @@ class ShardedReading(NamedTuple):
     size: int
     counts: bool
 
-    def batches(
-        self, batches: Iterable[Any], device: torch.device, agree: Callable[[], None]
-    ) -> Iterator[tuple[Any, bool]]:
+    def batches(self, batches: Iterable[Any], device: torch.device, errors: SharedErrors) -> Iterator[tuple[Any, bool]]:
         """Yield equally many batches on all processes, each with whether it counts.
 
         Each forward needs all processes. The first batch does not count and is the same on all, so that what is made of
@@ -136,26 +123,27 @@ class ShardedReading(NamedTuple):
         Args:
             batches: This process' own, none of which is ``None``.
             device: Where they are.
-            agree: Waits for the others before each forward; raises if one has failed.
+            errors: Waits for the others before each forward.
         """
         own = iter(batches)
         batch = next(own, None)
-        agree()
-        shared = first_batch_of_any(batch, device)
+        errors.agree()
+        shared = first_batch_of_any(batch, device, errors)
         if shared is None:
             return
         yield shared, False
         while all_reduce(torch.tensor(int(batch is not None), device=device)):
             yield (shared, False) if batch is None else (batch, self.counts)
             batch = next(own, None)
-            agree()
+            errors.agree()
 
 
-def first_batch_of_any(batch: Any, device: torch.device) -> Any:
+def first_batch_of_any(batch: Any, device: torch.device, errors: SharedErrors | None = None) -> Any:
     """Return the batch of the first process whose own is not ``None``, on ``device``; ``None`` if there is none."""
-    has_one = gather(lambda: batch is not None)
+    errors = errors or SharedErrors()
+    has_one = errors.gather(lambda: batch is not None)
     if not any(has_one):
         return None
     first = has_one.index(True)
-    own = batch if rank_and_world_size()[0] == first else None
-    return batch_to_device(gather(lambda: batch_to_device(own, torch.device("cpu")))[first], device)
+    sent = batch if rank_and_world_size()[0] == first else None
+    return batch_to_device(errors.gather(lambda: batch_to_device(sent, torch.device("cpu")))[first], device)

@@ -32,7 +32,6 @@ from lightning_calibft.calibration.distributed import (
     ShardedReading,
     SharedErrors,
     all_reduce,
-    gather,
     rank_and_world_size,
 )
 from lightning_calibft.calibration.loaders import batches_of, length_of
@@ -108,7 +107,7 @@ class EvaluationPass:
         Raises:
             ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
         """
-        met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors(self.device)
+        met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors()
         with errors.shared(), eval_mode(self.model):  # transfer hooks may mix labels while training
             for _, _, target in self._batches("Reading labels"):
                 target = target[target != IGNORE_INDEX].cpu()
@@ -126,7 +125,8 @@ class EvaluationPass:
 
     def run(self, split: ClassSplit) -> CalibrationResult:
         """Run the model over the data and return the result; nothing about the model changes."""
-        estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
+        with SharedErrors().shared():
+            estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
         self.feed(estimator, split)
         return result_of(estimator, self.estimator)
 
@@ -153,7 +153,7 @@ class EvaluationPass:
             return self.tolerance is not None and _is_within(self.tolerance, estimator)
 
         with check.errors.shared(), closing(self.evaluate(check.errors)) as batches:
-            looks = iter(self._looks())
+            looks = iter(self._looks(check.errors))
             look = next(looks, None)
             for step, batch in enumerate(batches, 1):
                 number = torch.full_like(batch.target, batch.number)
@@ -188,8 +188,8 @@ class EvaluationPass:
             forwards.append(self._pretrained_forward(forward))
         batches: Iterator[tuple[_LabelledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
         if self.sharded is not None:
-            errors = errors or SharedErrors(self.device)
-            batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors.agree)
+            errors = errors or SharedErrors()
+            batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors)
         with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
             for (number, batch, target), counts in batches:
                 if not probed:
@@ -203,7 +203,7 @@ class EvaluationPass:
     def _batches(self, what: str) -> Iterator[_LabelledBatch]:
         """Yield this process' batches, of each loader up to its share of ``max_samples``."""
         rank, size, *_ = self.sharded or rank_and_world_size()
-        share = math.inf if self.max_samples is None else self.max_samples / len(self.loaders) / size
+        share = math.inf if self.max_samples is None else self.max_samples / max(1, len(self.loaders)) / size
         numbers = count()
         for loader in self.loaders:
             total, read = _length(loader, self.max_batches), 0
@@ -220,14 +220,14 @@ class EvaluationPass:
                         yield number, batch, target
                     bar.update()
 
-    def _looks(self) -> list[int]:
+    def _looks(self, errors: SharedErrors) -> list[int]:
         """Return the numbers of batches after which to look at gamma, each a quarter above the last.
 
         To look at all samples anew is not free, and the processes must look together.
         """
         if self.tolerance is None:
             return []
-        lengths = gather(lambda: _length(self.loaders[0], self.max_batches) if self.loaders else 0)
+        lengths = errors.gather(lambda: _length(self.loaders[0], self.max_batches) if self.loaders else 0)
         unknown = math.inf if len(lengths) == 1 else 0
         shortest = min(unknown if length is None else length for length in lengths)
         looks = [1]
@@ -269,7 +269,8 @@ def forward_of(model: nn.Module) -> nn.Module:
         ValueError: If a LightningModule has no ``forward`` and its head no ``forward`` around it.
     """
     # That of Lightning, by name: the class is another one in each of its packages.
-    if getattr(model.forward, "__qualname__", "") != "LightningModule.forward":
+    package, name = (getattr(model.forward, key, "") for key in ("__module__", "__qualname__"))
+    if not (package.startswith(("lightning.", "pytorch_lightning.")) and name == "LightningModule.forward"):
         return model
     name, head = next(iter(attached_heads(model).items()))
     part = model.get_submodule(name.split(".")[0])

@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft._arguments import is_integer
-from lightning_calibft.calibration.distributed import gather, rank_and_world_size
+from lightning_calibft.calibration.distributed import SharedErrors, rank_and_world_size
 
 _MOST_SAMPLES = torch.iinfo(torch.long).max
 
@@ -49,6 +49,7 @@ def calibration_loaders(
     *,
     at_random: bool = False,
     share: tuple[int, int] | None = None,
+    errors: SharedErrors | None = None,
 ) -> list[Iterable[Any]]:
     """Return, for each loader in ``loaders``, one that reads this process' share of its samples once.
 
@@ -72,6 +73,7 @@ def calibration_loaders(
             shuffles a random subset.
         at_random: Read a rebuilt loader in random order (with a fixed seed), so that one can stop anywhere.
         share: Which share of a rebuilt loader's samples is read, and of how many. ``None``: each process reads its own.
+        errors: Those of the processes, which put together what their samplers draw.
 
     Raises:
         TypeError: If ``loaders`` is no iterable.
@@ -89,9 +91,9 @@ def calibration_loaders(
             " `torch.utils.data.ConcatDataset`."
         )
     limit = max_samples and math.ceil(max_samples / max(1, len(flat)))
-    share = share or rank_and_world_size()
+    share, errors = share or rank_and_world_size(), errors or SharedErrors()
     return [
-        _rebuilt_for_reading(loader, limit, max_batches, at_random, share)
+        _rebuilt_for_reading(loader, limit, max_batches, at_random, share, errors)
         if _can_be_rebuilt(loader)
         else _without_persistent_workers(loader)
         for loader in flat
@@ -134,7 +136,7 @@ def sample_indices(loader: DataLoader[Any]) -> Sequence[Any]:
     Raises:
         ValueError: If its indices are no numbers or strings.
     """
-    indices = _indices(loader, None, None)
+    indices = _indices(loader, SharedErrors())
     if indices is None:
         raise ValueError(
             f"Expected a loader whose sampler gives the number or the name of one sample at a time, but got a"
@@ -215,6 +217,7 @@ def _rebuilt_for_reading(
     max_batches: int | None,
     at_random: bool,
     share: tuple[int, int],
+    errors: SharedErrors,
 ) -> DataLoader[Any]:
     rank, shares = share
     max_batches = max_batches and max_batches * shares
@@ -223,12 +226,12 @@ def _rebuilt_for_reading(
     options: dict[str, Any] = {"generator": torch.Generator()}
     indices = None
     if not _has_own_batches(loader):
-        indices = _indices(loader, max_samples, max_batches and max_batches * (batch_size or 1))
+        indices = _indices(loader, errors, max_samples, max_batches and max_batches * (batch_size or 1))
     if indices is not None:
         options["batch_size"] = batch_size
         options["sampler"] = _RandomOrder(indices, rank, shares) if at_random else indices[rank::shares]
     else:
-        batches = _whole_batches(loader, max_samples, max_batches, at_random)[rank::shares]
+        batches = _whole_batches(loader, errors, max_samples, max_batches, at_random)[rank::shares]
         if loader.batch_sampler is None:  # the dataset gives a batch an index
             options.update(batch_size=None, sampler=list(chain.from_iterable(batches)))
         else:
@@ -236,11 +239,14 @@ def _rebuilt_for_reading(
     return rebuilt_loader(loader, loader.dataset, **options)
 
 
-def _indices(loader: DataLoader[Any], max_samples: int | None, first: int | None) -> Sequence[Any] | None:
+def _indices(
+    loader: DataLoader[Any], errors: SharedErrors, max_samples: int | None = None, first: int | None = None
+) -> Sequence[Any] | None:
     """Return the distinct indices of a loader in order, or ``None`` if they are no numbers or strings.
 
     Args:
         loader: A loader without a batch sampler of the user's own.
+        errors: Those of the processes.
         max_samples: Return a random subset of this size.
         first: Return as many as this: the first ones, or of a sampler that shuffles a random subset.
     """
@@ -256,7 +262,7 @@ def _indices(loader: DataLoader[Any], max_samples: int | None, first: int | None
         drawn = _plain([known[position] for position in positions])
     else:
         # The sampler of each process may give it a share of its own: together they are what the run trains on.
-        parts = gather(lambda: _plain(_drawn(loader, sampler, positions)))
+        parts = errors.gather(lambda: _plain(_drawn(loader, sampler, positions)))
         drawn = None if None in parts else list(chain.from_iterable(parts))
     if drawn is None:
         return None
@@ -265,7 +271,11 @@ def _indices(loader: DataLoader[Any], max_samples: int | None, first: int | None
 
 
 def _whole_batches(
-    loader: DataLoader[Any], max_samples: int | None, max_batches: int | None, at_random: bool
+    loader: DataLoader[Any],
+    errors: SharedErrors,
+    max_samples: int | None,
+    max_batches: int | None,
+    at_random: bool,
 ) -> list[list[Any]]:
     """Return the batches of indices of one epoch as they are drawn, without the indices that came before."""
     sampler: Any = loader.batch_sampler if _has_own_batches(loader) else _sampler(loader)
@@ -273,7 +283,7 @@ def _whole_batches(
     if not _has_own_batches(loader):
         batch_sampler = BatchSampler(sampler, getattr(loader.batch_sampler, "batch_size", 1), drop_last=False)
     window, number = _how_many(sampler, len(batch_sampler), max_samples, max_batches)
-    parts = gather(lambda: _drawn(loader, batch_sampler, _random_subset(window, number)))
+    parts = errors.gather(lambda: _drawn(loader, batch_sampler, _random_subset(window, number)))
     batches, met = [], set[str]()
     for batch in chain.from_iterable(zip_longest(*parts, fillvalue=())):
         keys = [repr(index) for index in batch]  # which tells those apart that cannot be hashed
