@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_calibft.calibration import BatchReader, UnpackBatch, calibration_loaders, check_head, head_width
 from lightning_calibft.calibration.batch import call_forward
 from lightning_calibft.calibration.one_pass import UNPACK_OR_HEAD_REMEDY, forward_of
-from lightning_calibft.head import attach, attached_heads, detach, eval_mode, record_logits
+from lightning_calibft.head import attach, attached_heads, detach, evaluation, record_logits
 from lightning_calibft.head.record import one_forward
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
@@ -72,7 +71,7 @@ def collect_outputs(
         (torch.Size([4, 3]), torch.Size([4, 5]))
     """
     parts: list[Outputs] = []
-    with _attached(model, head), isolate_rng(), torch.no_grad(), eval_mode(model):
+    with _attached(model, head), evaluation(model):
         width = head_width(model)
         reader = BatchReader(unpack_batch, resolve_class_map(class_map, label_names, width))
         device = next(next(iter(attached_heads(model).values())).buffers()).device
@@ -91,7 +90,7 @@ def collect_outputs(
 def _outputs_of(model: nn.Module, batch: Any, reader: BatchReader, width: int) -> Outputs:
     target, forward = reader.rows(batch), forward_of(model)
     inputs = reader.inputs(batch, forward)
-    with torch.compiler.set_stance("force_eager"), record_logits(model) as records, _recorded_features(model) as seen:
+    with record_logits(model) as records, _recorded_features(model) as seen:
         call_forward(forward, inputs)
     logits = one_forward(records, len(target), width, UNPACK_OR_HEAD_REMEDY)
     if wrong := [part for part in seen if part is None or part.ndim != 2]:

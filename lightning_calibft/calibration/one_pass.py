@@ -35,8 +35,8 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, probe, record_logits
-from lightning_calibft.head.probe import NotFiniteError
+from lightning_calibft.head import CHILD_NAME, attached_heads, evaluation, is_layer, probe, record_logits
+from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved
 from lightning_calibft.head.record import LogitRecorder, one_forward
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
@@ -80,7 +80,7 @@ class Pass:
             ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
         """
         met, others = torch.zeros(self.num_classes, dtype=torch.long), Processes(self.device)
-        with others.told_to_others(), eval_mode(self.model):  # transfer hooks may mix labels while training
+        with others.told_to_others(), evaluation(self.model):  # transfer hooks may mix labels while training
             for batch in self._batches("Reading labels"):
                 target = self.reader.rows(batch).cpu()
                 target = target[target != IGNORE_INDEX]
@@ -128,24 +128,22 @@ class Pass:
             ValueError, RuntimeError: If another process has failed, whose error says why.
         """
         forward, faults = forward_of(self.model), Faults(split, self.device, self.reader.maps, self._absent_samples())
-        forwards: list[Callable[..., Any]] = [forward]
-        if needs_pretrained_logits(self.estimator):
-            forwards.append(self._forward_before(forward))
+        forwards_before = [self._forward_before(forward)] if needs_pretrained_logits(self.estimator) else []
 
         def count(logits: Tensor, target: Tensor, batch: Tensor, *logits_before: Tensor) -> None:
             faults.count(target, batch, logits, *logits_before)
             estimator.update(logits, target, *logits_before)
 
         recorder, joined = record_logits(self.model), JoinedBatches(count)
-        looks, probed = self._looks(), False
-        with faults.told_to_others(), torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+        looks, checked = self._looks(), False
+        with faults.told_to_others(), evaluation(self.model):
             for index, batch, counts in self._numbered_batches(faults):
                 target = self.reader.rows(batch).clone()  # the loader may write over it
-                if not probed and len(target) > 0:
-                    with self.context():
-                        check_head(self.model, batch, self.reader)
-                    probed = True
-                logits, *before = [self._logits(recorder, each, batch, target) for each in forwards]
+                if checked or len(target) == 0:
+                    logits, _ = self._run(recorder, forward, batch, target)
+                else:
+                    logits, checked = self._checked_logits(recorder, forward, batch, target), True
+                before = [self._run(recorder, each, batch, target)[0] for each in forwards_before]
                 rows = (logits, target, torch.full_like(target, index), *before)
                 joined.add(*(each if counts else each[:0] for each in rows))
                 if self.tolerance is not None and index + 1 in looks:
@@ -189,10 +187,23 @@ class Pass:
 
         return forward_before
 
-    def _logits(self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
+    def _run(
+        self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Return the raw logits of a batch and what the model returned."""
         with recorder as records, self.context():
-            call_forward(forward, self.reader.inputs(batch, forward))
-        return one_forward(records, len(target), self.num_classes, UNPACK_OR_HEAD_REMEDY)
+            output = call_forward(forward, self.reader.inputs(batch, forward))
+        return one_forward(records, len(target), self.num_classes, UNPACK_OR_HEAD_REMEDY), output
+
+    def _checked_logits(self, recorder: LogitRecorder, forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
+        """Return the raw logits of a batch, for which the head is probed unless it is proved and still gives them."""
+        if is_proved(self.model):
+            logits, output = self._run(recorder, forward, batch, target)
+            if gives_output(self.model, logits, output):
+                return logits
+        with self.context():
+            check_head(self.model, batch, self.reader)
+        return self._run(recorder, forward, batch, target)[0]  # the probe may have weighed the heads anew
 
 
 def forward_of(model: nn.Module) -> nn.Module:

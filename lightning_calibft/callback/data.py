@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_calibft.calibration import (
@@ -25,7 +24,7 @@ from lightning_calibft.calibration import (
     same_for_all,
 )
 from lightning_calibft.estimators import Estimator, needs_absent_samples
-from lightning_calibft.head import eval_mode
+from lightning_calibft.head import evaluation
 from lightning_calibft.labels.class_map import check_mapped
 
 Source = Literal["train", "validation", "training_steps"]
@@ -102,7 +101,7 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         TypeError: If its target does not hold class ids.
         ValueError: If it cannot be split, a target is not mapped, or the head does not give the logits.
     """
-    with isolate_rng(), eval_mode(model), trainer.precision_plugin.forward_context():
+    with evaluation(model), trainer.precision_plugin.forward_context():
         clean = _first_calibration_batch(trainer)
         batch = batch if clean is None else clean
         rows = reader.rows(batch)

@@ -1,10 +1,10 @@
 """Find the classification head; attach, read, detach, fold and check its calibration."""
 
 from lightning_calibft.head.attach import attach, detach, get_gamma, reset_gamma, set_gamma
+from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.head.find import HeadNotFoundError, find_head
 from lightning_calibft.head.fold import fold
 from lightning_calibft.head.layers import head_names, is_layer, num_classes
-from lightning_calibft.head.modes import eval_mode
 from lightning_calibft.head.offset import CHILD_NAME, attached_heads, is_folded
 from lightning_calibft.head.probe import probe
 from lightning_calibft.head.record import record_logits
@@ -17,7 +17,7 @@ __all__ = [
     "attach",
     "attached_heads",
     "detach",
-    "eval_mode",
+    "evaluation",
     "find_head",
     "fold",
     "get_gamma",

@@ -21,7 +21,7 @@ RESULTS = {
 }
 # What the rooms of the package call in each other, with arguments that are checked by then.
 INSIDE = {
-    *("attached_heads", "check_estimator_width", "cost", "cross_validate", "eval_mode", "head_names", "is_layer"),
+    *("attached_heads", "check_estimator_width", "cost", "cross_validate", "evaluation", "head_names", "is_layer"),
     *(
         "make_estimator",
         "needs_absent_samples",
