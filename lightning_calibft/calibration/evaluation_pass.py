@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
+from lightning_calibft._format import CHILD_NAME
 from lightning_calibft.calibration.batch_reader import BatchReader, batch_to_device, call_forward
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import (
@@ -43,8 +44,8 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import CHILD_NAME, attached_heads, eval_mode, is_layer, num_classes, probe, record_logits
-from lightning_calibft.head.probe import NotFiniteError
+from lightning_calibft.head import attached_heads, evaluation, is_layer, num_classes, probe, record_logits
+from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved
 from lightning_calibft.head.record import LogitRecorder, one_forward
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
@@ -108,7 +109,7 @@ class EvaluationPass:
             ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
         """
         met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors()
-        with errors.shared(), eval_mode(self.model):  # transfer hooks may mix labels while training
+        with errors.shared(), evaluation(self.model):  # transfer hooks may mix labels while training
             for _, _, target in self._batches("Reading labels"):
                 target = target[target != IGNORE_INDEX].cpu()
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
@@ -182,21 +183,19 @@ class EvaluationPass:
             ValueError: If a batch cannot be split, or the head does not give the logits.
             TypeError: If a target does not hold class ids.
         """
-        forward, recording, probed = forward_of(self.model), record_logits(self.model), False
-        forwards: list[Callable[..., Any]] = [forward]
-        if needs_pretrained_logits(self.estimator):
-            forwards.append(self._pretrained_forward(forward))
+        forward, recorder, checked = forward_of(self.model), record_logits(self.model), False
+        pretrained = [self._pretrained_forward(forward)] if needs_pretrained_logits(self.estimator) else []
         batches: Iterator[tuple[_LabelledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
         if self.sharded is not None:
             errors = errors or SharedErrors()
             batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors)
-        with torch.no_grad(), eval_mode(self.model), torch.compiler.set_stance("force_eager"):
+        with evaluation(self.model):
             for (number, batch, target), counts in batches:
-                if not probed:
-                    with self.context():
-                        check_head(self.model, batch, self.reader)
-                    probed = True
-                rows = [target, *(self._logits(recording, each, batch, target) for each in forwards)]
+                if checked:
+                    logits, _ = self._run(recorder, forward, batch, target)
+                else:
+                    logits, checked = self._checked_logits(recorder, forward, batch, target), True
+                rows = [target, logits, *(self._run(recorder, each, batch, target)[0] for each in pretrained)]
                 target, logits, *pretrained_logits = rows if counts else [each[:0] for each in rows]
                 yield EvaluatedBatch(number, logits, target, pretrained_logits)
 
@@ -256,10 +255,23 @@ class EvaluationPass:
 
         return pretrained_forward
 
-    def _logits(self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor) -> Tensor:
+    def _run(
+        self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Return the raw logits of a batch and what the model returned."""
         with recorder as records, self.context():
-            call_forward(forward, self.reader.inputs(batch, forward))
-        return one_forward(records, len(target), self.num_classes, _REMEDY)
+            output = call_forward(forward, self.reader.inputs(batch, forward))
+        return one_forward(records, len(target), self.num_classes, _REMEDY), output
+
+    def _checked_logits(self, recorder: LogitRecorder, forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
+        """Return the raw logits of a batch, for which the head is probed unless it is proved and still gives them."""
+        if is_proved(self.model):
+            logits, output = self._run(recorder, forward, batch, target)
+            if gives_output(self.model, logits, output):
+                return logits
+        with self.context():
+            check_head(self.model, batch, self.reader)
+        return self._run(recorder, forward, batch, target)[0]  # the probe may have weighed the heads anew
 
 
 def forward_of(model: nn.Module) -> nn.Module:

@@ -8,14 +8,13 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
@@ -229,7 +228,7 @@ class AbsentClassCalibration(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.tolerance is not None:  # refused now if it does not go with the data, not when training is done
-            with isolate_rng():
+            with preserve_random_state():
                 self._search.make_pass(trainer, pl_module)
         # As at the start of the fit, for strategies that restore a checkpoint after it.
         reset_gamma(pl_module)
@@ -455,7 +454,7 @@ class AbsentClassCalibration(Callback):
     def _refresh(self, trainer: Trainer, model: LightningModule) -> None:
         """Put gamma of the present weights into the model."""
         try:
-            with isolate_rng():
+            with preserve_random_state():
                 reading = self._search.make_pass(trainer, model)
                 split = None if reading is None else self._split_of(trainer, reading)
                 if reading is None or split is None:
@@ -479,7 +478,7 @@ class AbsentClassCalibration(Callback):
             self._put(model, found)
             return
         self.result = None
-        with isolate_rng():
+        with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
@@ -505,7 +504,7 @@ class AbsentClassCalibration(Callback):
         files = trainer.strategy.broadcast(kept)
         if not files:
             return
-        with isolate_rng():
+        with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             assert reading is not None
 

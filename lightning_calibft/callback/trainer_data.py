@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import BatchReader
@@ -20,7 +19,7 @@ from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_
 from lightning_calibft.calibration.loaders import calibration_loaders
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
-from lightning_calibft.head import eval_mode
+from lightning_calibft.head import evaluation
 from lightning_calibft.labels.class_map import check_mapped
 
 Source = Literal["train", "validation", "training_steps"]
@@ -101,7 +100,7 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         TypeError: If its target does not hold class ids.
         ValueError: If it cannot be split, a target is not mapped, or the head does not give the logits.
     """
-    with isolate_rng(), eval_mode(model), trainer.precision_plugin.forward_context():
+    with evaluation(model), trainer.precision_plugin.forward_context():
         clean = _first_calibration_batch(trainer)
         batch = batch if clean is None else clean
         rows = reader.rows(batch)

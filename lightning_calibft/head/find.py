@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from itertools import chain
 
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_calibft._arguments import check_model
 from lightning_calibft.head.layers import (
     Head,
-    candidates,
     forward_name,
+    head_candidates,
     head_names,
     is_channels_first,
+    is_lightning_module,
     layer_width,
     remedy,
     unwrap,
@@ -154,7 +154,7 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
     """Look for the well known names, no deeper than the shallowest candidate."""
-    for depth in range(1, min(map(_depth, candidates(model)), default=0) + 1):
+    for depth in range(1, min(map(_depth, head_candidates(model)), default=0) + 1):
         parents = [module for name, module in model.named_modules() if _depth(name) == depth - 1]
         if heads := _only(model, [found for parent in parents for found in _named_children(parent)]):
             return heads
@@ -163,7 +163,7 @@ def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
     """Take the last candidate, 1x1 convolutions aside, which networks are full of."""
-    layers = [module for module in candidates(model).values() if not is_channels_first(module)]
+    layers = [module for module in head_candidates(model).values() if not is_channels_first(module)]
     if layers and sum(width_of(module) == width_of(layers[-1]) for module in layers) > 1:
         raise ValueError(f"Found several modules that could be the classification head. {remedy(model)}")
     return tuple(layers[-1:])
@@ -172,7 +172,7 @@ def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
 def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
     """Take a model in which nothing could be a head. The head of a LightningModule may still be to come."""
     whole = unwrap(model)
-    if isinstance(whole, LightningModule) or candidates(model) or next(whole.parameters(), None) is None:
+    if is_lightning_module(whole) or head_candidates(model) or next(whole.parameters(), None) is None:
         return ()
     return (whole,) if width_of(whole) is not None else ()
 
@@ -208,7 +208,7 @@ def _resolve(module: nn.Module) -> tuple[nn.Module, ...]:
         return (module,)
     if isinstance(module, nn.ModuleList):
         return tuple(chain.from_iterable(map(_resolve, module)))
-    return _pair(module) or tuple(candidates(module).values())[-1:]
+    return _pair(module) or tuple(head_candidates(module).values())[-1:]
 
 
 def _depth(name: str) -> int:

@@ -86,7 +86,7 @@ def head_names(model: nn.Module, head: Head) -> tuple[str, ...]:
     return tuple(names[module] for module in as_tuple(head))
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
+def head_candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module that could be a head, by dotted name, in the order of registration.
 
     What a layer is made of is no head, nor is the original of a layer that PEFT trains in full.
@@ -116,6 +116,11 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def is_lightning_module(module: nn.Module) -> bool:
+    """Return whether ``module`` is a LightningModule, of whichever package."""
+    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
+
+
 def forward_name(name: str) -> str:
     """Return the argument `head` that stands for the output of the module called ``name``."""
     return f"{name}.forward" if name else "forward"
@@ -123,7 +128,7 @@ def forward_name(name: str) -> str:
 
 def remedy(model: nn.Module, limit: int = 10) -> str:
     """Name the candidates, the last ``limit`` of them, and the argument that chooses one."""
-    found = candidates(model)
+    found = head_candidates(model)
     whole = 'pass `head="forward"`, or `"model.forward"` of a part, if the output of the whole is the logits'
     if not found:
         return f"It has no Linear, no 1x1 Conv2d and no `out_features`. Build the head first, or {whole}."

@@ -41,6 +41,8 @@ class AbsentClassOffset(nn.Module):
         # The flag is apart because a compiled model guards on all that `forward` reads.
         self.recording = False
         self.recorders: tuple[Recorder, ...] = ()
+        # What the model looked like when `probe` last found that this head gives its logits.
+        self.proved_structure: tuple[Any, ...] | None = None
         # What `detach` removes: the hooks on the head.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.
@@ -54,12 +56,12 @@ class AbsentClassOffset(nn.Module):
 
     def calibrate(self, logits: Tensor) -> Tensor:
         """Return the calibrated logits, in their own dtype and shape."""
-        if not torch.jit.is_scripting() and self.recording:
+        if not torch.jit.is_scripting() and self.recording:  # type: ignore[attr-defined]
             _record(self, logits)
         if self.training:
             return logits
         shift = self.shift()
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             shift = like_dtensor(shift, logits)
         return (logits + shift).to(logits.dtype)
 
@@ -95,14 +97,14 @@ class AbsentClassOffset(nn.Module):
         return f"num_classes={len(self.mask)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is not being recorded.
-        return {**self.__dict__, "recording": False, "recorders": ()}
+        # A copy is not being recorded, and nothing has been proved of it.
+        return {**self.__dict__, "recording": False, "recorders": (), "proved_structure": None}
 
     # Private in torch, and the one method through which `.half()`, `.to()`, `.cuda()` and `to_empty()` all go:
     # only here can a buffer follow the device without following the dtype.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AbsentClassOffset":
         before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:
@@ -110,7 +112,7 @@ class AbsentClassOffset(nn.Module):
         return self
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _record(child: AbsentClassOffset, logits: Tensor) -> None:
     for recorder in child.recorders:
         recorder(child, logits)
@@ -157,7 +159,7 @@ def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> Absen
     hook: Callable[..., Any] = _calibrate if isinstance(head, (nn.Linear, nn.Conv2d)) else _calibrate_output
     child.handles = (
         head.register_forward_hook(hook),
-        head.register_load_state_dict_pre_hook(_fill_missing_keys),
+        head.register_load_state_dict_pre_hook(_fill_missing_keys),  # type: ignore[no-untyped-call]
     )
     return child
 

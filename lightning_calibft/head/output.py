@@ -70,6 +70,11 @@ def gather_dtensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a distributed tensor that this process holds, or a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like_dtensor(tensor: Tensor, other: Tensor) -> Tensor:
     """Return ``tensor``, which all processes have, so that it can be added to ``other``, which may be distributed."""
     if isinstance(other, DTensor) and not isinstance(tensor, DTensor):

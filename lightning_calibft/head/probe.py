@@ -7,22 +7,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_calibft.head.evaluation import evaluation, unchanged
 from lightning_calibft.head.layers import (
-    candidates,
     forward_name,
+    head_candidates,
     is_channels_first,
+    is_lightning_module,
     is_linear,
     num_classes,
     unwrap,
     width_of,
 )
-from lightning_calibft.head.modes import eval_mode
-from lightning_calibft.head.numerics import are_probabilities, centred, epsilon, largest, log_space
 from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
 from lightning_calibft.head.output import gather_dtensor, get_logits, like_dtensor, replace_logits
 from lightning_calibft.head.record import class_axis_last
@@ -42,8 +42,8 @@ def probe(forward: Forward, model: nn.Module) -> None:
     are the logits. What all classes of a row have in common is left out, so a softmax or a log-softmax after the head
     is legitimate. At a whole model that gives probabilities gamma would be added to these, so it does not pass.
 
-    The model runs in eval mode, without gradients, and without its compiled code. Its modes, its buffers and the random
-    state are afterwards what they were.
+    The model runs as in :func:`~lightning_calibft.head.evaluation.evaluation`. A head that passes is proved:
+    :func:`is_proved` is then true of the model until its structure changes.
 
     Args:
         forward: Runs ``model`` on some inputs and returns its output: the logits ``(N, C)`` or their (log-)softmax,
@@ -61,7 +61,7 @@ def probe(forward: Forward, model: nn.Module) -> None:
     heads = attached_heads(model)
     if not heads:
         raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
-    with eval_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluation(model):
         base = _logits(forward, model)
         effects = [_effect(forward, model, base, head) for head in heads.values()]
         if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
@@ -70,11 +70,11 @@ def probe(forward: Forward, model: nn.Module) -> None:
             raise ValueError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
         problem = _problem(effects, base)
         if problem is None:
-            _store_coefficients(heads, effects)
+            _store_proof(model, heads, effects)
             return
         others = {
             name: _effect(forward, model, base, module)
-            for name, module in candidates(model).items()
+            for name, module in head_candidates(model).items()
             if not is_attached(module) and num_classes(module) == base.shape[-1]
         }
         whole = _whole_remedy(forward, model, base)
@@ -83,6 +83,57 @@ def probe(forward: Forward, model: nn.Module) -> None:
         f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem}"
         f" {_remedy(others, base, whole)}"
     )
+
+
+def is_proved(model: nn.Module) -> bool:
+    """Return whether :func:`probe` has passed the attached head of ``model``, which has the same modules since then.
+
+    What the modules compute may have changed, as when a scale after the head is trained. See :func:`gives_output`.
+    Copies of a model and loaded ones are not proved.
+
+    Example:
+        >>> from lightning_calibft.head import attach
+        >>> model = attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)))
+        >>> is_proved(model)
+        False
+        >>> probe(lambda: model(torch.randn(3, 16)), model)
+        >>> is_proved(model)
+        True
+    """
+    heads, structure = attached_heads(model), _structure(model)
+    return bool(heads) and all(offset_of(head).proved_structure == structure for head in heads.values())
+
+
+def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
+    """Return whether the recorded logits of the attached head, with gamma, are the logits in an output of ``model``.
+
+    This tells without a forward of its own whether what :func:`probe` found still holds. As there, what all classes of
+    a row have in common is left out.
+
+    Args:
+        model: A model that is proved, in the mode in which it gave the output.
+        logits: The raw logits of the same forward, as a :class:`LogitRecorder` gives them.
+        output: What the forward returned, as in :func:`probe`.
+
+    Example:
+        >>> from lightning_calibft.head import record_logits, set_gamma
+        >>> model = set_gamma(nn.Sequential(nn.Linear(16, 5), nn.LogSoftmax(dim=-1)).eval(), 2.5, seen_classes=[0, 1])
+        >>> with record_logits(model) as records:
+        ...     output = model(torch.randn(3, 16))
+        >>> gives_output(model, records[0], output), gives_output(model, records[0], 1.5 * output)
+        (True, False)
+    """
+    try:
+        actual = gather_dtensor(get_logits(output).detach()).cpu()
+    except ValueError:
+        return False
+    if not actual.is_floating_point():
+        return False
+    child = offset_of(next(iter(attached_heads(model).values())))
+    expected = logits.cpu().double()
+    if not child.training:
+        expected = expected + (child.offset * child.mask).cpu()
+    return _difference(expected, actual, _epsilon(logits, actual)) is None
 
 
 class _Effect(NamedTuple):
@@ -97,11 +148,8 @@ class _Effect(NamedTuple):
 
 
 def _logits(forward: Forward, model: nn.Module) -> Tensor:
-    """Return the logits of one forward. Each call sees the same random numbers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    with torch.random.fork_rng([device.index for device in devices if device.type == kind], device_type=kind):
+    """Return the logits of one forward. Each call sees the same random numbers and the same buffers."""
+    with unchanged(model):
         output = forward()
     logits = get_logits(output)
     if not logits.is_floating_point() or logits.ndim < 2:
@@ -114,7 +162,7 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
     channels_first = is_channels_first(head)
     offset = _random_offset(num_classes(head))
     # Larger than the logits, so that an activation after the head shows, but not where a softmax would underflow.
-    grow = not are_probabilities(base)
+    grow = not _are_probabilities(base)
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         logits = get_logits(output)
@@ -133,20 +181,20 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
         handle.remove()
     if not outputs or shifted.shape != base.shape or base.shape[-1] != len(offset):
         return _Effect(outputs)
-    before, after = log_space(base), log_space(shifted)
+    before, after = _log_space(base), _log_space(shifted)
     valid = before.isfinite() & after.isfinite()
-    delta = centred(after - before, valid)
-    expected = centred(offset.to(delta).expand_as(delta), valid)
+    delta = _centered(after - before, valid)
+    expected = _centered(offset.to(delta).expand_as(delta), valid)
     coefficient = (delta * expected).sum() / (expected**2).sum()
     scale = expected.abs().max()
-    rounding = epsilon(outputs[0], base) * (largest(before, valid) + largest(after, valid)) / scale
+    rounding = _epsilon(outputs[0], base) * (_largest(before, valid) + _largest(after, valid)) / scale
     return _Effect(
         outputs,
         coefficient.item(),
         ((delta - coefficient * expected).abs().max() / scale).item(),
-        max(1e-3, 4 * epsilon(outputs[0], base)),
+        max(1e-3, 4 * _epsilon(outputs[0], base)),
         max(1e-3, 8 * rounding.item()),
-        not is_linear(head) and are_probabilities(outputs[0]),
+        not is_linear(head) and _are_probabilities(outputs[0]),
     )
 
 
@@ -166,7 +214,8 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
     if abs(total - 1) <= max(effect.coefficient_tolerance for effect in effects) and all(
         effect.residual <= effect.residual_tolerance for effect in effects
     ):
-        return _difference(effects, base)
+        expected = sum((effect.coefficient * effect.outputs[0].double() for effect in effects), torch.zeros(()))
+        return _difference(expected, base, _epsilon(base, *(effect.outputs[0] for effect in effects)))
     if all(effect.coefficient == effect.residual == 0 for effect in effects):
         return "its output does not reach them (0 times). It may be an auxiliary head, or unused."
     residual = max(effect.residual for effect in effects)
@@ -177,17 +226,15 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
     )
 
 
-def _difference(effects: list[_Effect], base: Tensor) -> str | None:
-    """Say in words how the raw logits of the heads differ from those of the model, or ``None`` if they do not."""
-    shape = effects[0].outputs[0].shape
-    if shape != base.shape:
-        return f"its output has the shape {tuple(shape)} and the output of the model {tuple(base.shape)}."
-    expected = sum((effect.coefficient * effect.outputs[0].double() for effect in effects), torch.zeros(()))
-    actual = log_space(base)
+def _difference(expected: Tensor, output: Tensor, resolution: float) -> str | None:
+    """Say in words how the logits of the model differ from what its heads give, or ``None`` if they do not."""
+    if expected.shape != output.shape:
+        return f"its output has the shape {tuple(expected.shape)} and the output of the model {tuple(output.shape)}."
+    actual = _log_space(output)
     valid = expected.isfinite() & actual.isfinite()
-    difference = centred(actual - expected, valid).abs().max()
-    tolerance = max(1e-3, 8 * epsilon(base, *(effect.outputs[0] for effect in effects)))
-    if difference <= tolerance * (largest(expected, valid) + largest(actual, valid)):
+    difference = _centered(actual - expected, valid).abs().max()
+    tolerance = max(1e-3, 8 * resolution)
+    if difference <= tolerance * (_largest(expected, valid) + _largest(actual, valid)):
         return None
     return (
         f"the logits of the model differ from its output by up to {difference.item():.2g}. Something is added after it,"
@@ -195,12 +242,18 @@ def _difference(effects: list[_Effect], base: Tensor) -> str | None:
     )
 
 
-def _store_coefficients(heads: dict[str, nn.Module], effects: list[_Effect]) -> None:
-    """Let :func:`record_logits` weigh the heads as the model does."""
-    equal = 1 / len(heads)
+def _store_proof(model: nn.Module, heads: dict[str, nn.Module], effects: list[_Effect]) -> None:
+    """Let recorders weigh the heads as the model does, and mark each as proved."""
+    equal, structure = 1 / len(heads), _structure(model)
     for head, effect in zip(heads.values(), effects, strict=True):
         within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
         offset_of(head).coefficient = equal if within_rounding else effect.coefficient
+        offset_of(head).proved_structure = structure
+
+
+def _structure(model: nn.Module) -> tuple[Any, ...]:
+    # Not the addresses of the modules, which later ones may get.
+    return tuple((name, type(module), ref(module)) for name, module in model.named_modules())
 
 
 def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
@@ -229,12 +282,12 @@ def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
         for handle in handles:
             handle.remove()
     # The outermost ends last. The steps of a LightningModule may call the model in it instead of the module itself.
-    outermost = found[-1:] + [part for part in found if not isinstance(part[1], LightningModule)]
+    outermost = found[-1:] + [part for part in found if not is_lightning_module(part[1])]
     if not outermost or is_attached(unwrap(outermost[-1][1])):
-        return " Let the forward return logits or their `log_softmax`." if are_probabilities(base) else ""
+        return " Let the forward return logits or their `log_softmax`." if _are_probabilities(base) else ""
     name, part = outermost[-1]
     argument = f'`head="{forward_name(name)}"`'
-    if are_probabilities(base):
+    if _are_probabilities(base):
         return f" If no layer gives them, let the forward return logits, or their `log_softmax`, and pass {argument}."
     text = f" If no layer gives the logits, pass {argument}, which stands for the output of the whole."
     if width_of(unwrap(part)) != base.shape[-1]:
@@ -246,3 +299,33 @@ def _random_offset(width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
     return signs * (1 + torch.rand(width, generator=generator, dtype=torch.float32))
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Tell whether each row is non-negative and sums to one."""
+    values = logits.double()
+    return bool((values >= 0).all() and (values.sum(dim=-1) - 1).abs().max() < 1e-2)
+
+
+def _log_space(logits: Tensor) -> Tensor:
+    """Return logits as they are and the logarithm of probabilities, minus infinity where they underflow."""
+    if not _are_probabilities(logits):
+        return logits.double()
+    return torch.where(logits < torch.finfo(logits.dtype).tiny, 0, logits.double()).log()
+
+
+def _centered(values: Tensor, valid: Tensor) -> Tensor:
+    """Subtract the mean of each row over its valid entries; the others become zero."""
+    values = torch.where(valid, values, 0)
+    mean = values.sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.where(valid, values - mean, 0)
+
+
+def _largest(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the _largest magnitude of the valid entries."""
+    return torch.where(valid, values, 0).abs().max()
+
+
+def _epsilon(*tensors: Tensor) -> float:
+    """Return the coarsest resolution of the tensors' dtypes."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)

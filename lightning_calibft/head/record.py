@@ -59,9 +59,8 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
         self._met: set[nn.Module] = set()
         self._paused: list[tuple[bool, list[Tensor], set[nn.Module], list[tuple[Recorder, ...]]]] = []
         self._children = [offset_of(module) for module in heads if is_attached(module)]
-        # Before all other hooks, so that a calibration attached later is not recorded.
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._hook, prepend=True) for module in heads if not is_attached(module)
+            module.register_forward_hook(self._hook) for module in heads if not is_attached(module)
         ]
         if self._handles:
             torch.compiler.reset()
@@ -115,7 +114,7 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
         if self._recording:
             self._record_output(module, output)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record_output(self, module: nn.Module, output: Any) -> None:
         self._add(module, get_logits(output), is_channels_first(module), self._share)
 

@@ -1,9 +1,15 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import lightning_calibft
 from lightning_calibft.head import HeadNotFoundError, attach, find_head, head_names, num_classes
 
 from .models import NUM_CLASSES, Convolutional, Distilled, Plain, Wrapper
@@ -225,3 +231,17 @@ def test_the_remedies_name_the_whole_model():
         find_head(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)))
     with pytest.raises(ValueError, match=r"got Sigmoid\. If its output is the logits, pass `head=\"1\.forward\"`"):
         find_head(nn.Sequential(nn.Linear(4, 8), nn.Sigmoid()), "1")
+
+
+def test_the_head_needs_no_lightning():
+    script = """
+    import sys, types
+    package = types.ModuleType("lightning_calibft")
+    package.__path__ = [sys.argv[1]]
+    sys.modules["lightning_calibft"] = package
+    import lightning_calibft.head
+    loaded = {name.split(".")[0] for name in sys.modules}
+    assert not loaded & {"lightning", "pytorch_lightning", "timm", "torchvision", "transformers", "peft"}, loaded
+    """
+    folder = Path(lightning_calibft.__file__).parent
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), folder], check=True)

@@ -3,7 +3,7 @@ import timm
 from torch import nn
 
 from lightning_calibft.head import find_head, head_names, num_classes
-from lightning_calibft.head.layers import base_layer, candidates, is_layer
+from lightning_calibft.head.layers import base_layer, head_candidates, is_layer
 
 from .models import NUM_CLASSES, CosineLinear, Projected, Prototypes, SplitCosineLinear, encoder_of_width
 
@@ -14,9 +14,9 @@ def _names(model, head=None):
 
 def test_what_is_no_head_is_no_candidate():
     model = nn.Sequential(encoder_of_width(8), nn.Flatten(), nn.Linear(8, NUM_CLASSES), nn.Conv2d(3, 4, 3))
-    assert list(candidates(model)) == ["2"]
-    assert list(candidates(nn.Sequential(SplitCosineLinear(8, 2, 3), Projected(8, 5)))) == ["0", "1"]
-    assert list(candidates(nn.utils.parametrizations.weight_norm(CosineLinear(8, 5)))) == [""]
+    assert list(head_candidates(model)) == ["2"]
+    assert list(head_candidates(nn.Sequential(SplitCosineLinear(8, 2, 3), Projected(8, 5)))) == ["0", "1"]
+    assert list(head_candidates(nn.utils.parametrizations.weight_norm(CosineLinear(8, 5)))) == [""]
     # timm has an encoder with a child of the name under which PEFT keeps what it adapts.
     dla = timm.create_model("dla34")
     assert base_layer(dla) is dla
@@ -44,7 +44,7 @@ def test_adapters_of_peft_are_one_with_their_layer(head):
     peft = pytest.importorskip("peft")
     name = "output" if isinstance(head, nn.Linear) else "output.1"
     model = peft.get_peft_model(_Unnamed(head), peft.LoraConfig(target_modules=["hidden", name]))
-    assert list(candidates(model)) == ["base_model.model.hidden", f"base_model.model.{name}"]
+    assert list(head_candidates(model)) == ["base_model.model.hidden", f"base_model.model.{name}"]
     if isinstance(head, nn.Linear):
         assert _names(model) == ("base_model.model.output",)
     assert _names(model, f"base_model.model.{name}") == (f"base_model.model.{name}",)

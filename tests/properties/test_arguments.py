@@ -9,26 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_calibft import functional
+from lightning_calibft import functional, head
 from tests.properties.calls import MODULES, WRONG, calls, names_of
 
 PUBLIC = {name: getattr(module, name) for module in MODULES for name in names_of(module)}
+PUBLIC |= {name: getattr(head, name) for name in ("is_folded", "record_logits", "reset_gamma")}
 # Made by the package alone: what functions return, constants, protocols and errors.
 RESULTS = {
-    *("CalibrationResult", "CHILD_NAME", "ESTIMATORS", "Candidates", "Estimator", "HeadNotFoundError"),
+    *("CalibrationResult", "ESTIMATORS", "Candidates", "Estimator"),
 }
 # What the rooms of the package call in each other, with arguments that are checked by then.
 INSIDE = {
-    *("attached_heads", "check_estimator_width", "cost", "cross_validate", "eval_mode", "head_names", "is_layer"),
-    *(
-        "make_estimator",
-        "needs_absent_samples",
-        "needs_pretrained_logits",
-        "num_classes",
-        "of_classes",
-        "probe",
-        "Plan",
-    ),
+    *("Plan", "check_estimator_width", "cost", "cross_validate", "make_estimator", "needs_absent_samples"),
+    *("needs_pretrained_logits", "of_classes"),
 }
 
 NUMBERS = {"3", "-1", "2.5", "2**70", "0-d"}
