@@ -71,9 +71,9 @@ def logit_levels(
 class LogitLevelsMetric(AbsentClassMetric):
     """The means of :func:`logit_levels` over many batches. The state is eight numbers.
 
-    As input to ``update`` the metric accepts logits ``(N, C)`` and ``target (N,)``. As output of ``compute`` it returns
-    a tensor of shape ``(2, 3)``: the means ``true``, ``other_seen``, and ``other_absent`` of seen and of absent
-    samples. :meth:`levels` returns the same by name.
+    As input to ``update`` the metric accepts the logits ``preds (N, C)`` and ``target (N,)``. As output of ``compute``
+    it returns a tensor of shape ``(2, 3)``: the means ``true``, ``other_seen``, and ``other_absent`` of seen and of
+    absent samples. :meth:`levels` returns the same by name.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
@@ -112,10 +112,10 @@ class LogitLevelsMetric(AbsentClassMetric):
         self._add("counts", torch.zeros(2, dtype=torch.long), "sum")
         self._found: LogitLevels | None = None
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
-        target = self._rows(logits, target, probabilities=False)
-        sums, counts = _sums(logits, target, self._groups, self._ignored_row)
+        target = self._rows(preds, target, probabilities=False)
+        sums, counts = _sums(preds, target, self._groups, self._ignored_row)
         self._increase("sums", sums)
         self._increase("counts", counts)
 
