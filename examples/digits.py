@@ -183,7 +183,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def draw_curve(run: Run, file: Path) -> None:
     """Draw what every gamma would give, before and after fine-tuning, and mark the one that the callback found."""
-    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8.5, 5), layout="constrained")
     ax.set_prop_cycle(color=CURVE_COLORS)
     seen, target = run.data.seen_classes, run.data.target_test.tensors[1]
     names = ("fine-tuned", "fine-tuned + ALG", "fine-tuned + pseudo-absent", "oracle gamma")

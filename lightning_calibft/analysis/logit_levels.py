@@ -72,9 +72,9 @@ def logit_levels(
 class LogitLevelsMetric(AbsentClassMetric):
     """The means of :func:`logit_levels` over many batches. The state is eight numbers.
 
-    As input to ``update`` the metric accepts logits ``(N, C)`` and ``target (N,)``. As output of ``compute`` it returns
-    a tensor of shape ``(2, 3)``: the means ``true``, ``other_seen``, and ``other_absent`` of seen and of absent
-    samples. :meth:`levels` returns the same by name.
+    As input to ``update`` the metric accepts the logits ``preds (N, C)`` and ``target (N,)``. As output of ``compute``
+    it returns a tensor of shape ``(2, 3)``: the means ``true``, ``other_seen``, and ``other_absent`` of seen and of
+    absent samples. :meth:`levels` returns the same by name.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
