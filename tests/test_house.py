@@ -13,6 +13,7 @@ import pytest
 
 import lightning_calibft
 from lightning_calibft import AbsentClassCalibration
+from tests.conftest import HERE, THOROUGH
 
 PACKAGE = Path(lightning_calibft.__file__).parent
 # From the bottom to the top: a room imports those before it, and what is private at the top level comes first.
@@ -109,3 +110,11 @@ def test_each_file_has_a_name_of_its_own():
             rooms[path.name].append(room_of(path))
     twice = {name: places for name, places in rooms.items() if len(places) > 1}
     assert all(sorted(places) == ["functional", "metrics"] for places in twice.values()), twice
+
+
+def test_what_is_thorough_exists():
+    """A test that is renamed does not become a quick one unseen."""
+    for entry in THOROUGH:
+        path, _, name = entry.partition("::")
+        assert (HERE / path).exists(), entry
+        assert not name or f"\ndef {name}(" in (HERE / path).read_text(), entry
