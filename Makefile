@@ -2,20 +2,32 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help install test slow lint demo bench benchmark-digits benchmark-glyphs clean
+.PHONY: help install test test-all slow lint demo bench benchmark-digits benchmark-glyphs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-install: $(VENV)/installed  ## Make the virtual environment
+install: $(VENV)/dev  ## Make the virtual environment
 
-$(VENV)/installed: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+
+$(VENV)/examples: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 	touch $@
 
-test: install  ## Run the test suite, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(VENV)/examples $@
+
+# In two processes, each of them on one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test: install  ## Run the quick tests: all but those that tests/conftest.py marks as thorough (minutes)
+	$(PYTEST) -m 'not thorough and not slow'
+
+test-all: install  ## Run all tests, as continuous integration does: thorough ones start processes, kill and export too
+	$(PYTEST)
 
 slow: install  ## Run the tests that take minutes, such as the survey of timm
 	$(BIN)/python -m pytest -m slow
@@ -25,10 +37,10 @@ lint: install  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: install  ## Pre-train, fine-tune and calibrate on digits: a table and a picture
+demo: $(VENV)/examples  ## Pre-train, fine-tune and calibrate on digits: a table and a picture
 	$(BIN)/python examples/digits.py
 
-bench: install  ## Measure what the package costs, as ratios
+bench: install  ## Measure what the package costs; what is over its budget fails
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-quiet --benchmark-json=outputs/benchmarks.json
 
 benchmark-digits: install  ## Compare all methods on digits, from scratch: the tables of examples/benchmarks (minutes)

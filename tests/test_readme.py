@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, inspect_checkpoint, set_gamma
+from lightning_calibft.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 ROOT = README.parent
@@ -114,24 +115,45 @@ def test_ways_to_find_gamma(folder):
     assert len(gammas) == len(callbacks) == 4
 
 
-def test_shell_blocks(folder):
-    """All but the installation and `make`, which continuous integration runs."""
+def commands(first: str) -> list[list[str]]:
+    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in lines if words[0] == first]
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command in a process of its own, with the programs that are installed beside Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(words, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_commands_are_known():
+    """The installation and `make` are for continuous integration."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith(("pip", "make"))]
+    assert len(lines) == len(commands("calibft")) + len(commands("python")) == 5
+
+
+def test_calibft(folder):
+    """The first command as a process of its own; the others in this one, where nothing is imported anew."""
     pytest.importorskip("onnxscript")
-    pytest.importorskip("jsonargparse")
-    shutil.copytree(ROOT / "examples", "examples")
     model = timm.create_model("resnet18", num_classes=6)
     torch.save(model.state_dict(), "weights.pth")
     set_gamma(model, 2.5, [0, 1, 3])
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.6.0"}, "best.ckpt")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    commands = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith(("pip", "make"))]
-    assert len(commands) == 5
-    for command in commands:
-        done = subprocess.run(shlex.split(command), env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    first, *others = commands("calibft")
+    run_command(first)
+    for _, *words in others:
+        assert main(words) == 0
     plain = timm.create_model("resnet18", num_classes=6, checkpoint_path="model.safetensors").eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(plain(images), model.eval()(images), rtol=0, atol=1e-5)
     assert inspect_checkpoint("calibrated.pth")["seen_classes"] == [0, 1, 3]
     assert Path("model.onnx").is_file()
+
+
+def test_scripts(folder):
+    pytest.importorskip("jsonargparse")
+    shutil.copytree(ROOT / "examples", "examples", ignore=shutil.ignore_patterns("benchmarks"))
+    for words in commands("python"):
+        run_command(words)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, get_gamma
 from lightning_calibft.head import attached_heads
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import in_group
 from tests.helpers.runs import SEEN
 from tests.helpers.scheduled_runs import TRAIN, Scheduled, data
 
@@ -32,11 +27,8 @@ class Unreadable(TensorDataset):
         return super().__getitem__(index)
 
 
-def _calibrate(rank: int, folder: str) -> None:
+def _calibrate():
     """Plain PyTorch: a group, a model, a loader."""
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", timedelta(minutes=2)  # else code that is wrong hangs
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     results = {}
     for size in (101, 3, 2):
         model = Scheduled().body.append(Scheduled().fc)
@@ -71,14 +63,12 @@ def _calibrate(rank: int, folder: str) -> None:
             calibrate(model, DataLoader(data, 4), progress=False)
         except (OSError, RuntimeError, ValueError) as error:
             results[f"classes_{name}"] = type(error), str(error), len(attached_heads(model)), model.training
-    hand_over(results, Path(folder), rank)
+    return results
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    mp.spawn(_calibrate, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return in_group(_calibrate, tmp_path_factory.mktemp("plain"))
 
 
 def test_calibrate_in_a_process_group(plain):

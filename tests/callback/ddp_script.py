@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.helpers.processes import hand_over, record_writes
+from tests.helpers.processes import as_started_by_torchrun, hand_over, record_writes
 from tests.helpers.runs import SEEN, trainer_of
 from tests.helpers.scheduled_runs import TRAIN, VAL, Logged, Scheduled, Watched, loaders, numbers
 
@@ -99,9 +99,16 @@ def run(folder: Path, devices: int) -> dict:
     return {**outcomes, "steps": fit_steps(folder, devices), "one_sample": fit_one_sample(folder, devices)}
 
 
-if __name__ == "__main__":
-    folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder: Path, devices: int) -> None:
     written = record_writes()
     outcome = run(folder, devices)
     outcome["written"] = [path for path in written if str(folder) in path]
     hand_over(json.dumps(outcome), folder, outcome["given"]["rank"], devices)
+
+
+if __name__ == "__main__":
+    folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+    if devices > 2:  # two are started by Lightning, which takes Python and all imports anew for each
+        as_started_by_torchrun(lambda: main(folder, devices), devices)
+    else:
+        main(folder, devices)

@@ -1,6 +1,6 @@
-"""One process of two nodes, each with a folder of its own; started by hand, as a cluster does.
+"""The processes of two nodes, each with a folder of its own; started from outside, as a cluster does.
 
-Usage: python -m tests.callback.node_script FOLDER DEVICES, with the addresses and ranks in the environment.
+Usage: python -m tests.callback.node_script FOLDER DEVICES
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.helpers.processes import hand_over, record_writes
+from tests.helpers.processes import as_started_by_torchrun, hand_over, record_writes
 from tests.helpers.runs import trainer_of
 from tests.helpers.scheduled_runs import TRAIN, VAL, Scheduled
 
@@ -54,11 +54,15 @@ def run(folder: Path, devices: int, nodes: int = NODES) -> dict:
     return {name: fit(folder, name, devices, nodes) for name in ("end", "refreshed")}
 
 
-if __name__ == "__main__":
-    folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder: Path, devices: int) -> None:
     written = record_writes()
     if int(os.environ["NODE_RANK"]) > 0:
         hide(folder / "node_0")  # as if it were on another machine
     outcome = run(folder, devices)
     outcome["written"] = [path for path in written if path.endswith(".ckpt")]
     hand_over(json.dumps(outcome), folder, outcome["end"]["place"][0], NODES * devices)
+
+
+if __name__ == "__main__":
+    folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+    as_started_by_torchrun(lambda: main(folder, devices), NODES * devices, devices)

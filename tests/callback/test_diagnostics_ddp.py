@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from lightning_calibft import CalibrationDiagnostics
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import free_port, hand_over
 from tests.helpers.runs import quiet, trainer_of
 from tests.helpers.scheduled_runs import Scheduled, loaders
 
@@ -38,10 +37,7 @@ def _fit_process(rank, folder, port):
 
 
 def test_two_processes_tell_what_one_does(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_fit_process, args=(tmp_path, port), nprocs=2)
+    mp.spawn(_fit_process, args=(tmp_path, free_port()), nprocs=2)
     (first, written), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first == second
     assert [path.rpartition("/")[2] for path in written] == ["calibration_report.md"]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.callback import node_script
 from tests.callback.node_script import NODES
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import run_script
 from tests.helpers.runs import assert_calibrated, quiet, read
 from tests.helpers.scheduled_runs import TRAIN, Scheduled
 
@@ -34,26 +30,9 @@ def place(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(place):
-    """What came out in each process, started by hand on the nodes."""
+    """What came out in each process on the nodes."""
     folder, devices = place
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # As it is on a cluster: by the world size, Lightning knows that it does not start the processes itself.
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(NODES * devices)}
-    processes = []
-    for rank in range(NODES * devices):
-        node, local = divmod(rank, devices)
-        ranks = {"NODE_RANK": str(node), "LOCAL_RANK": str(local), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.callback.node_script", str(folder), str(devices)]
-        environment = {**os.environ, **common, **ranks}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        told = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), told
+    run_script("tests.callback.node_script", folder, devices)
     return [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(NODES * devices)]
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import as_started_by_torchrun, hand_over
 from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, blobs, trainer_of
 from tests.helpers.scheduled_runs import TRAIN, VAL, Logged, numbers
 
@@ -241,6 +241,13 @@ def run(folder: Path, devices: int) -> dict:
     return {name: scenario() for name, scenario in scenarios.items() if devices < 4 or name in few}
 
 
+def main(folder: Path, devices: int) -> None:
+    hand_over(json.dumps(run(folder, devices)), folder, int(os.environ.get("LOCAL_RANK", 0)), devices)
+
+
 if __name__ == "__main__":
     folder, devices = Path(sys.argv[1]), int(sys.argv[2])
-    hand_over(json.dumps(run(folder, devices)), folder, int(os.environ.get("LOCAL_RANK", 0)), devices)
+    if devices > 2:  # two are started by Lightning
+        as_started_by_torchrun(lambda: main(folder, devices), devices)
+    else:
+        main(folder, devices)

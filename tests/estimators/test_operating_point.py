@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
 
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.metrics import AUSUC, SeenUnseenCurve
 from tests.functional.test_best_gamma import CONSTRAINTS, CRITERIA, _reference_best_gamma
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import in_group
 from tests.helpers.references import random_case
 
 CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none
@@ -158,9 +156,8 @@ def test_plot_shows_gamma():
     pyplot.close(figure)
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _work():
+    rank = dist.get_rank()
     logits, target, *_ = random_case(0)
     results = {}
     for cut in CUTS:
@@ -182,13 +179,11 @@ def _work(rank: int, folder: str) -> None:
     metric.compute()
     if rank == 0:  # after `compute` on all processes, one may read on by itself
         results["alone"] = report(metric)
-    hand_over(results, Path(folder), rank)
+    return results
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for rank, results in enumerate(in_group(_work, tmp_path)):
         for name, config in POINTS.items():
             metric = make(**config)
             metric.update(*random_case(0)[:2])

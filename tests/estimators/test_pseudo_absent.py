@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lightning_calibft.estimators import PseudoAbsent
 from lightning_calibft.functional import pseudo_absent_gamma
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import in_group
 from tests.helpers.references import random_case
 
 CUTS = [30, 53, 60]  # where the 60 samples are cut between two processes; at 60 the second has none
@@ -55,9 +53,8 @@ def test_targets_that_are_mapped():
     assert statistics(metric) == pytest.approx(expected(), rel=1e-6)
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _work():
+    rank = dist.get_rank()
     logits, target, before, seen, absent = case()
     results = {}
     for cut in CUTS:
@@ -66,12 +63,10 @@ def _work(rank: int, folder: str) -> None:
         if len(target[mine]):
             metric.update(logits[mine], target[mine], before[mine])
         results[cut] = statistics(metric)
-    hand_over(results, Path(folder), rank)
+    return results
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for results in in_group(_work, tmp_path):
         for cut in CUTS:
             assert results[cut] == pytest.approx(expected(), rel=1e-6)

@@ -14,22 +14,14 @@ from miniature import CLASSES, SEEN, options, run, script
 from lightning_calibft import ClassSplit, inspect_checkpoint
 from lightning_calibft.estimators import make_estimator
 
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::lightning.pytorch"),
+    pytest.mark.usefixtures("paper_environment"),
+]
 
 COLUMNS = ["Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "AUSUC", "NCM_S/Y", "NCM_U/Y", "gamma"]
 MODELS = ["pre-trained", "fine-tuned", "+ ALG", "+ pseudo_absent", "+ oracle gamma"]
 PAIR = ["--source", "Art", "--target", "Real_World"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment():
-    with miniature.environment():
-        yield
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return miniature.make_photos(tmp_path_factory.mktemp("office_home"))
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,12 @@ from torch.utils.data import TensorDataset
 
 from lightning_calibft import ClassSplit
 
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::lightning.pytorch"),
+    pytest.mark.usefixtures("paper_environment"),
+]
 
 PAIR = ["--source", "Art", "--target", "Real_World"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment():
-    with miniature.environment():
-        yield
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return miniature.make_photos(tmp_path_factory.mktemp("office_home"))
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,12 @@ from torchvision import transforms as T
 
 from lightning_calibft import inspect_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::lightning.pytorch"),
+    pytest.mark.usefixtures("paper_environment"),
+]
 
 IDS = ImageNetInfo("imagenet-1k").label_names()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment():
-    with miniature.environment():
-        yield
 
 
 def variant(name, folder, *more):
@@ -40,7 +37,7 @@ def make_variant(folder, name, rows):
 
 
 def rows_of_imagenet_r():
-    return [IDS.index(name) for name in script("lightning_calibft.label_names").wordnet_ids("imagenet-r")]
+    return [IDS.index(name) for name in script("lightning_calibft.labels.label_names").wordnet_ids("imagenet-r")]
 
 
 def test_imagenet_r_competes_among_its_200_classes(tmp_path):

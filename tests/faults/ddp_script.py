@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_calibft import AbsentClassCalibration
 from tests.faults.checks import Armed, Arms, assert_sound, die, faulty
 from tests.faults.kill_script import Kills
+from tests.helpers.processes import free_port
 from tests.helpers.runs import SEEN, loader, trainer_of
 
 # The process, the place, and what happens there.
@@ -82,12 +82,6 @@ def start(folder: Path, fault: str, rank: int, port: int) -> int:
             traceback.print_exc(file=file)
             file.flush()
             os._exit(1)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait(child: int, until: float) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +38,58 @@ def outcomes(script: str, folder: Path, processes: int) -> list[Any]:
     """Run a script that starts so many processes, and return what each has handed over, as JSON."""
     run_script(script, folder, processes)
     return [json.loads(torch.load(folder / f"{rank}.pt")) for rank in range(processes)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fork(work: Callable[[int], object], processes: int) -> None:
+    """Call a function with each rank, in processes forked from this one, so that nothing is imported anew."""
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(rank)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    failed = [rank for rank, child in enumerate(children) if os.waitpid(child, 0)[1]]
+    assert not failed, f"processes {failed} have failed: see what they have written"
+
+
+def in_group(work: Callable[[], Any], folder: Path) -> list[Any]:
+    """Call a function in each of two processes of a group, and return what it returned in each."""
+    if not hasattr(os, "fork"):
+        pytest.skip("forks")
+
+    def join(rank: int) -> None:
+        torch.set_num_threads(1)
+        store, patience = f"file://{folder}/store", timedelta(minutes=2)  # else code that is wrong hangs
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+        hand_over(work(), folder, rank)
+
+    fork(join, 2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def as_started_by_torchrun(work: Callable[[], object], processes: int, devices: int | None = None) -> None:
+    """Call a function in so many processes, ``devices`` on each node, with the variables that torchrun sets."""
+    port, devices = free_port(), devices or processes
+
+    def start(rank: int) -> None:
+        node, local = divmod(rank, devices)
+        os.environ.update(NODE_RANK=str(node), LOCAL_RANK=str(local), WORLD_SIZE=str(processes))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        work()
+
+    fork(start, processes)
 
 
 def hand_over(results: Any, folder: Path, rank: int, world_size: int = 2) -> None:

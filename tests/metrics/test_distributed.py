@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import in_group
 from tests.helpers.references import random_case
 from tests.metrics.cases import METRICS, make, same
 
@@ -26,9 +23,8 @@ def _compute(name, metric):
     return result["value"]
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _work():
+    rank = dist.get_rank()
     logits, target, *_ = random_case(0)
     results = {}
     for name in METRICS:
@@ -44,14 +40,12 @@ def _work(rank: int, folder: str) -> None:
             results[name, cut, "more"] = _compute(name, metric)
     if rank == 0:  # after `compute` on all processes, one may read on by itself
         metric.compute()
-    hand_over(results, Path(folder), rank)
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(_work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_group(_work, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("cut", CUTS)
