@@ -13,7 +13,7 @@ from lightning_calibft.analysis import collect_outputs
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, forward_of
 from tests.calibration.nets import ALL, X, Y, net, raw
-from tests.runs import SEEN, loader, quiet
+from tests.helpers.runs import SEEN, loader, quiet
 
 pytestmark = quiet
 

@@ -19,8 +19,8 @@ from lightning_calibft.head import attach, attached_heads
 from lightning_calibft.metrics import AUSUC
 from lightning_calibft.split import ClassSplit
 from tests.calibration.nets import net
-from tests.processes import hand_over
-from tests.runs import SEEN, TRAIN
+from tests.helpers.processes import hand_over
+from tests.helpers.runs import SEEN, TRAIN
 
 PATIENCE = timedelta(seconds=60)  # else code that is wrong hangs
 X, Y = TRAIN.tensors

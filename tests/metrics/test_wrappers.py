@@ -10,8 +10,8 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, 
 from lightning_calibft.estimators import ESTIMATORS, PseudoAbsent, make_estimator, needs_pretrained_logits
 from lightning_calibft.metrics import AUSUC, AverageLogitGap, NearestClassMeanAccuracy, SplitAccuracy
 from lightning_calibft.split import ClassSplit
+from tests.helpers.references import random_case
 from tests.metrics.cases import MEANS, METRICS, make, same
-from tests.references import random_case
 
 SEEN, ABSENT = random_case(0)[2:]
 SCALARS = sorted(METRICS.keys() - {"curve"})
