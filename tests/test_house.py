@@ -1,4 +1,4 @@
-"""The house of DESIGN.md: which room imports which, what is public, and that each file has a name of its own."""
+"""The house: which room imports which, what is public, and that each file has a name of its own."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class AbsentClassCalibration(Callback):
             seen_classes,
             absent_classes,
         )
-        self._attachment = HeadAttachment(head)
+        self._attachment = HeadAttachment(head, self._read_arguments)
         self._reader = self._make_reader(None)
         self._split: ClassSplit | None = None  # where the arguments tell it
         self._start_afresh()
@@ -192,8 +192,7 @@ class AbsentClassCalibration(Callback):
             self._search.setup(trainer, pl_module)
             if self.calibrate_checkpoints and self.source != "training_steps":
                 check_sharded_checkpoints(trainer, self.refresh_on_validation)
-        if self._attachment.attach_or_wait(pl_module, sharded=is_model_parallel(trainer)):
-            self._read_arguments(pl_module)
+        self._attachment.attach_or_wait(pl_module, sharded=is_model_parallel(trainer))
         if stage == "fit":
             order_callbacks(trainer, self)
             self._start_afresh()
@@ -212,7 +211,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._complete(trainer, pl_module)
+        self._attachment.ensure(trainer, pl_module)
         check_averaged_copies(trainer, pl_module)
         reset_gamma(pl_module)  # what is saved from now on until the end has other weights
         for _ in averaged_copies(trainer, pl_module):
@@ -274,7 +273,7 @@ class AbsentClassCalibration(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            self._complete(trainer, pl_module)
+            self._attachment.ensure(trainer, pl_module)
         elif not trainer.sanity_checking:
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
@@ -310,7 +309,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._complete(trainer, pl_module)
+        self._attachment.ensure(trainer, pl_module)
         self._start_monitor(trainer, pl_module, trainer.num_test_batches)
 
     on_test_batch_start = on_validation_batch_start
@@ -322,7 +321,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._complete(trainer, pl_module)
+        self._attachment.ensure(trainer, pl_module)
 
     # Checkpoints are saved after validation, and at the ends of epochs and of training.
 
@@ -392,20 +391,15 @@ class AbsentClassCalibration(Callback):
 
     # What the hooks share.
 
-    def _complete(self, trainer: Trainer, model: LightningModule) -> None:
-        """Attach what is not attached yet, and read the arguments with the width of the head."""
-        if self._attachment.ensure(trainer, model):
-            self._read_arguments(model)
-
-    def _read_arguments(self, model: LightningModule) -> None:
-        width = head_width(model)
-        self._reader = self._make_reader(width)
+    def _read_arguments(self, num_classes: int) -> None:
+        """Read the arguments again, now that the width of the head is known."""
+        self._reader = self._make_reader(num_classes)
         self._split = None
         if not isinstance(self.estimator, str):
             self._split = self.estimator.split
         elif self.seen_classes is not None:
-            self._split = ClassSplit(width, self.seen_classes, self.absent_classes)
-        self._search.check_split(self._split, width)
+            self._split = ClassSplit(num_classes, self.seen_classes, self.absent_classes)
+        self._search.check_split(self._split, num_classes)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -9,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft.callback.checkpoint_files import restore_calibration
 from lightning_calibft.callback.trainer_data import is_model_parallel
-from lightning_calibft.head import attach, attached_heads
+from lightning_calibft.head import attach, attached_heads, find_head, num_classes
 from lightning_calibft.head.find import HeadNotFoundError
 
 
@@ -18,14 +19,17 @@ class HeadAttachment:
 
     Args:
         head: As in :func:`~lightning_calibft.find_head`.
+        check: Called with the number of classes of the head before it is attached. What it raises leaves the module as
+            it was.
     """
 
-    def __init__(self, head: str | None) -> None:
+    def __init__(self, head: str | None, check: Callable[[int], None]) -> None:
         self._head = head
+        self._check = check
         self._waiting: RemovableHandle | None = None
 
-    def attach_or_wait(self, model: LightningModule, sharded: bool) -> bool:
-        """Attach, or wait for the head to be built; return whether the head is attached.
+    def attach_or_wait(self, model: LightningModule, sharded: bool) -> None:
+        """Attach, or wait for the head to be built.
 
         Args:
             model: The module, before its own ``setup`` and ``configure_model``.
@@ -36,25 +40,22 @@ class HeadAttachment:
         if sharded:
             # Weights of a sharded folder are restored into what the state dict has by then.
             self._waiting = model.register_state_dict_pre_hook(lambda *_: self._attach(model))
-            return False
+            return
         try:
             self._attach(model)
         except HeadNotFoundError:
             # The module may build it in `setup` or `configure_model`.
             self._waiting = model.register_load_state_dict_pre_hook(lambda *_: self._attach(model))
-            return False
-        return True
 
-    def ensure(self, trainer: Any, model: LightningModule) -> bool:
-        """Attach what is not attached yet, for the module is complete by now; return whether there was need."""
+    def ensure(self, trainer: Any, model: LightningModule) -> None:
+        """Attach what is not attached yet, for the module is complete by now."""
         attached = bool(attached_heads(model))
         if attached and self._waiting is None:
-            return False
+            return
         self.stop_waiting()
         self._attach(model)  # the module has built its head, perhaps a second time, since `attach_or_wait`
         if not attached and is_model_parallel(trainer):
             restore_calibration(trainer, model)
-        return True
 
     def stop_waiting(self) -> None:
         """Take the hooks away that wait for the head."""
@@ -63,4 +64,5 @@ class HeadAttachment:
             self._waiting = None
 
     def _attach(self, model: LightningModule) -> None:
+        self._check(num_classes(find_head(model, self._head)))
         attach(model, self._head)

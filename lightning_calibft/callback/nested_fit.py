@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,11 +41,12 @@ def fit_nested(
         KeyboardInterrupt: If the fit was interrupted.
     """
     lightning, device, limit = lightning_of(trainer), trainer.strategy.root_device, trainer.limit_train_batches
+    environments = import_module(f"{lightning.__name__}.plugins.environments")  # not loaded with the package
     with _quiet(), tempfile.TemporaryDirectory() as nowhere:
         nested = lightning.Trainer(
             # On SLURM, Lightning would resume from a file of the user's job, and save this fit in its place.
             default_root_dir=nowhere,
-            plugins=[lightning.plugins.environments.LightningEnvironment()],
+            plugins=[environments.LightningEnvironment()],
             **limits,
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=[device.index or 0] if device.type == "cuda" else 1,

@@ -12,7 +12,7 @@ from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
 from lightning_calibft.analysis.weights import head_weight
 from lightning_calibft.calibration import BatchReader
-from lightning_calibft.callback.training_labels import TrainingLabels, training_batches
+from lightning_calibft.callback.training_labels import TrainingLabels
 from lightning_calibft.head import find_head, num_classes
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
@@ -67,8 +67,7 @@ class SnapshotRecorder:
         if self._labels is None:
             return
         try:
-            for part in training_batches(batch, loaders):
-                self._labels.add(self._reader.rows(part))
+            self._labels.add_batch(batch, loaders, self._reader)
         except (TypeError, ValueError) as error:
             self._warn(f"{error} Or pass `seen_classes`.")
 

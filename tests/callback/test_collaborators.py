@@ -38,15 +38,19 @@ def keys(model):
 
 
 def test_a_head_that_exists_is_attached_at_once():
-    model, attachment = Plain(), HeadAttachment(None)
-    assert attachment.attach_or_wait(model, sharded=False)
+    checked = []
+    model, attachment = Plain(), HeadAttachment(None, checked.append)
+    attachment.attach_or_wait(model, sharded=False)
+    assert checked == [NUM_CLASSES]
     assert keys(model) == ["fc.absent_class_calibration.offset", "fc.absent_class_calibration.mask"]
-    assert not attachment.ensure(None, model)  # nothing was left to do
+    attachment.ensure(None, model)
+    assert checked == [NUM_CLASSES]  # nothing was left to do
 
 
 def test_a_late_head_is_attached_before_weights_are_restored():
-    model, attachment = Late(), HeadAttachment(None)
-    assert not attachment.attach_or_wait(model, sharded=False)
+    checked = []
+    model, attachment = Late(), HeadAttachment(None, checked.append)
+    attachment.attach_or_wait(model, sharded=False)
     model.build()
     state = set_gamma(Late().build(), 2.5, SEEN, ABSENT).state_dict()
     model.load_state_dict(state)  # strictly: the keys must be there
@@ -54,14 +58,27 @@ def test_a_late_head_is_attached_before_weights_are_restored():
 
 
 def test_a_sharded_head_is_attached_before_its_state_is_asked_for():
-    model, attachment = Plain(), HeadAttachment(None)
-    assert not attachment.attach_or_wait(model, sharded=True)
+    checked = []
+    model, attachment = Plain(), HeadAttachment(None, checked.append)
+    attachment.attach_or_wait(model, sharded=True)
     assert keys(model) != []
+    assert checked == [NUM_CLASSES]
+
+
+def test_what_the_check_refuses_is_not_attached():
+    def refuse(num_classes):
+        raise ValueError(f"not {num_classes}")
+
+    model = Plain()
+    with pytest.raises(ValueError, match="not 6"):
+        HeadAttachment(None, refuse).attach_or_wait(model, sharded=False)
+    assert keys(model) == []
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_waiting_ends(sharded):
-    model, attachment = Late(), HeadAttachment(None)
+    checked = []
+    model, attachment = Late(), HeadAttachment(None, checked.append)
     attachment.attach_or_wait(model, sharded)
     attachment.stop_waiting()
     model.build()

@@ -68,7 +68,7 @@ def test_labels_of_classes_that_were_not_named(tmp_path):
 def test_nothing_to_calibrate(classes, count, tmp_path):
     module, callback = pretrained(), AbsentClassCalibration()
     checkpoints = ModelCheckpoint(tmp_path)
-    with pytest.warns(UserWarning, match=f"holds {count} classes: .* so the model is not calibrated"):
+    with pytest.warns(UserWarning, match=rf"holds {count} classes\. .* so the model is not calibrated"):
         trainer_of(tmp_path, callback, checkpoints).fit(module, loader(blobs(classes)), loader(VAL, shuffle=False))
     assert callback.result is None
     assert split_state(module.state_dict())[1:] == (0.0, [])
