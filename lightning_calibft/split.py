@@ -82,7 +82,7 @@ class ClassSplit:
         """
         check_tensor("target", target)
         check_class_ids("argument `target`", target, "Pass `seen_classes` instead.")
-        return cls(num_classes, target.unique())
+        return cls(num_classes, target.unique())  # type: ignore[no-untyped-call]
 
     @property
     def seen_mask(self) -> Tensor:

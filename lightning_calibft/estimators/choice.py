@@ -149,9 +149,10 @@ def make_estimator(
 ) -> Estimator:
     """Return an estimator by its name, made for ``split``, or the given one with its state reset."""
     if isinstance(estimator, str):
-        return ESTIMATORS[estimator](
+        made: Estimator = ESTIMATORS[estimator](
             split.num_classes, split.seen_classes, split.absent_classes, validate_args=False, **(estimator_kwargs or {})
         )
+        return made
     estimator.reset()
     return estimator
 

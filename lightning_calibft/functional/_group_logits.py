@@ -13,7 +13,7 @@ from lightning_calibft.functional._inputs import Groups
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """Largest logits among ``classes`` (sorted ids) and whose they are, both of shape ``(N, top_k)``."""
     values, indices = [], []
-    for chunk in preds.detach().split(_rows_at_a_time(preds, 2**26)):
+    for chunk in torch.split(preds.detach(), _rows_at_a_time(preds, 2**26)):
         if len(classes) < preds.shape[1]:
             chunk = chunk.index_select(1, classes)
         best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
@@ -25,7 +25,7 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
     rows = _rows_at_a_time(tensors[0], 2**22)
-    parts = [function(*chunks) for chunks in zip(*(tensor.detach().split(rows) for tensor in tensors), strict=True)]
+    parts = [function(*chunks) for chunks in zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

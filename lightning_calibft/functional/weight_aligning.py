@@ -43,7 +43,7 @@ def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: Clas
     """
     check_matrix("weight", weight)
     groups = Groups.from_split(ClassSplit(len(weight), seen_classes, absent_classes), weight.device)
-    norms = weight.detach().float().norm(dim=1)
+    norms: Tensor = weight.detach().float().norm(dim=1)
     if not norms[groups.absent].any():
         raise ValueError(
             "Expected argument `weight` to have rows of absent classes that are not all zero: no factor scales zeros to"

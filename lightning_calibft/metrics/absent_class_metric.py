@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_calibft.functional._inputs import (
     Groups,
@@ -26,7 +27,6 @@ from lightning_calibft.labels.class_map import (
     to_rows,
 )
 from lightning_calibft.labels.label_names import LabelNames
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_calibft.split import ClassIds, ClassSplit
 
 

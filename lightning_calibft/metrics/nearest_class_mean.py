@@ -92,6 +92,6 @@ class NearestClassMeanAccuracy(SplitAccuracy):
         """Means of shape ``(C, D)``; NaN for the classes without one."""
         return self._constants["class_means"]
 
-    def update(self, features: Tensor, target: Tensor) -> None:  # type: ignore[override]
+    def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch of features ``(N, D)`` and class ids ``(N,)``."""
         super().update(nearest_class_mean_logits(features, self.class_means), target)

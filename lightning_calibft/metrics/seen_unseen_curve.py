@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_choice, check_number
@@ -24,7 +25,7 @@ from lightning_calibft.functional.seen_unseen_curve import (
     to_real,
 )
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
+from lightning_calibft.plotting import plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 
 
