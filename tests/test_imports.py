@@ -136,5 +136,5 @@ except SystemExit:
 def test_what_the_command_lists_itself():
     """The names that the command has written down, so as not to load those who know them."""
     names = tuple(name for name in estimators.ESTIMATORS if not estimators.needs_absent_samples(name))
-    assert options._ESTIMATORS == names
+    assert names == options._ESTIMATORS
     assert set(options._INTERPOLATIONS) == set(transforms._str_to_pil_interpolation)
