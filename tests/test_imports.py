@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from timm.data import transforms
 
 import lightning_calibft
+from lightning_calibft import estimators
+from lightning_calibft.cli import options
 
 
 def type_checked_names():
@@ -79,3 +84,57 @@ def test_the_package_itself_loads_nothing():
 
 def test_subpackages_are_attributes():
     assert "torch" in loaded("import lightning_calibft; lightning_calibft.functional.ausuc")
+
+
+@pytest.mark.parametrize("package", ["functional", "metrics", "split", "labels.class_map", "labels.label_names"])
+def test_functions_and_metrics_load_torch_and_torchmetrics_alone(package):
+    assert set(loaded(f"import lightning_calibft.{package}")) <= set(loaded("import torch, torchmetrics"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A calibrated state dict in each kind of file, and in a folder as transformers writes it."""
+    folder = tmp_path_factory.mktemp("files")
+    state = lightning_calibft.set_gamma(torch.nn.Linear(3, 5), 2.5, [0, 1]).state_dict()
+    save_file(state, folder / "model.safetensors")
+    (folder / "folder").mkdir()
+    save_file(state, folder / "folder" / "model.safetensors")
+    (folder / "folder" / "config.json").write_text("{}")
+    torch.save(state, folder / "model.pth")
+    torch.save({"state_dict": state}, folder / "model.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "packages"),
+    [
+        (["--help"], []),
+        (["--version"], []),
+        (["inspect", "--help"], []),
+        (["fold", "--help"], []),
+        (["export", "--help"], []),
+        (["calibrate", "--help"], []),
+        (["inspect", "model.safetensors"], []),
+        (["inspect", "folder", "--json"], []),
+        (["inspect", "no.safetensors"], []),
+        (["inspect", "model.pth"], ["torch"]),
+        (["inspect", "model.ckpt", "--json"], ["torch"]),
+    ],
+)
+def test_the_command_loads_what_it_needs(words, packages, files, monkeypatch):
+    monkeypatch.chdir(files)
+    run = f"""
+from lightning_calibft.cli import main
+try:
+    main({words})
+except SystemExit:
+    pass
+"""
+    assert loaded(run) == packages
+
+
+def test_what_the_command_lists_itself():
+    """The names that the command has written down, so as not to load those who know them."""
+    names = tuple(name for name in estimators.ESTIMATORS if not estimators.needs_absent_samples(name))
+    assert names == options._ESTIMATORS
+    assert set(options._INTERPOLATIONS) == set(transforms._str_to_pil_interpolation)

@@ -71,7 +71,7 @@ def label_set_of(num_classes: int | None) -> str:
     """
     from timm.data import infer_imagenet_subset
 
-    name = infer_imagenet_subset({"num_classes": 1000 if num_classes is None else num_classes})
+    name: str | None = infer_imagenet_subset({"num_classes": 1000 if num_classes is None else num_classes})
     if name is None:
         raise ValueError(
             f"Expected argument `label_names` to tell the WordNet ids of a head of {num_classes} rows, which is none of"

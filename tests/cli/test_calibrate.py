@@ -207,3 +207,50 @@ def test_another_estimator_and_its_arguments(raw, photos, tmp_path, capsys):
         with torch.no_grad():
             metric.update(model(images), torch.tensor(SEEN)[target])
         assert gamma == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("no_such_folder/out.pth", "`destination` to be in an existing directory, but there is no"),
+        ("out.h5", "`destination` to end in one of .pth, .pt, .bin, .safetensors, but got"),
+        ("photos", "`destination` to end in"),
+    ],
+)
+def test_a_destination_is_checked_before_anything_is_read(name, text, tmp_path, capsys):
+    assert run("calibrate", "test_resnet", "no_such_weights", "no_such_data", tmp_path / name, *READ) == 1
+    assert text in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_mistyped_or_another(raw, photos, tmp_path, capsys):
+    words = [raw, photos, tmp_path / "out.pth", *READ]
+    assert run("calibrate", "test_resnot", *words) == 1
+    assert "a model that timm has, but got 'test_resnot'. Did you mean 'test_resnet'" in capsys.readouterr().err
+    assert run("calibrate", "resnet18", *words) == 1
+    error = capsys.readouterr().err
+    assert "to hold the weights of timm's 'resnet18', but it lacks " in error
+    assert len(error) < 600
+    state = torch.load(raw, weights_only=True)
+    state["conv1.0.weight"] = state["conv1.0.weight"][:1]
+    torch.save(state, tmp_path / "narrow.pth")
+    assert run("calibrate", "test_resnet", tmp_path / "narrow.pth", *words[1:]) == 1
+    assert "but conv1.0.weight has the shape (1, " in capsys.readouterr().err
+
+
+def test_a_file_with_averaged_weights(raw, photos, tmp_path, capsys):
+    state = torch.load(raw, weights_only=True)
+    torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "both.pth")
+    assert run("calibrate", "test_resnet", tmp_path / "both.pth", photos, tmp_path / "out.pth", *READ) == 0
+    assert "holds 'state_dict_ema' and 'state_dict'. 'state_dict_ema' is used, as timm does." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fold", "export"])
+def test_plain_weights_are_told_to_be_calibrated_with_the_command(command, raw, tmp_path, capsys):
+    words = ["--model", "test_resnet"] if command == "export" else []
+    assert run(command, raw, tmp_path / "out.pth", *words) == 1
+    error = capsys.readouterr().err
+    assert "with `calibft calibrate`" in error
+    assert "load_from_checkpoint" not in error
+    assert "Callback" not in error
+    assert not list(tmp_path.iterdir())

@@ -181,3 +181,12 @@ def test_a_head_that_does_not_fold_goes_into_a_graph(tmp_path):
     export(model, tmp_path / "model.pt2", INPUTS)
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(INPUTS), model(INPUTS))
     assert inspect_checkpoint(tmp_path / "model.pt2")["gamma"] == 2.5
+
+
+def test_an_onnx_file_holds_2_gib(tmp_path, monkeypatch):
+    model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
+    monkeypatch.setattr("lightning_calibft.checkpoint.export._LARGEST_ONNX", 1000)
+    monkeypatch.setattr("torch.onnx.export", None)  # refused before the work
+    with pytest.raises(ValueError, match=r"less than 2 GiB, the limit of an ONNX file, .* Write a \.pt2 or"):
+        export(model, tmp_path / "model.onnx", INPUTS)
+    assert not list(tmp_path.iterdir())

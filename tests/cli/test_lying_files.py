@@ -1,0 +1,262 @@
+"""Files that load safely and say of themselves what is not so: one line, nothing written, nothing run or fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zipfile
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from lightning_calibft import inspect_checkpoint, set_gamma
+from lightning_calibft.checkpoint.files import write_weights
+from tests.cli.running import READ, run
+from tests.runs import quiet
+from tests.shipping.consumer import NUM_CLASSES
+from tests.shipping.fine_tuned import SEEN
+
+pytestmark = quiet
+ABSENT = [row for row in range(NUM_CLASSES) if row not in SEEN]
+TRUE = {"gamma": 2.5, "num_classes": NUM_CLASSES, "seen_classes": SEEN, "absent_classes": ABSENT}
+
+
+def state_dict(**entries):
+    state = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN).state_dict()
+    state.update({f"fc.absent_class_calibration.{name}": value for name, value in entries.items()})
+    return state
+
+
+def refused(capsys, *words):
+    """Run the command and return the one line that it ends with."""
+    assert run(*words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("calibft: error: ")
+    assert captured.err.count("\n") == 1
+    assert len(captured.err) < 1000
+    return captured.err
+
+
+class Boom:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EXPLOIT"],)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"model": "test_resnet", "model_args": {"checkpoint_path": "payload.bin"}},
+        {"model": "test_resnet", "model_args": {"pretrained": True, "pretrained_cfg": {"file": "payload.bin"}}},
+        {"model": "test_resnet", "model_args": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:1/x"}}},
+        {"model": "test_resnet", "model_args": {"cache_dir": "elsewhere"}},
+        {"model": "test_resnet", "model_args": {"in_chans": 10**12}},
+        {"model": "test_resnet", "model_args": {"act_layer": "../x"}},
+        {"model": "test_resnet", "model_args": {"global_pool": {"a": 1}}},
+        {"model": "test_resnet", "model_args": [1]},
+        {"model": "hf-hub:attacker/model"},
+        {"model": "hf_hub:attacker/model"},
+        {"model": "local-dir:folder"},
+        {"model": "no_such_model"},
+        {"model": "test_resnet.no_such_tag"},
+        {"model": ["test_resnet"]},
+        {"model": "test\x1b[2Jresnet"},
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_a_file_says_of_its_model(told, suffix, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EXPLOIT", str(tmp_path / "exploited"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Boom()}, "payload.bin")
+    (tmp_path / "folder").mkdir()
+    config = {"architecture": "test_resnet", "num_classes": 6, "model_args": {"checkpoint_path": "payload.bin"}}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    write_weights(state_dict(), {**TRUE, **told}, f"lying{suffix}")
+    before = sorted(os.listdir())
+    assert "\x1b" not in refused(capsys, "export", f"lying{suffix}", "out.pth")
+    assert sorted(os.listdir()) == before
+
+
+def test_arguments_that_a_file_may_name(tmp_path, capsys):
+    write_weights(state_dict(), {**TRUE, "model": "test_resnet", "model_args": {"drop_rate": 0.1}}, tmp_path / "a.pth")
+    assert run("export", tmp_path / "a.pth", tmp_path / "out.pth") == 0
+    write_weights(state_dict(), {**TRUE, "model": "test_resnet", "model_args": {"stem_width": 32}}, tmp_path / "b.pth")
+    assert "pass all arguments of the model yourself, as `--model-kwargs`" in refused(
+        capsys.readouterr() and capsys, "export", tmp_path / "b.pth", tmp_path / "out_b.pth"
+    )
+
+
+FOLDED = {**TRUE, "folded": True}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"folded": True},
+        {**FOLDED, "gamma": "x"},
+        {**FOLDED, "gamma": float("nan")},
+        {**FOLDED, "gamma": True},
+        {**FOLDED, "gamma": 10**400},
+        {**FOLDED, "num_classes": 10**30},
+        {**FOLDED, "absent_classes": 3},
+        {**FOLDED, "absent_classes": [10**9]},
+        {**FOLDED, "absent_classes": ["1"]},
+        {**FOLDED, "seen_classes": [1, 1]},
+        {**FOLDED, "standard_error": None},
+        {**FOLDED, "estimator": "alg\n  seen: all"},
+        {**FOLDED, "version": ["1"]},
+        {**FOLDED, "folded": "no"},
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_metadata_that_cannot_be_true(metadata, suffix, tmp_path, capsys):
+    path = tmp_path / f"lying{suffix}"
+    write_weights(torch.nn.Linear(2, NUM_CLASSES).state_dict(), metadata, path)
+    assert "lying" in refused(capsys, "inspect", path)
+    refused(capsys, "export", path, tmp_path / "out.pth")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_metadata_say_nothing_that_the_weights_say(tmp_path):
+    path = tmp_path / "lying.pth"
+    write_weights(torch.nn.Linear(2, 3).state_dict(), {"calibrated": True, "heads": ["x"], "gamma": 5.0}, path)
+    info = inspect_checkpoint(path)
+    assert (info["calibrated"], info["heads"]) == (False, [])
+    write_weights(state_dict(), {**TRUE, "gamma": 9.0, "num_classes": 500, "absent_classes": [0]}, path)
+    assert run("fold", path, tmp_path / "folded.pth") == 0
+    for name in ("lying.pth", "folded.pth"):
+        info = inspect_checkpoint(tmp_path / name)
+        assert (info["gamma"], info["num_classes"], info["absent_classes"]) == (2.5, NUM_CLASSES, ABSENT)
+
+
+ENTRIES = {
+    "nan": {"offset": torch.tensor(float("nan"))},
+    "infinite": {"offset": torch.tensor(float("inf"))},
+    "two_offsets": {"offset": torch.ones(2)},
+    "two_dimensions": {"mask": torch.ones(2, NUM_CLASSES)},
+    "no_classes": {"mask": torch.ones(0)},
+    "another_mask": {"mask": torch.full((NUM_CLASSES,), 7.0)},
+    "nan_mask": {"mask": torch.full((NUM_CLASSES,), float("nan"))},
+    "complex": {"mask": torch.ones(NUM_CLASSES, dtype=torch.complex64)},
+    "string_mask": {"mask": "ones"},
+    "string_offset": {"offset": "1"},
+    "expanded": {"mask": torch.ones(1).expand(10**10)},
+    "without_values": {"mask": torch.ones(NUM_CLASSES, device="meta")},
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_entries_that_cannot_be_true(kind, suffix, tmp_path, capsys):
+    if suffix == ".safetensors" and kind in ("string_mask", "string_offset", "expanded", "without_values"):
+        pytest.skip("cannot be in such a file")
+    path = tmp_path / f"lying{suffix}"
+    state = state_dict(**ENTRIES[kind])
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    for words in (["inspect", path], ["fold", path, tmp_path / "out.pth"]):
+        assert "lying" in refused(capsys, *words)
+    refused(capsys, "export", path, tmp_path / "out.pth", "--model", "test_resnet")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["offset", "mask"])
+def test_one_entry_alone(name, tmp_path, capsys):
+    state = state_dict()
+    del state[f"fc.absent_class_calibration.{name}"]
+    torch.save(state, tmp_path / "lying.pth")
+    refused(capsys, "inspect", tmp_path / "lying.pth")
+    refused(capsys, "fold", tmp_path / "lying.pth", tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '{"gamma": 1, "gamma": 2}', "{", "\x00", "9" * 10_000, '"' + "\\"]
+)
+def test_json_that_cannot_be_read(text, tmp_path, capsys):
+    save_file(torch.nn.Linear(2, 3).state_dict(), tmp_path / "a.safetensors", {"lightning_calibft": text})
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        archive.writestr("a/extra/lightning_calibft.json", text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(text)
+    for name in ("a.safetensors", "a.pt2", "folder"):
+        refused(capsys, "inspect", tmp_path / name)
+
+
+def test_archives_that_unpack_to_gigabytes(tmp_path, capsys):
+    torch.save({"w": torch.zeros(2**28, dtype=torch.uint8)}, tmp_path / "large.pth")
+    with zipfile.ZipFile(tmp_path / "large.pth") as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("x/extra/lightning_calibft.json", b" " * 2**27 + b"{}")
+    for name in ("bomb.pth", "bomb.pt2"):
+        assert "unpack" in refused(capsys, "inspect", tmp_path / name)
+    assert run("inspect", tmp_path / "large.pth") == 3  # of its true size
+
+
+def test_names_that_order_a_terminal_about(tmp_path, capsys):
+    state = set_gamma(torch.nn.Linear(3, 5), 2.5, [0, 1]).state_dict()
+    save_file({f"a\x1b[2J\nb.{key}": value for key, value in state.items()}, tmp_path / "lying.safetensors")
+    assert run("inspect", tmp_path / "lying.safetensors") == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert r"\x1b[2J\nb" in text
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_config_does_not_hide_the_weights_beside_it(sharded, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["X"]}')
+    assert run("inspect", tmp_path) == 3
+    state = state_dict()
+    names = ["model-1.safetensors", "model-2.safetensors"] if sharded else ["model.safetensors"]
+    for index, name in enumerate(names):
+        save_file(dict(list(state.items())[index :: len(names)]), tmp_path / name)
+    capsys.readouterr()
+    assert run("inspect", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["absent_classes"] == ABSENT
+    assert f"Name the file in it, such as '{tmp_path / names[0]}'" in refused(
+        capsys, "fold", tmp_path, tmp_path / "o.pth"
+    )
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link_to_fifo", "device"])
+def test_a_destination_that_is_no_file(kind, best, raw, photos, tmp_path, capsys):
+    target = tmp_path / "out.pth"
+    real = tmp_path / "real" if kind == "link_to_fifo" else target
+    if kind == "device":
+        try:
+            os.mknod(target, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("needs root")
+    else:
+        os.mkfifo(real)
+    if real != target:
+        target.symlink_to(real)
+    mode, names = os.stat(target).st_mode, sorted(os.listdir(tmp_path))
+    for words in (
+        ["fold", best, target],
+        ["export", best, target, "--model", "test_resnet"],
+        ["calibrate", "test_resnet", raw, photos, target, *READ],
+    ):
+        assert "is a device, a pipe or a socket. It is left as it is" in refused(capsys, *words)
+    if kind != "device":  # opening one to read waits for a writer
+        refused(capsys, "inspect", target)
+    assert (os.stat(target).st_mode, sorted(os.listdir(tmp_path))) == (mode, names)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_new_files_have_the_modes_of_the_umask(umask, best, tmp_path):
+    before = os.umask(umask)
+    try:
+        assert run("fold", best, tmp_path / "a.safetensors") == 0
+        assert run("fold", best, tmp_path / "a.ckpt") == 0
+        assert run("export", best, tmp_path / "folder", "--model", "test_resnet", "--img-size", "32") == 0
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
