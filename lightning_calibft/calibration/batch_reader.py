@@ -52,8 +52,8 @@ class BatchReader:
     """Splits batches into the model's inputs and the head's row of each sample.
 
     Args:
-        unpack_batch: The user's function, or its import path, where batches are split in another way.
-        rows: The row of each target, where they differ; see :func:`~lightning_calibft.resolve_class_map`.
+        unpack_batch: The user's function, or its import path, for batches that are split in another way.
+        rows: The head's row of each label, where the two differ; see :func:`~lightning_calibft.resolve_class_map`.
     """
 
     def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:
@@ -68,8 +68,8 @@ class BatchReader:
     def rows(self, batch: Any) -> Tensor:
         """Return the rows of a batch, of shape ``(N,)``; see :func:`check_target` for what is raised.
 
-        What they are stays unread, so that no device has to wait: a target without a row is none of the head's, and
-        ``IGNORE_INDEX`` stays what it is.
+        Their values are not read here, so that no device has to wait. A label without a row becomes a number outside
+        the head, and ``IGNORE_INDEX`` stays what it is.
         """
         target = check_target(_split_target(batch) if self._unpack is None else self._unpacked(batch)[1])
         if self._rows is None:
@@ -89,7 +89,7 @@ class BatchReader:
         return pair
 
 
-def _split_target(batch: Any) -> Tensor:
+def _split_target(batch: Any) -> Any:
     """Return the target of a batch: the second of a pair, or what a mapping holds under one of ``TARGET_KEYS``."""
     if isinstance(batch, Mapping):
         for key in TARGET_KEYS:
@@ -127,6 +127,8 @@ def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
 
 @runtime_checkable
 class _Movable(Protocol):
+    """Has a method ``to``."""
+
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
@@ -142,7 +144,7 @@ def batch_to_device(batch: Any, device: torch.device) -> Any:
 
 
 def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:
-    """Call ``forward`` with a mapping as keyword, with a tuple or list as positional, with all else as one argument."""
+    """Call ``forward`` with a mapping as keyword arguments, a tuple or list as positional ones, and all else as one."""
     if isinstance(inputs, Mapping):
         return forward(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -151,7 +153,7 @@ def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:
 
 
 def check_target(target: Any) -> Tensor:
-    """Return ``target`` if it is a vector of class ids; its values stay unread, so that no device has to wait.
+    """Return ``target`` if it is a vector of class ids. Its values are not read, so that no device has to wait.
 
     Raises:
         TypeError: If ``target`` is not a tensor of integers.

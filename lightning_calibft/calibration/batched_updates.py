@@ -1,4 +1,4 @@
-"""Updates with several small batches at once."""
+"""Updates of a metric with several small batches at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class BatchedUpdates:
-    """Passes batches on together: an update has a fixed cost, which fast steps with few classes feel.
+    """Collects small batches and updates with them together, since each update has a fixed cost.
 
     Args:
-        update: Takes what is given to :meth:`add`, the batches behind one another.
+        update: Takes what is given to :meth:`add`, several batches concatenated.
     """
 
-    # Logits that wait. They take as much of a CPU's cache as a metric does at a time.
+    # Logits that wait: as many as a metric reads at a time, so that they fit into a CPU's cache.
     limit = 2**18
 
     def __init__(self, update: Callable[..., None]) -> None:
@@ -23,14 +23,14 @@ class BatchedUpdates:
         self.clear()
 
     def add(self, logits: Tensor, *others: Tensor) -> None:
-        """Take logits ``(N, C)`` and what belongs to them, ``(N, ...)`` each, that nothing changes in place later."""
+        """Take logits ``(N, C)`` and what belongs to them, ``(N, ...)`` each. They must not change in place later."""
         self._waiting.append((logits, *others))
         self._elements += logits.numel()
         if self._elements >= self.limit:
             self.flush()
 
     def flush(self) -> None:
-        """Pass on what waits."""
+        """Update with the batches that wait."""
         waiting = self._waiting
         self.clear()
         if len(waiting) == 1:
@@ -39,6 +39,6 @@ class BatchedUpdates:
             self._update(*map(torch.cat, zip(*waiting, strict=True)))
 
     def clear(self) -> None:
-        """Forget what waits."""
+        """Forget the batches that wait."""
         self._waiting: list[tuple[Tensor, ...]] = []
         self._elements = 0

@@ -1,4 +1,4 @@
-"""What can be wrong with the data of a pass, counted on the device so that no step waits for it."""
+"""What can be wrong with the data of a pass, counted on its device so that no step waits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DataCheck:
         self._samples = torch.zeros(split.num_classes + 2, dtype=torch.long, device=device)
 
     def count(self, target: Tensor, batch: Tensor, *logits: Tensor) -> None:
-        """Look at labels and numbers of batches ``(N,)`` with one or two logits ``(N, C)`` for each."""
+        """Take labels and the numbers of their batches, ``(N,)`` each, and one or two sets of logits ``(N, C)``."""
         bins = label_bins(target, self._split.num_classes)
         self._samples.index_add_(0, bins, torch.ones_like(bins))
         self._outside = largest_outside(self._outside, target, self._split.num_classes)
@@ -52,7 +52,7 @@ class DataCheck:
             self._bad_batch = torch.cat([self._bad_batch[None], bad]).amin()
 
     def raise_or_warn(self) -> None:
-        """Tell what was wrong.
+        """Raise an error, or warn, if something was wrong.
 
         Raises:
             ValueError: If a logit is not finite, a label is no row of the head, or there are no samples.
@@ -81,7 +81,7 @@ class DataCheck:
                 " an `estimator` that needs none."
             )
         if not_seen and self._absent == "accident":
-            hint = _positions_hint(met) if not self._mapped and _few(met, num_classes) else ""
+            hint = _positions_hint(met) if not self._mapped and _are_few(met, num_classes) else ""
             warnings.warn(
                 f"{not_seen} of {total} samples in the calibration pass are not of the `seen_classes` and were left"
                 f" out. If they belong to the fine-tuning data, their classes are seen ones.{hint}",
@@ -103,14 +103,14 @@ def check_weights(device: torch.device) -> None:
 
 
 def label_bins(target: Tensor, num_classes: int) -> Tensor:
-    """Return where to count each label: its class, behind them those that are no class, and last the ignored ones."""
+    """Return the bin in which to count each label: its class, ``C`` if it is no class, and ``C + 1`` to ignore it."""
     target = target.long()
     outside = torch.where(target == IGNORE_INDEX, num_classes + 1, num_classes)
     return torch.where((target >= 0) & (target < num_classes), target, outside)
 
 
 def largest_outside(before: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Return the largest label that is no class, among ``target`` and what was found ``before``, or ``NO_LABEL``."""
+    """Return the largest label that is no class, of ``target`` or found ``before``; ``NO_LABEL`` if there is none."""
     labels = torch.where(label_bins(target, num_classes) == num_classes, target.long(), NO_LABEL)
     return torch.cat([before[None], labels]).amax()
 
@@ -126,7 +126,7 @@ def target_error(num_classes: int, label: int, met: str = "got") -> ValueError:
 
 
 def empty_error(met: Sequence[int] = (), hint: str = "") -> ValueError:
-    """Return the error for data without a sample of the seen classes, which has those that were ``met``."""
+    """Return the error for data without a sample of the seen classes; ``met`` are the classes that it has."""
     others = f": its labels are the rows {shorten(list(met))}" if met else ""
     return ValueError(
         f"Expected the calibration data to hold samples of the seen classes, but got none{others}. Check the loader and"
@@ -135,19 +135,19 @@ def empty_error(met: Sequence[int] = (), hint: str = "") -> ValueError:
 
 
 def warn_if_positions(classes: Sequence[int], num_classes: int) -> None:
-    """Warn if all the classes of fine-tuning data are the first few rows: hardly anybody fine-tunes on these."""
-    if rank_and_world_size()[0] == 0 and _few(classes, num_classes) and (hint := _positions_hint(classes)):
+    """Warn if the classes of the fine-tuning data are the first few rows: hardly anybody fine-tunes on these."""
+    if rank_and_world_size()[0] == 0 and _are_few(classes, num_classes) and (hint := _positions_hint(classes)):
         warnings.warn(
             f"{hint.strip()} If the rows are meant, pass `seen_classes=list(range({len(classes)}))`.", stacklevel=3
         )
 
 
-def _few(classes: Sequence[int], num_classes: int) -> bool:
+def _are_few(classes: Sequence[int], num_classes: int) -> bool:
     return 4 * len(classes) <= num_classes
 
 
 def _positions_hint(classes: Sequence[int]) -> str:
-    """Return what to do if labels look like positions in a list of folders, nothing if they do not."""
+    """Return what to do about labels that look like positions in a list of folders, or an empty text."""
     if not classes or list(classes) != list(range(len(classes))):
         return ""
     last = len(classes) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -170,7 +170,7 @@ class EvaluationPass:
             updates.flush()
         check.raise_or_warn()
 
-    def evaluate(self, errors: SharedErrors | None = None) -> Iterator[EvaluatedBatch]:
+    def evaluate(self, errors: SharedErrors | None = None) -> Generator[EvaluatedBatch, None, None]:
         """Run the model over the data and yield what it makes of each batch that has samples.
 
         The model is in eval mode, and gradients are off, until the iterator ends. Close the iterator, with

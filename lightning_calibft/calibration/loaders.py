@@ -262,8 +262,8 @@ def _indices(
         drawn = _plain([known[position] for position in positions])
     else:
         # The sampler of each process may give it a share of its own: together they are what the run trains on.
-        parts = errors.gather(lambda: _plain(_drawn(loader, sampler, positions)))
-        drawn = None if None in parts else list(chain.from_iterable(parts))
+        parts = errors.gather(lambda: _drawn(loader, sampler, positions))
+        drawn = _plain(list(chain.from_iterable(parts)))
     if drawn is None:
         return None
     indices = sorted(set(drawn))

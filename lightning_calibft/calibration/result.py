@@ -1,4 +1,4 @@
-"""What a calibration found."""
+"""The result of a calibration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_calibft.split import ClassSplit
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Gamma and what it rests on.
+    """Gamma and what it was found on.
 
     Attributes:
         gamma: What is added to the logits of the absent classes, in logits.
@@ -48,7 +48,7 @@ class CalibrationResult:
 
 
 def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResult:
-    """Return what an estimator found, under the name by which it was chosen, on all processes alike.
+    """Return the result of an estimator, under the name by which it was chosen. It is the same on all processes.
 
     Raises:
         ValueError: If its gamma is not a finite number.

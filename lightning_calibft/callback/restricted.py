@@ -28,7 +28,7 @@ _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRand
 
 
 def check_loaders(loaders: Any) -> None:
-    """Refuse loaders whose samples cannot be told apart by their class.
+    """Refuse loaders of which no part can be taken by class.
 
     Raises:
         ValueError: If one is not a plain ``DataLoader`` of a map-style dataset with one of torch's samplers.

@@ -27,8 +27,8 @@ from lightning_calibft.split import ClassIds, ClassSplit
 
 def pseudo_cross_validation(
     model: nn.Module,
-    dataset: Dataset,
-    fit_fn: Callable[[Any, Subset], nn.Module | None],
+    dataset: Dataset[Any],
+    fit_fn: Callable[[Any, Subset[Any]], nn.Module | None],
     seen_classes: ClassIds | None = None,
     *,
     absent_classes: ClassIds | None = None,
@@ -45,16 +45,16 @@ def pseudo_cross_validation(
     folder: StrPath | None = None,
     progress: bool = True,
 ) -> CalibrationResult:
-    r"""Find gamma by fine-tuning on halves of the seen classes, of which the other halves play absent.
+    r"""Find gamma by fine-tuning on halves of the seen classes, while the other halves play absent.
 
-    From the weights before fine-tuning, a copy is fine-tuned on a random half of :math:`S`. On all fine-tuning samples
-    then, with the other half as the absent classes, that gamma is chosen which has the best overall accuracy among
-    those that bring the pseudo-absent classes back to the accuracy that the model had before fine-tuning. The result is
-    the mean over the splits; those without such a gamma are left out. Mai et al., "Fine-Tuning is Fine, if Calibrated",
+    A copy of the model before fine-tuning is fine-tuned on a random half of :math:`S`. The other half then plays the
+    absent classes on all fine-tuning samples. Of the gammas that bring these pseudo-absent classes back to the accuracy
+    that the model had before fine-tuning, the one with the best overall accuracy is chosen. The result is the mean over
+    the splits; those without such a gamma are left out. Mai et al., "Fine-Tuning is Fine, if Calibrated",
     NeurIPS 2024, section 5.
 
-    It costs ``num_splits`` more trainings, on about half of the samples each. Its limits: a model that is fine-tuned on
-    half of the classes, with half of the data, may need another gamma than one that is fine-tuned on all of them.
+    It costs ``num_splits`` more trainings, on about half of the samples each. A model that is fine-tuned on half of the
+    classes, with half of the data, may need another gamma than one that is fine-tuned on all of them.
 
     Args:
         model: The classifier before fine-tuning. It is not changed.
@@ -63,9 +63,9 @@ def pseudo_cross_validation(
             fine-tunes and returns it (or returns ``None`` and has changed the copy).
         seen_classes: Rows of the at least three fine-tuning classes. ``None``: the labels in ``dataset``.
         absent_classes: Rows of the absent classes. ``None``: all that are not seen.
-        num_splits: Number of splits, each with another half as long as there are any.
-        candidates: Among which classes predictions are made: ``"seen"``, or ``"all"``, where the absent classes are
-            shifted together with those that play absent.
+        num_splits: Number of splits, each with a half of its own as long as there are any left.
+        candidates: Among which classes the argmax runs, as in ``SplitAccuracy``: ``"seen"``, or ``"all"``, where the
+            absent classes are shifted together with those that play absent.
         head: Dotted name of the module that gives the logits, where it is not found by itself.
         unpack_batch: As :func:`~lightning_calibft.calibrate` takes it.
         class_map: Likewise.
@@ -74,8 +74,8 @@ def pseudo_cross_validation(
         num_workers: Processes that read them.
         collate_fn: Makes a batch of samples, as a ``DataLoader`` takes it.
         seed: Of the splits; the random numbers of training follow from it as well.
-        folder: Where finished splits are kept. A run that was stopped goes on from there. What ``fit_fn`` does it
-            cannot know: name another folder when that changes.
+        folder: Where finished splits are kept. A run that was stopped goes on from there. It cannot know what
+            ``fit_fn`` does: name another folder when that changes.
         progress: Whether to show a progress bar of the splits.
 
     Returns:
@@ -151,7 +151,7 @@ def pseudo_cross_validation(
         )
 
 
-def read_rows(loader: DataLoader, reader: BatchReader) -> Tensor:
+def read_rows(loader: DataLoader[Any], reader: BatchReader) -> Tensor:
     """Return the head's row of each sample, in the order of the loader.
 
     Raises:
@@ -164,7 +164,7 @@ def read_rows(loader: DataLoader, reader: BatchReader) -> Tensor:
 
 
 def classes_of(rows: Tensor, num_classes: int) -> list[int]:
-    """Return the classes that are met.
+    """Return the classes of the samples.
 
     Raises:
         ValueError: If a label is no row of the head.
@@ -172,16 +172,17 @@ def classes_of(rows: Tensor, num_classes: int) -> list[int]:
     rows = rows[rows != IGNORE_INDEX]
     if len(outside := rows[(rows < 0) | (rows >= num_classes)]):
         raise target_error(num_classes, int(outside[0]))
-    return rows.unique().tolist()
+    return sorted(set(rows.tolist()))
 
 
 def of_classes(rows: Tensor, classes: Sequence[int]) -> list[int]:
-    """Return which samples are of some classes."""
-    return torch.isin(rows, torch.tensor(classes)).nonzero().flatten().tolist()
+    """Return the positions of the samples that are of some classes."""
+    positions: list[int] = torch.isin(rows, torch.tensor(classes)).nonzero().flatten().tolist()
+    return positions
 
 
 def cost(plan: CrossValidationPlan, split: ClassSplit, rows: Tensor) -> str:
-    """Say in a line what the trainings cost.
+    """Return a line that says what the trainings cost.
 
     Raises:
         ValueError: If a half has no samples.

@@ -1,4 +1,4 @@
-"""Pseudo cross-validation of gamma, whatever trains the models."""
+"""The splits of pseudo cross-validation, and gamma from models that are trained on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_calibft._arguments import check_choice, check_integer, check_path
 from lightning_calibft._format import StrPath
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.cross_validation.store import SplitStore, digest
+from lightning_calibft.cross_validation.split_store import SplitStore, digest
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.functional.seen_unseen_curve import UnreachableAccuracyError
 from lightning_calibft.metrics import SeenUnseenCurve
@@ -99,9 +99,15 @@ def cross_validate(
         ValueError: If there are too few seen classes, no split has a gamma, or ``plan.folder`` holds other runs.
     """
     pseudo_splits = plan.pseudo_splits(split)
-    facts = {"candidates": plan.candidates, "seed": plan.seed, "weights": digest(before)}
-    classes = {"seen_classes": list(split.seen_classes), "absent_classes": list(split.absent_classes)}
-    store = SplitStore(plan.folder, {**facts, **classes, **settings})
+    all_settings = {
+        "candidates": plan.candidates,
+        "seed": plan.seed,
+        "weights": digest(before),
+        "seen_classes": list(split.seen_classes),
+        "absent_classes": list(split.absent_classes),
+        **settings,
+    }
+    store = SplitStore(plan.folder, all_settings)
     known = [store.read(index) for index in range(plan.num_splits)]
     _seed(plan.seed)  # the data may be augmented in the passes, too
     needed = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []

@@ -1,4 +1,4 @@
-"""Finished splits on disk, so that a run that was stopped goes on where it was."""
+"""Finished splits on disk, from which a run that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_calibft.checkpoint.files import replace_atomically
 
 
 class SplitStore:
-    """One small JSON file for each finished split; without a folder, nothing.
+    """Keeps one small JSON file for each finished split, or nothing without a folder.
 
     Args:
         folder: Where the files are, made if need be.
-        settings: What the outcomes depend on, as plain types.
+        settings: What the outcomes depend on, in plain types.
     """
 
     def __init__(self, folder: StrPath | None, settings: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class SplitStore:
         if self._folder is None or not (path := self._path(index)).exists():
             return None
         try:
-            outcome = json.loads(path.read_text())
+            outcome: dict[str, Any] = json.loads(path.read_text())
             settings, gamma, _ = outcome.pop("settings"), outcome["gamma"], outcome["num_samples"]
         except (AttributeError, KeyError, TypeError, ValueError):  # not one of ours, or damaged
             return None
@@ -63,7 +63,7 @@ class SplitStore:
 
 
 def digest(model: nn.Module) -> str:
-    """Tell the weights of a model in a few letters."""
+    """Return a short hash of the weights of a model."""
     hashed = hashlib.sha256()
     for key, value in model.state_dict().items():
         if isinstance(value, Tensor):
