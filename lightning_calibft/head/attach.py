@@ -23,10 +23,10 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     """Add the calibration, still without a gamma, to the head of ``model``.
 
     The state dict gains the keys ``<head>.absent_class_calibration.offset`` and ``.mask`` and keeps all others. State
-    dicts without them still load strictly. A head that has the calibration already keeps it as it is.
+    dicts without them still load strictly. An existing calibration stays as it is.
 
-    Attach before making averages of the weights: timm's ``ModelEmaV3`` goes through the state dicts of both models in
-    step, and one that was made without these keys would mix up the entries behind them.
+    Attach before you create an average of the weights. timm's ``ModelEmaV3`` pairs the entries of two state dicts by
+    position, so a copy without these keys would be updated with the wrong entries.
 
     Args:
         model: The model, or its head.
@@ -36,7 +36,7 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: If gamma was folded into the head already, if another head of ``model`` carries a calibration, or as
+        ValueError: If gamma was already folded into the head, if another head of ``model`` carries a calibration, or as
             in :func:`find_head`.
 
     Example:
@@ -49,8 +49,8 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     if others := [name or "forward" for name, module in attached_heads(model).items() if module not in heads]:
         names = ", ".join(map(repr, others))
         raise ValueError(
-            f"Expected a {type(model).__name__} without a calibration at another head, but {names} has one: both"
-            " would count. Call `detach(model)` first."
+            f"Expected a {type(model).__name__} without a calibration at another head, but {names} has one, and"
+            " both would add gamma. Call `detach(model)` first."
         )
     for module, name in zip(heads, head_names(model, heads), strict=True):
         parts = name.split(".")
@@ -59,12 +59,12 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     for module in new:
         add_offset(module, width, _device(module)).coefficient = 1 / len(heads)
     if new:
-        torch.compiler.reset()  # Code compiled before does not notice that hooks came.
+        torch.compiler.reset()  # Compiled code does not notice new hooks.
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove the calibration, with its gamma: the state dict has the keys it had before :func:`attach`.
+    """Remove the calibration and its gamma. The state dict has the keys again that it had before :func:`attach`.
 
     Returns:
         ``model``.
@@ -77,7 +77,7 @@ def detach(model: nn.Module) -> nn.Module:
     if heads := attached_heads(model):
         for module in heads.values():
             remove_offset(module)
-        torch.compiler.reset()  # Code compiled before does not notice that hooks went.
+        torch.compiler.reset()  # Compiled code does not notice that hooks are gone.
     return model
 
 
@@ -105,10 +105,10 @@ def set_gamma(
     *,
     head: str | nn.Module | None = None,
 ) -> nn.Module:
-    """Calibrate ``model``: from now on its logits of the absent classes are ``gamma`` higher, in eval mode.
+    """Set gamma. From now on, ``model`` adds it to the logits of the absent classes in eval mode.
 
     Args:
-        model: The model, or its head. The calibration is attached if it is not yet.
+        model: The model, or its head. A calibration is attached if there is none.
         gamma: A finite number. It replaces an earlier one.
         seen_classes: As in :class:`~lightning_calibft.ClassSplit`.
         absent_classes: As in :class:`~lightning_calibft.ClassSplit`.
@@ -118,7 +118,7 @@ def set_gamma(
         ``model``.
 
     Raises:
-        TypeError: If ``gamma`` is no number.
+        TypeError: If ``gamma`` is not a number.
         ValueError: If ``gamma`` is not finite, or as in :func:`attach` and :class:`~lightning_calibft.ClassSplit`.
 
     Example:
@@ -136,7 +136,7 @@ def set_gamma(
 
 
 def reset_gamma(model: nn.Module) -> nn.Module:
-    """Make an attached model uncalibrated again, in place: it keeps the calibration's keys, with zeros."""
+    """Make an attached model uncalibrated again, in place. Its calibration keeps the keys, with zeros."""
     for module in attached_heads(model).values():
         offset_of(module).reset_parameters()
     return model

@@ -36,24 +36,24 @@ class HeadNotFoundError(ValueError):
 def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     """Find the module whose output is the logits.
 
-    The rules, in order: heads that carry a calibration already; ``model``, if it is a head; a ``ZeroShotHead``; timm's
-    ``get_classifier()``; well known attribute names; the last layer, ``Linear`` or with an integer ``out_features``, if
-    no other has its width; a model without any such layer that tells its number of classes. Names only guess:
-    :func:`probe` checks with data.
+    The rules are tried in this order: heads that already carry a calibration; ``model`` itself; a ``ZeroShotHead``;
+    timm's ``get_classifier()``; well-known attribute names; the last layer that is ``Linear`` or has an integer
+    ``out_features``, if no other has its width; a model without any such layer that states its number of classes.
+    The rules only guess. :func:`probe` checks with data.
 
     Args:
         model: Any module, also one that wraps the classifier: a LightningModule, a compiled or an averaged model.
         head: The head, if the rules fail: its dotted name in ``model`` (``"model.fc"``) or the module itself. A
-            container stands for the last layer in it. ``"forward"`` is the output of the whole model and
-            ``"model.forward"`` that of a part, whatever is in it: a tensor, or a tuple, mapping or object with the
-            logits. Such a model tells its number of classes as ``out_features``, ``num_classes``, ``num_labels`` or
+            container stands for the last layer in it. ``"forward"`` stands for the output of the whole model and
+            ``"model.forward"`` for that of a part: a tensor, or a tuple, mapping or object with the logits. Such a
+            model states its number of classes as ``out_features``, ``num_classes``, ``num_labels`` or
             ``config.num_labels``.
 
     Returns:
-        The head, or a tuple of heads that together give the logits, as the pairs of distilled models.
+        The head, or a tuple of heads that give the logits together, such as the pair in a distilled model.
 
     Raises:
-        HeadNotFoundError: If there is none, or it is not built yet.
+        HeadNotFoundError: If there is none, or if it is not built yet.
         ValueError: If there are several, or ``head`` is not a head of ``model``.
 
     Example:
@@ -116,7 +116,7 @@ def _named(model: nn.Module, head: str, name: str) -> nn.Module:
 def _output_of(module: nn.Module, head: str) -> tuple[nn.Module, ...]:
     if width_of(module) is None:
         raise ValueError(
-            f"Expected the {type(module).__name__} of argument `head`, {head!r}, to tell its number of classes, but it"
+            f"Expected the {type(module).__name__} of argument `head`, {head!r}, to state its number of classes, but it"
             " has no integer attribute `out_features`, `num_classes` or `num_labels`. Set `num_classes` on it."
         )
     return (module,)
@@ -131,7 +131,7 @@ def _itself(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _zero_shot(model: nn.Module) -> tuple[nn.Module, ...]:
-    # The encoder before it may have a classifier of its own that projects.
+    # The encoder before it may have its own `classifier`, which projects the features.
     return _only(model, [(module,) for module in model.modules() if isinstance(module, ZeroShotHead)])
 
 
@@ -145,7 +145,7 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
             continue
         try:
             classifier = owner.get_classifier()
-        except Exception:  # Some models without a head raise, each its own error.
+        except Exception:  # Models without a head raise different errors.
             continue
         parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
         found.append(tuple(chain.from_iterable(_resolve(part) for part in parts if isinstance(part, nn.Module))))
@@ -153,7 +153,7 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Look for the well known names, no deeper than the shallowest candidate."""
+    """Look for well-known names, no deeper than the shallowest candidate."""
     for depth in range(1, min(map(_depth, head_candidates(model)), default=0) + 1):
         parents = [module for name, module in model.named_modules() if _depth(name) == depth - 1]
         if heads := _only(model, [found for parent in parents for found in _named_children(parent)]):
@@ -162,7 +162,7 @@ def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Take the last candidate, 1x1 convolutions aside, which networks are full of."""
+    """Take the last candidate that is no 1x1 convolution, of which networks have many."""
     layers = [module for module in head_candidates(model).values() if not is_channels_first(module)]
     if layers and sum(width_of(module) == width_of(layers[-1]) for module in layers) > 1:
         raise ValueError(f"Found several modules that could be the classification head. {remedy(model)}")
@@ -170,7 +170,7 @@ def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Take a model in which nothing could be a head. The head of a LightningModule may still be to come."""
+    """Take a model in which nothing could be a head. A LightningModule may not have built its head yet."""
     whole = unwrap(model)
     if is_lightning_module(whole) or head_candidates(model) or next(whole.parameters(), None) is None:
         return ()
@@ -186,7 +186,7 @@ def _only(model: nn.Module, found: list[tuple[nn.Module, ...]]) -> tuple[nn.Modu
 
 
 def _named_children(parent: nn.Module) -> list[tuple[nn.Module, ...]]:
-    """Return the heads among the children of ``parent``, a pair as one."""
+    """Return the heads among the children of ``parent``. A pair is one entry."""
     if pair := _pair(parent):
         return [pair]
     return [_resolve(child) for name, child in parent.named_children() if name in _NAMES]

@@ -8,17 +8,17 @@ from torch.optim.swa_utils import AveragedModel
 
 Head = nn.Module | tuple[nn.Module, ...]
 
-# Where models without `out_features` keep the number of their classes.
+# Where models without `out_features` store their number of classes.
 _MODEL_WIDTHS = ("num_classes", "num_labels")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a ``Linear`` or a 1x1 ``Conv2d``."""
+    """Return whether ``module`` is a ``Linear`` or a 1x1 ``Conv2d``."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tell whether ``module`` is linear, an adapter of PEFT, or has an ``out_features`` and tensors of its own."""
+    """Return whether ``module`` is linear, an adapter of PEFT, or has an ``out_features`` and tensors of its own."""
     if is_linear(module):
         return True
     return layer_width(module) is not None and (_has_tensors(module) or base_layer(module) is not module)
@@ -31,7 +31,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def is_channels_first(module: nn.Module) -> bool:
-    """Tell whether the class axis of the output is the third from the end, not the last."""
+    """Return whether the class axis of the output is the third from the end, not the last."""
     return isinstance(base_layer(module), nn.Conv2d)
 
 
@@ -43,7 +43,7 @@ def layer_width(module: nn.Module) -> int | None:
 
 
 def width_of(module: nn.Module) -> int | None:
-    """Return the width of a layer, or of the output of a whole model that tells it."""
+    """Return the width of a layer, or of the output of a whole model that states it."""
     widths = (layer_width(module), *(_own_width(module, name) for name in _MODEL_WIDTHS))
     labels = getattr(vars(module).get("config"), "num_labels", None)  # of Hugging Face
     return next((width for width in (*widths, labels) if isinstance(width, int)), None)
@@ -58,7 +58,7 @@ def num_classes(head: Head) -> int:
     """Return the width of a head, the number of classes.
 
     Raises:
-        ValueError: If it cannot be told, or the modules of a set differ in it.
+        ValueError: If it is unknown, or if the modules of a head differ in it.
 
     Example:
         >>> num_classes(nn.Linear(16, 5))
@@ -89,7 +89,7 @@ def head_names(model: nn.Module, head: Head) -> tuple[str, ...]:
 def head_candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module that could be a head, by dotted name, in the order of registration.
 
-    What a layer is made of is no head, nor is the original of a layer that PEFT trains in full.
+    Parts of a layer do not count, nor does the original of a layer that PEFT trains in full.
     """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
@@ -127,9 +127,9 @@ def forward_name(name: str) -> str:
 
 
 def remedy(model: nn.Module, limit: int = 10) -> str:
-    """Name the candidates, the last ``limit`` of them, and the argument that chooses one."""
+    """Return a sentence that lists the last ``limit`` candidates and shows the argument that chooses one."""
     found = head_candidates(model)
-    whole = 'pass `head="forward"`, or `"model.forward"` of a part, if the output of the whole is the logits'
+    whole = 'pass `head="forward"`, or `"model.forward"` of a part, if its whole output is the logits'
     if not found:
         return f"It has no Linear, no 1x1 Conv2d and no `out_features`. Build the head first, or {whole}."
     shown = list(found.items())[-limit:]

@@ -1,4 +1,4 @@
-"""The calibration of a classification head: a small child module that adds gamma to the absent classes."""
+"""The calibration of a classification head: a child module that adds gamma to the logits of the absent classes."""
 
 # No postponed annotations here: `torch.jit.script` compiles the hook and the forward.
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, like_dtensor, replace_logits
 from lightning_calibft.split import ClassSplit
 
-# What `fold` leaves on a head: an attribute, not in the state dict, that is true.
+# `fold` sets this attribute of a head to true. It is not in the state dict.
 FOLDED_NAME = "_absent_class_calibration_folded"
 Recorder = Callable[["AbsentClassOffset", Tensor], None]
 
@@ -26,7 +26,7 @@ class AbsentClassOffset(nn.Module):
 
     Args:
         num_classes: Number of classes ``C``.
-        channels_first: The class axis of the logits is the third from the end, as after a ``Conv2d``, else the last.
+        channels_first: Whether the class axis of the logits is the third from the end, as after a ``Conv2d``.
         device: Where the buffers live.
     """
 
@@ -36,14 +36,14 @@ class AbsentClassOffset(nn.Module):
     def __init__(self, num_classes: int, channels_first: bool, device: torch.device) -> None:
         super().__init__()
         self.channels_first = channels_first
-        # How much of this head's output is in the model's logits: less than 1 where heads are averaged.
+        # The weight of this head in the model's logits: less than 1 where heads are averaged.
         self.coefficient = 1.0
-        # The flag is apart because a compiled model guards on all that `forward` reads.
+        # A compiled model guards on what the hook reads, so it reads a flag and not the recorders.
         self.recording = False
         self.recorders: tuple[Recorder, ...] = ()
-        # What the model looked like when `probe` last found that this head gives its logits.
+        # The structure of the model for which `probe` last found that this head gives its logits.
         self.proved_structure: tuple[Any, ...] | None = None
-        # What `detach` removes: the hooks on the head.
+        # The hooks on the head, which `detach` removes.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.
         with torch.inference_mode(False):
@@ -51,7 +51,7 @@ class AbsentClassOffset(nn.Module):
             self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input as it is: where the head runs all its children in turn, as ``Sequential``, it runs this."""
+        """Return the input as it is: a head that runs its children in turn, such as a ``Sequential``, calls this."""
         return x
 
     def calibrate(self, logits: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class AbsentClassOffset(nn.Module):
         return (logits + shift).to(logits.dtype)
 
     def shift(self) -> Tensor:
-        """Return what is added to the logits, in float32 and so that it broadcasts against them.
+        """Return what is added to the logits, in float32 and in a shape that broadcasts with them.
 
         Adding it promotes half precision logits to float32.
         """
@@ -78,7 +78,7 @@ class AbsentClassOffset(nn.Module):
         return self.offset.item() if self.mask.any() else None
 
     def set(self, gamma: float, split: ClassSplit) -> None:
-        """Calibrate, in place: compiled code and copies of the state dict see it."""
+        """Set gamma in place, so that compiled code and references to the state dict see it."""
         with torch.no_grad():
             self.offset.fill_(gamma)
             self.mask.copy_(split.absent_mask)
@@ -88,12 +88,12 @@ class AbsentClassOffset(nn.Module):
         self.recorders, self.recording = recorders, bool(recorders)
 
     def reset_parameters(self) -> None:
-        """Be uncalibrated again, in place. So torch calls what fills the memory of a module that had none."""
+        """Be uncalibrated again, in place. Torch calls this after it has allocated a module that was on ``meta``."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def extra_repr(self) -> str:
-        """Show the width."""
+        """Return the number of classes, for the representation."""
         return f"num_classes={len(self.mask)}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def _record(child: AbsentClassOffset, logits: Tensor) -> None:
 
 
 def _calibrate(self: nn.Module, input: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006
-    # `torch.jit.script` reads no list of codes.
+    # `torch.jit.script` does not parse an ignore with an error code.
     return self.absent_class_calibration.calibrate(output)  # type: ignore
 
 
 def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
-    """Calibrate the logits in what a module returns that is no layer of torch, as a whole model."""
+    """Calibrate the logits in the output of a module that is not a layer of torch, such as a whole model."""
     child = cast(AbsentClassOffset, head.absent_class_calibration)
     if child.training and not child.recording:
         return output
@@ -132,7 +132,7 @@ def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
     if logits.shape[-3 if child.channels_first else -1] != len(child.mask):
         raise ValueError(
             f"Expected the logits of {type(head).__name__} to have {len(child.mask)} classes, as the module says, but"
-            f" got the shape {tuple(logits.shape)}. Correct its `out_features` or `num_classes` and attach anew."
+            f" got the shape {tuple(logits.shape)}. Correct its `out_features` or `num_classes` and attach again."
         )
     return replace_logits(output, child.calibrate(logits))
 
@@ -140,7 +140,7 @@ def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
 def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a state dict without the calibration load strictly.
 
-    It comes from a head that is not calibrated, unless it holds nothing of the head: then the calibration stays.
+    A state dict that holds the head comes from one that is not calibrated. Otherwise the calibration stays as it is.
     """
     child_prefix = f"{prefix}{CHILD_NAME}."
     if any(key.startswith(child_prefix) for key in state_dict):
@@ -165,14 +165,14 @@ def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> Absen
 
 
 def remove_offset(head: nn.Module) -> None:
-    """Take the child and its hooks away."""
+    """Remove the child and its hooks."""
     for handle in offset_of(head).handles:
         handle.remove()
     delattr(head, CHILD_NAME)
 
 
 def is_attached(head: nn.Module) -> bool:
-    """Tell whether ``head`` itself carries a calibration."""
+    """Return whether ``head`` itself carries a calibration."""
     # Not `hasattr`: wrappers forward it to the module that they wrap.
     return isinstance(dict(head.named_children()).get(CHILD_NAME), AbsentClassOffset)
 
@@ -189,32 +189,32 @@ def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Tell whether gamma was folded into the bias of a head of ``model``, or of ``model`` itself.
+    """Return whether gamma was folded into the bias of a head of ``model``, or of ``model`` itself.
 
     Example:
         >>> is_folded(nn.Linear(16, 5))
         False
     """
     check_model("model", model)
-    return any(vars(module).get(FOLDED_NAME) is True or _told_by_config(module) for module in model.modules())
+    return any(vars(module).get(FOLDED_NAME) is True or _is_folded_by_config(module) for module in model.modules())
 
 
-def _told_by_config(module: nn.Module) -> bool:
-    """Look into the config of a model of transformers, where exporting leaves the facts of the calibration."""
+def _is_folded_by_config(module: nn.Module) -> bool:
+    """Return whether the config of a transformers model, where exporting stores the calibration, says so."""
     facts = getattr(vars(module).get("config"), METADATA_KEY, None)
     return isinstance(facts, dict) and facts.get("folded") is True
 
 
 def mark_head_folded(head: nn.Module) -> None:
-    """Leave the marker on a head, and on the layer inside it that stays when an adapter is merged."""
+    """Mark a head, and the layer inside it that remains when an adapter is merged."""
     for module in {head, base_layer(head)}:
         setattr(module, FOLDED_NAME, True)
 
 
 def check_not_folded(head: nn.Module, inside: Iterable[nn.Module] = ()) -> None:
-    """Refuse a head whose bias holds a gamma already, by itself or by the config of a model that it is inside of."""
-    if is_folded(head) or any(map(_told_by_config, inside)):
+    """Refuse a head whose bias already holds a gamma, as its own mark or the config of a model around it says."""
+    if is_folded(head) or any(map(_is_folded_by_config, inside)):
         raise ValueError(
-            f"Expected a {type(head).__name__} into which no gamma was folded, but its bias holds one already:"
-            " calibrated again, it would count twice. Build the model anew and load the weights from before folding."
+            f"Expected a {type(head).__name__} into which no gamma was folded, but its bias holds one already, and"
+            " a second one would count twice. Rebuild the model and load the weights from before folding."
         )

@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Under these names models return logits; the second is that of CLIP in transformers.
+# Names under which models return logits. CLIP in transformers uses the second.
 _NAMES = ("logits", "logits_per_image")
 
 
 def get_logits(output: Any) -> Tensor:
     """Return the logits in the output of a model.
 
-    They are the output itself, what it has as ``logits`` or ``logits_per_image``, key or attribute, or the first tensor
-    of a tuple or list that is not a single number, as a loss is.
+    These are the output itself, its key or attribute ``logits`` or ``logits_per_image``, or the first tensor of a tuple
+    or list that is not a scalar, as a loss is.
 
     Raises:
         ValueError: If there are none.
@@ -56,7 +56,7 @@ def replace_logits(output: Any, logits: Tensor) -> Any:
         items = list(output)
         items[key] = value
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    # Compiled code knows the one way to copy a plain dict, and the other for the outputs of transformers.
+    # The compiler supports `copy` of a plain dict, and `copy.copy` of the outputs of transformers.
     copied = output.copy() if type(output) in (dict, OrderedDict) else copy.copy(output)
     if isinstance(output, Mapping):
         copied[key] = value
@@ -66,7 +66,7 @@ def replace_logits(output: Any, logits: Tensor) -> Any:
 
 
 def gather_dtensor(tensor: Tensor) -> Tensor:
-    """Return a plain tensor with all values of one that may be distributed. Then all its processes must call this."""
+    """Return a tensor that may be distributed as a plain one. All processes of a distributed one must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -87,7 +87,7 @@ def _item(output: Any, key: str | int) -> Any:
 
 
 def _key(output: Any) -> str | int | None:
-    """Return where the logits are: the name of a key or of an attribute, or the index in a tuple or list."""
+    """Return where the logits are: a key, the name of an attribute, or an index."""
     for name in _NAMES:
         if isinstance(output, Mapping):
             if name in output:

@@ -1,4 +1,4 @@
-"""Check with data that the head that was found gives the logits: names only guess."""
+"""Check with data that a head gives the logits of its model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Forward = Callable[[], Any]
 
 
 class NotFiniteError(ValueError):
-    """What the head gives is NaN or infinite, so the probe can say nothing of it."""
+    """The output of the head is NaN or infinite, so the probe cannot judge it."""
 
 
 def probe(forward: Forward, model: nn.Module) -> None:
     r"""Check that adding an offset to the output of the attached head moves the model's logits by that offset.
 
-    One forward as it is and one with a random offset :math:`r` at each head :math:`k` give :math:`\Delta_k`. The head
-    passes if :math:`\Delta_k = a_k r` and :math:`\sum_k a_k = 1`, and if :math:`\sum_k a_k z_k` of the heads' outputs
-    are the logits. What all classes of a row have in common is left out, so a softmax or a log-softmax after the head
-    is legitimate. At a whole model that gives probabilities gamma would be added to these, so it does not pass.
+    A random offset :math:`r` added to the output :math:`z_k` of head :math:`k` changes the logits by :math:`\Delta_k`.
+    The heads pass if :math:`\Delta_k = a_k r` and :math:`\sum_k a_k = 1`, and if :math:`\sum_k a_k z_k` are the logits.
+    The mean over the classes is subtracted first, so a softmax or log-softmax after the head is allowed. A whole model
+    that gives probabilities does not pass, because gamma would be added to these.
 
     The model runs as in :func:`~lightning_calibft.head.evaluation.evaluation`. A head that passes is proved:
     :func:`is_proved` is then true of the model until its structure changes.
@@ -107,8 +107,8 @@ def is_proved(model: nn.Module) -> bool:
 def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
     """Return whether the recorded logits of the attached head, with gamma, are the logits in an output of ``model``.
 
-    This tells without a forward of its own whether what :func:`probe` found still holds. As there, what all classes of
-    a row have in common is left out.
+    This shows without another forward whether what :func:`probe` found still holds. As there, the mean over the classes
+    is left out.
 
     Args:
         model: A model that is proved, in the mode in which it gave the output.
@@ -137,7 +137,7 @@ def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
 
 
 class _Effect(NamedTuple):
-    """What an offset at the output of one head does to the logits."""
+    """How an offset at the output of one head changes the logits."""
 
     outputs: list[Tensor]  # of each call in the forward, before the offset
     coefficient: float = 0.0
@@ -161,7 +161,7 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
     outputs: list[Tensor] = []
     channels_first = is_channels_first(head)
     offset = _random_offset(num_classes(head))
-    # Larger than the logits, so that an activation after the head shows, but not where a softmax would underflow.
+    # Larger than the logits, so that an activation after the head is noticed, unless a softmax would underflow.
     grow = not _are_probabilities(base)
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
@@ -199,7 +199,7 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
 
 
 def _problem(effects: list[_Effect], base: Tensor) -> str | None:
-    """Say in words why the heads do not give the logits, or ``None`` if they do."""
+    """Return in words why the heads do not give the logits, or ``None`` if they do."""
     calls = [len(effect.outputs) for effect in effects]
     if min(calls) == 0:
         return "the forward never calls it. Its weights may be used without it, as by `F.linear`."
@@ -208,7 +208,7 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
     if any(effect.residual == math.inf for effect in effects):
         return f"the output of the model has another number of classes: its shape is {tuple(base.shape)}."
     if any(effect.adds_to_probabilities for effect in effects):
-        return "its output are probabilities, and gamma is a number to add to logits, before a softmax."
+        return "its output is probabilities, while gamma is added to logits, before the softmax."
     total = sum(effect.coefficient for effect in effects)
     # Not `>`, which is false for NaN.
     if abs(total - 1) <= max(effect.coefficient_tolerance for effect in effects) and all(
@@ -227,7 +227,7 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
 
 
 def _difference(expected: Tensor, output: Tensor, resolution: float) -> str | None:
-    """Say in words how the logits of the model differ from what its heads give, or ``None`` if they do not."""
+    """Return in words how the logits of the model differ from those of its heads, or ``None`` if they do not."""
     if expected.shape != output.shape:
         return f"its output has the shape {tuple(expected.shape)} and the output of the model {tuple(output.shape)}."
     actual = _log_space(output)
@@ -257,7 +257,7 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
-    """Name the candidate that gives the logits, else show what each does to them."""
+    """Return a sentence that names the candidate that gives the logits, or how each changes them."""
     if better := [name for name, effect in others.items() if _problem([effect], base) is None]:
         return f'The head is {better[-1]!r}: pass `head="{better[-1]}"`.'
     shown = list(others.items())[-limit:]
@@ -266,7 +266,7 @@ def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 1
 
 
 def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
-    """Say how the output of the model, or of the part of it that ``forward`` runs, becomes the head."""
+    """Return how to make the output of the model, or of the part that ``forward`` runs, the head."""
     found: list[tuple[str, nn.Module]] = []
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -281,7 +281,7 @@ def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    # The outermost ends last. The steps of a LightningModule may call the model in it instead of the module itself.
+    # The outermost module ends last. A step of a LightningModule may call the model in it and not the module itself.
     outermost = found[-1:] + [part for part in found if not is_lightning_module(part[1])]
     if not outermost or is_attached(unwrap(outermost[-1][1])):
         return " Let the forward return logits or their `log_softmax`." if _are_probabilities(base) else ""
@@ -302,7 +302,7 @@ def _random_offset(width: int) -> Tensor:
 
 
 def _are_probabilities(logits: Tensor) -> bool:
-    """Tell whether each row is non-negative and sums to one."""
+    """Return whether each row is non-negative and sums to one."""
     values = logits.double()
     return bool((values >= 0).all() and (values.sum(dim=-1) - 1).abs().max() < 1e-2)
 

@@ -1,4 +1,4 @@
-"""The head of a zero-shot classifier: a linear layer that holds the features of texts."""
+"""The head of a zero-shot classifier: a linear layer that holds text features."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from lightning_calibft._arguments import check_number, check_tensor, check_value
 
 
 class ZeroShotHead(nn.Linear):
-    r"""Classify images by the texts that their features are closest to, as CLIP and SigLIP do.
+    r"""Classifies images by the texts with the closest features, as CLIP and SigLIP do.
 
     The logits of an image with the features :math:`x` are
 
     .. math:: z_c = s \frac{t_c^\top x}{\lVert t_c \rVert \lVert x \rVert} + b.
 
-    The rows of ``weight`` are the normalised text features times the scale, so that the head attaches, folds and
-    exports as any ``Linear`` does. After the image encoder it makes a classifier:
+    The rows of ``weight`` are the normalized text features times the scale, so that the head can be calibrated, folded
+    and exported like any ``Linear``. Put it after the image encoder:
     ``nn.Sequential(clip.visual, ZeroShotHead(text_features, clip.logit_scale.exp()))`` with open_clip,
     ``nn.Sequential(vision_model, ZeroShotHead(...))`` with the ``CLIPVisionModelWithProjection`` of transformers.
 
-    Its parameters are frozen: fine-tuning trains the encoder, and the absent classes keep their texts. To train the
-    head too, call ``requires_grad_()`` on it.
+    Its parameters are frozen: fine-tuning trains the encoder, and the absent classes keep their texts. Call
+    ``requires_grad_()`` to train the head too.
 
     Args:
-        text_features: One row of features for each class, ``(C, D)``, normalised or not. Their dtype and device are
-            those of the head.
-        logit_scale: What the cosines are multiplied by, positive. Models keep its logarithm: pass
-            ``model.logit_scale.exp()``.
-        logit_bias: What is added to all logits, as in SigLIP. Like all that classes share, it moves no prediction.
+        text_features: One row of features for each class, ``(C, D)``, normalized or not. The head gets
+            their dtype and device.
+        logit_scale: Positive factor of the cosines. Models store its logarithm, so pass ``model.logit_scale.exp()``.
+        logit_bias: A number that is added to all logits, as in SigLIP. It changes no prediction.
 
     Raises:
-        TypeError: If ``text_features`` is no floating point tensor.
-        ValueError: If an argument has another shape, or is not finite, or a row of features is zero.
+        TypeError: If ``text_features`` is not a floating point tensor.
+        ValueError: If an argument has the wrong shape or is not finite, or if a row of features is zero.
 
     Example:
         >>> head = ZeroShotHead(torch.eye(3)[:2], logit_scale=10.0)
@@ -54,7 +53,7 @@ class ZeroShotHead(nn.Linear):
             )
         if not math.isfinite(bias):
             raise ValueError(f"Expected argument `logit_bias` to be finite, but got {bias}.")
-        # On the meta device, it does not draw random weights.
+        # The meta device draws no random weights.
         super().__init__(text_features.shape[1], text_features.shape[0], device="meta")
         dtype = text_features.dtype
         # Parameters made in inference mode would refuse to take part in training.
@@ -67,8 +66,8 @@ class ZeroShotHead(nn.Linear):
         """Return the logits ``(N, C)``.
 
         Args:
-            input: The features of images, ``(N, D)``, or what transformers returns with them: an object that has them
-                as ``image_embeds``, or as ``pooler_output``.
+            input: Image features ``(N, D)``, or an output of transformers that has them as ``image_embeds`` or
+                ``pooler_output``.
         """
         return super().forward(F.normalize(_image_features(input), dim=-1))
 

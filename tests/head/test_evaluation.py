@@ -222,13 +222,16 @@ class MergedInEval(nn.Linear):
 merges = []
 
 
-@pytest.mark.parametrize("before", ["training", "eval", "training in a model in eval mode"])
+@pytest.mark.parametrize("before", ["training", "eval", "eval without merging", "training in a model in eval mode"])
 @pytest.mark.parametrize("inner", [True, False], ids=["inner", "itself"])
 def test_adapters_that_merge_in_eval_mode(before, inner):
     torch.manual_seed(0)
     layer = MergedInEval()
     model = attach(nn.Sequential(nn.Linear(8, 8), nn.Sequential(layer)) if inner else layer)
-    if before != "training":
+    if before == "eval without merging":
+        for module in model.modules():
+            module.training = False
+    elif before != "training":
         model.eval()
     if before == "training in a model in eval mode":
         layer.train()
@@ -237,7 +240,7 @@ def test_adapters_that_merge_in_eval_mode(before, inner):
     run_and_probe(model, torch.randn(4, 8))
     assert_same(state_of(model), expected)
     assert layer.merged == merged
-    assert merges == ([] if before == "eval" else [False, True] * 2)
+    assert merges == ([] if before.startswith("eval") else [False, True] * 2)
 
 
 @pytest.mark.parametrize("merged", [False, True])

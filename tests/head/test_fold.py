@@ -157,9 +157,7 @@ def test_a_folded_model_is_not_calibrated_again(model_class, copy_of):
     assert is_folded(model)
     for again in (attach, lambda m: set_gamma(m, GAMMA, SEEN), fold):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(
-            ValueError, match=r"no gamma was folded.* would count twice\. Build the model anew and load"
-        ):
+        with pytest.raises(ValueError, match=r"no gamma was folded.* would count twice\. Rebuild the model and load"):
             again(model)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert get_gamma(model) is None

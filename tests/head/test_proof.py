@@ -223,3 +223,10 @@ def test_heads_that_are_weighed_anew_are_recorded_anew():
         model.weight.fill_(0.9)
     expected = gamma_of(detach(copy.deepcopy(model)))
     assert gamma_of(model) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_proved_model_is_scripted_traced_and_compiled():
+    model, x = prove(set_gamma(Plain(), GAMMA, SEEN)).eval(), inputs()
+    expected = model(x)
+    for made in (torch.jit.script(model), torch.jit.trace(model, x), torch.compile(model, backend="eager")):
+        torch.testing.assert_close(made(x), expected)

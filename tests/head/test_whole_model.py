@@ -88,7 +88,7 @@ def test_wrappers_are_looked_through(wrap, head):
 
 def test_the_width_of_a_model_is_what_it_says():
     model = nn.Module()
-    with pytest.raises(ValueError, match=r"'forward', to tell its number of classes.*Set `num_classes` on it"):
+    with pytest.raises(ValueError, match=r"'forward', to state its number of classes.*Set `num_classes` on it"):
         find_head(model, "forward")
     for change in (
         lambda: setattr(model, "config", SimpleNamespace(num_labels=2)),
@@ -105,7 +105,7 @@ def test_the_width_of_a_model_is_what_it_says():
     assert widths == [5, 4, 3, 2]
     # An encoder of timm says so.
     model.num_classes = 0
-    with pytest.raises(ValueError, match="to tell its number of classes"):
+    with pytest.raises(ValueError, match="to state its number of classes"):
         find_head(model, "forward")
 
 
