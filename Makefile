@@ -23,7 +23,7 @@ $(VENV)/dev: pyproject.toml | $(BIN)/python
 # In two processes, each of them on one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: install  ## Run the quick tests: all but those that tests/conftest.py marks as thorough (minutes)
+test: install  ## Run the quick tests: all but those that tests/conftest.py marks as thorough (four minutes)
 	$(PYTEST) -m 'not thorough and not slow'
 
 test-all: install  ## Run all tests, as continuous integration does: thorough ones start processes, kill and export too

@@ -1,7 +1,8 @@
 """Every kind of head in a model as small as it gets, and what its input is."""
 
+import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,9 +29,14 @@ class Kind(NamedTuple):
 
     def make(self) -> nn.Module:
         """Return the model in eval mode, with the same weights each time."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return random_weights(self.build).eval()
+        return copy.deepcopy(_built(self))
+
+
+@cache
+def _built(kind: Kind) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return random_weights(kind.build).eval()
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
