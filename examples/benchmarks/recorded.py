@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_calibft import ClassSplit
 from lightning_calibft.functional import best_gamma, calibrate_logits, split_accuracy
 from lightning_calibft.functional._inputs import Groups
-from lightning_calibft.functional.pseudo_absent import pseudo_absent_margins
+from lightning_calibft.functional.pseudo_absent_gamma import pseudo_absent_margins
 
 RUNS = Path(__file__).with_name("runs")
 DATA = {"digits": "digits", "glyphs": "157 glyphs"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model
 from lightning_calibft.analysis.outputs import Outputs, collect_outputs
-from lightning_calibft.calibration import UnpackBatch
+from lightning_calibft.calibration.batch_reader import UnpackBatch
 from lightning_calibft.functional import class_means, nearest_class_mean_logits, split_accuracy
 from lightning_calibft.labels.class_map import ClassMap
 from lightning_calibft.labels.label_names import LabelNames

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.loaders import calibration_loaders
-from lightning_calibft.head import attach, attached_heads, detach
+from lightning_calibft.head.attach import attach, detach
+from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft.functional._inputs import check_matrix, real_dtype
-from lightning_calibft.head import find_head
+from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, is_linear
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, new_axis
 from lightning_calibft.split import ClassIds, ClassSplit

@@ -19,7 +19,8 @@ from lightning_calibft.calibration.evaluation_pass import (
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
-from lightning_calibft.head import attach, attached_heads, detach, set_gamma
+from lightning_calibft.head.attach import attach, detach, set_gamma
+from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit

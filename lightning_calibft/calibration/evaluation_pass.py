@@ -44,9 +44,11 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import attached_heads, evaluation, is_layer, num_classes, probe, record_logits
-from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved
-from lightning_calibft.head.record import LogitRecorder, one_forward
+from lightning_calibft.head.evaluation import evaluation
+from lightning_calibft.head.layers import is_layer, num_classes
+from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved, probe
+from lightning_calibft.head.record import LogitRecorder, one_forward, record_logits
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 

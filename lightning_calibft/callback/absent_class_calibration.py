@@ -37,7 +37,7 @@ from lightning_calibft.callback.trainer_data import (
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.head import reset_gamma, set_gamma
+from lightning_calibft.head.attach import reset_gamma, set_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit

@@ -16,11 +16,12 @@ from lightning_calibft._arguments import check_integer, check_path
 from lightning_calibft.analysis import calibration_report
 from lightning_calibft.analysis.history import History, Snapshot
 from lightning_calibft.analysis.report import Format
-from lightning_calibft.calibration import BatchReader, UnpackBatch
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
 from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
 from lightning_calibft.checkpoint.files import replace_atomically
-from lightning_calibft.head import find_head, num_classes
+from lightning_calibft.head.find import find_head
+from lightning_calibft.head.layers import num_classes
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.plotting import check_matplotlib

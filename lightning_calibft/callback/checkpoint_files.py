@@ -17,7 +17,7 @@ from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.checkpoint.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
 from lightning_calibft.checkpoint.state import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
-from lightning_calibft.head import get_gamma, set_gamma
+from lightning_calibft.head.attach import get_gamma, set_gamma
 
 
 class KeptCheckpoints:

@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
-from lightning_calibft.head import get_gamma, record_logits
-from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
+from lightning_calibft.head.attach import get_gamma
+from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.metrics import AUSUC, absent_class_metrics
 from lightning_calibft.split import ClassSplit
 

@@ -28,7 +28,7 @@ from lightning_calibft.estimators import (
     needs_absent_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.head import get_gamma
+from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.split import ClassSplit
 
 

@@ -10,8 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft.callback.checkpoint_files import restore_calibration
 from lightning_calibft.callback.trainer_data import is_model_parallel
-from lightning_calibft.head import attach, attached_heads, find_head, num_classes
-from lightning_calibft.head.find import HeadNotFoundError
+from lightning_calibft.head.attach import attach
+from lightning_calibft.head.find import HeadNotFoundError, find_head
+from lightning_calibft.head.layers import num_classes
+from lightning_calibft.head.offset import attached_heads
 
 
 class HeadAttachment:

@@ -19,8 +19,9 @@ from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, nothing
 from lightning_calibft.callback.restricted import RestrictedData, check_loaders
-from lightning_calibft.cross_validation import CrossValidationPlan, cost, cross_validate, of_classes
-from lightning_calibft.head import reset_gamma
+from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_classes
+from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
+from lightning_calibft.head.attach import reset_gamma
 from lightning_calibft.split import ClassSplit
 
 

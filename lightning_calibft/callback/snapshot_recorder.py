@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
 from lightning_calibft.analysis.weights import head_weight
-from lightning_calibft.calibration import BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.callback.training_labels import TrainingLabels
-from lightning_calibft.head import find_head, num_classes
+from lightning_calibft.head.find import find_head
+from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
 from lightning_calibft.split import ClassSplit

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import is_folded
-from lightning_calibft.head import attached_heads, find_head
-from lightning_calibft.head.find import HeadNotFoundError
+from lightning_calibft.head.find import HeadNotFoundError, find_head
+from lightning_calibft.head.offset import attached_heads
 
 
 def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:

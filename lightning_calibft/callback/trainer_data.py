@@ -19,7 +19,7 @@ from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_
 from lightning_calibft.calibration.loaders import calibration_loaders
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
-from lightning_calibft.head import evaluation
+from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.labels.class_map import check_mapped
 
 Source = Literal["train", "validation", "training_steps"]

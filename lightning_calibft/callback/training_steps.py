@@ -11,8 +11,7 @@ from torch import Tensor
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
-from lightning_calibft.head import record_logits
-from lightning_calibft.head.record import UnexpectedLogitsError, one_forward
+from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.split import ClassSplit
 
 

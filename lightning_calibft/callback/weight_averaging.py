@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 
 from lightning_calibft.callback.lightning_package import lightning_of
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 
 
 def check_averaging_order(trainer: Any, model: LightningModule, callback: Callback) -> None:

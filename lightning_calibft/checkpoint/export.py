@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model, check_type
 from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
-from lightning_calibft.calibration import CalibrationResult
+from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.checkpoint.files import (
     check_destination_file,
     check_destination_folder,
@@ -24,7 +24,7 @@ from lightning_calibft.checkpoint.files import (
     write_weights,
 )
 from lightning_calibft.checkpoint.state import calibrated_heads, folded_metadata
-from lightning_calibft.head import fold
+from lightning_calibft.head.fold import fold
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
 _GRAPHS = (".onnx", ".pt2")

@@ -19,7 +19,7 @@ from lightning_calibft.checkpoint.state import (
     state_dict_of,
     without_calibration,
 )
-from lightning_calibft.head import set_gamma
+from lightning_calibft.head.attach import set_gamma
 
 Module = TypeVar("Module", bound=LightningModule)
 

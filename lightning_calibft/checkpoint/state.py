@@ -17,7 +17,7 @@ from lightning_calibft._format import MASK as MASK, METADATA_KEY, OFFSET as OFFS
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata
 
 if TYPE_CHECKING:
-    from lightning_calibft.calibration import CalibrationResult
+    from lightning_calibft.calibration.result import CalibrationResult
 
 LIGHTNING_VERSION = "pytorch-lightning_version"  # Lightning's own key, in each of its checkpoints
 

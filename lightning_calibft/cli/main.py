@@ -105,7 +105,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     import torch
     from torch.utils.data import DataLoader
 
-    from lightning_calibft.calibration import calibrate
+    from lightning_calibft.calibration.calibrate import calibrate
     from lightning_calibft.checkpoint.state import versions
     from lightning_calibft.labels.image_folders import data_config, open_folder, rows_of_folders
 

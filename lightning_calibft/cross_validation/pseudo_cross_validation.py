@@ -19,7 +19,7 @@ from lightning_calibft.calibration.data_check import empty_error, target_error
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.cross_validation.splits import Candidates, CrossValidationPlan, cross_validate
-from lightning_calibft.head import attach, reset_gamma
+from lightning_calibft.head.attach import attach, reset_gamma
 from lightning_calibft.labels.class_map import IGNORE_INDEX, ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassIds, ClassSplit

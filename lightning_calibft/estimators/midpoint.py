@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_calibft.functional.pseudo_absent import pseudo_absent_margins
+from lightning_calibft.functional.pseudo_absent_gamma import pseudo_absent_margins
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 
 

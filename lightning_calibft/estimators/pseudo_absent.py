@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_calibft.estimators.sample_estimator import SampleEstimator
 from lightning_calibft.functional.average_logit_gap import GammaEstimate
-from lightning_calibft.functional.pseudo_absent import pseudo_absent_compute, pseudo_absent_margins
+from lightning_calibft.functional.pseudo_absent_gamma import pseudo_absent_compute, pseudo_absent_margins
 
 
 class PseudoAbsent(SampleEstimator):

@@ -7,7 +7,7 @@ from lightning_calibft.functional.nearest_class_mean import (
     nearest_class_mean_accuracy,
     nearest_class_mean_logits,
 )
-from lightning_calibft.functional.pseudo_absent import pseudo_absent_gamma
+from lightning_calibft.functional.pseudo_absent_gamma import pseudo_absent_gamma
 from lightning_calibft.functional.seen_unseen_curve import ausuc, best_gamma, seen_unseen_curve
 from lightning_calibft.functional.weight_aligning import weight_aligning
 

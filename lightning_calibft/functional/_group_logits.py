@@ -25,7 +25,9 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
     rows = _rows_at_a_time(tensors[0], 2**22)
-    parts = [function(*chunks) for chunks in zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)]
+    parts = [
+        function(*chunks) for chunks in zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)
+    ]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

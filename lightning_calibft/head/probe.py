@@ -116,7 +116,8 @@ def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
         output: What the forward returned, as in :func:`probe`.
 
     Example:
-        >>> from lightning_calibft.head import record_logits, set_gamma
+        >>> from lightning_calibft.head import set_gamma
+        >>> from lightning_calibft.head.record import record_logits
         >>> model = set_gamma(nn.Sequential(nn.Linear(16, 5), nn.LogSoftmax(dim=-1)).eval(), 2.5, seen_classes=[0, 1])
         >>> with record_logits(model) as records:
         ...     output = model(torch.randn(3, 16))

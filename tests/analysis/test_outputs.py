@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_calibft import get_gamma, set_gamma
 from lightning_calibft.analysis import collect_outputs
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 from tests.calibration.nets import Net
 from tests.helpers.runs import SEEN, VAL, Noisy, quiet
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_calibft import AbsentClassCalibration, ClassSplit, calibrate, get_gamma
-from lightning_calibft.calibration import BatchedUpdates, BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import DataCheck
 from lightning_calibft.callback.training_labels import TrainingLabels
 from tests.callback.measures import Measures, logged

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from lightning_calibft import calibrate
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
-from lightning_calibft.head import attach, attached_heads
+from lightning_calibft.head import attach
+from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.split import ClassSplit
 from tests.calibration.nets import net
 from tests.helpers.processes import hand_over

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, get_gamma
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 from tests.helpers.processes import in_group
 from tests.helpers.runs import SEEN
 from tests.helpers.scheduled_runs import TRAIN, Scheduled, data

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, get_gamma
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 from tests.helpers.references import _reference_gap
 from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, blobs
 

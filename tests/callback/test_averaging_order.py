@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_calibft import AbsentClassCalibration
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 from tests.callback.averaging import BuiltInConfigureModel, BuiltInSetup, WithoutBatchNorm, copies, marks, stochastic
 from tests.helpers.runs import OFFSET, SEEN, VAL, Plain, assert_calibrated, loader, pretrained, read, trainer_of
 

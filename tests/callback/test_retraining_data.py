@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_calibft import AbsentClassCalibration, attach
-from lightning_calibft.calibration import BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.callback.restricted import RestrictedData
 from tests.callback.retraining import DATA, SEEN, pcv
 from tests.helpers.runs import (

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_calibft.analysis.history import History
-from lightning_calibft.calibration import BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
 from lightning_calibft.split import ClassSplit
 from tests.callback.diagnosing import HARD, check_evaluation, check_levels, check_weights, val

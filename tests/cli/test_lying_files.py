@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lightning_calibft import inspect_checkpoint, set_gamma
 from lightning_calibft.checkpoint.files import write_weights
 from tests.cli.running import READ, run
-from tests.runs import quiet
+from tests.helpers.runs import quiet
 from tests.shipping.consumer import NUM_CLASSES
 from tests.shipping.fine_tuned import SEEN
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import get_gamma, pseudo_cross_validation, set_gamma
-from lightning_calibft.head import attached_heads
+from lightning_calibft.head.offset import attached_heads
 from tests.helpers.references import _reference_at_gamma, _reference_gammas, _reference_split_accuracy
 from tests.helpers.runs import blobs, pretrained, quiet
 

@@ -14,8 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_calibft import attach, get_gamma, inspect_checkpoint
-from lightning_calibft.head import attached_heads
-from lightning_calibft.head.offset import offset_of
+from lightning_calibft.head.offset import attached_heads, offset_of
 from tests.helpers.runs import (
     ABSENT,
     SEEN,

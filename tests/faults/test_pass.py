@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_calibft import AbsentClassCalibration, calibrate, get_gamma, inspect_checkpoint
-from lightning_calibft.head import attached_heads
-from lightning_calibft.head.offset import offset_of
+from lightning_calibft.head.offset import attached_heads, offset_of
 from tests.faults.checks import Armed, Arms, Faulty, assert_sound, calibrated, die, faulty, interruptible
 from tests.helpers.runs import SEEN, Plain, loader, pretrained, quiet, trainer_of
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_calibft.head import attach, attached_heads, detach, fold, get_gamma, probe, record_logits, set_gamma
+from lightning_calibft.head import attach, detach, fold, get_gamma, set_gamma
+from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.head.output import get_logits
+from lightning_calibft.head.probe import probe
+from lightning_calibft.head.record import record_logits
 
 NUM_CLASSES = 7
 SEEN, ABSENT = [0, 1, 2], [3, 4, 5, 6]

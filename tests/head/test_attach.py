@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from lightning_calibft import ClassSplit
-from lightning_calibft.head import attach, attached_heads, detach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head.offset import attached_heads
 
 from .models import ABSENT, GAMMA, NUM_CLASSES, SEEN, SHIFT, Distilled, Plain, Wrapper, inputs
 

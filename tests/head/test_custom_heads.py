@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import attach, find_head, head_names, num_classes, probe, record_logits, set_gamma
+from lightning_calibft.head import attach, find_head, set_gamma
+from lightning_calibft.head.layers import head_names, num_classes
+from lightning_calibft.head.probe import probe
+from lightning_calibft.head.record import record_logits
 
 from .models import (
     GAMMA,

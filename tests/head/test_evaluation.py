@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
-from lightning_calibft.head import attach, evaluation, get_gamma, probe, set_gamma
+from lightning_calibft.head import attach, get_gamma, set_gamma
+from lightning_calibft.head.evaluation import evaluation
+from lightning_calibft.head.probe import probe
 
 from .models import NUM_CLASSES, inputs
 

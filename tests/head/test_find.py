@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import lightning_calibft
-from lightning_calibft.head import HeadNotFoundError, attach, find_head, head_names, num_classes
+from lightning_calibft.head import attach, find_head
+from lightning_calibft.head.find import HeadNotFoundError
+from lightning_calibft.head.layers import head_names, num_classes
 
 from .models import NUM_CLASSES, Convolutional, Distilled, Plain, Wrapper
 

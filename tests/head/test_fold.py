@@ -5,16 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import (
-    ZeroShotHead,
-    attach,
-    attached_heads,
-    detach,
-    fold,
-    get_gamma,
-    is_folded,
-    set_gamma,
-)
+from lightning_calibft.head import ZeroShotHead, attach, detach, fold, get_gamma, set_gamma
+from lightning_calibft.head.offset import attached_heads, is_folded
 
 from .models import (
     ABSENT,

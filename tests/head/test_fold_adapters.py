@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import attach, attached_heads, fold, is_folded, probe, set_gamma
+from lightning_calibft.head import attach, fold, set_gamma
+from lightning_calibft.head.offset import attached_heads, is_folded
+from lightning_calibft.head.probe import probe
 
 from .models import GAMMA, SEEN, SHIFT, Convolutional, Plain, inputs
 

@@ -2,8 +2,8 @@ import pytest
 import timm
 from torch import nn
 
-from lightning_calibft.head import find_head, head_names, num_classes
-from lightning_calibft.head.layers import base_layer, head_candidates, is_layer
+from lightning_calibft.head import find_head
+from lightning_calibft.head.layers import base_layer, head_candidates, head_names, is_layer, num_classes
 
 from .models import NUM_CLASSES, CosineLinear, Projected, Prototypes, SplitCosineLinear, encoder_of_width
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import attach, probe, record_logits, set_gamma
-from lightning_calibft.head.probe import NotFiniteError, _random_offset
+from lightning_calibft.head import attach, set_gamma
+from lightning_calibft.head.probe import NotFiniteError, _random_offset, probe
+from lightning_calibft.head.record import record_logits
 
 from .models import (
     GAMMA,

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from lightning_calibft import calibrate
-from lightning_calibft.head import attach, detach, probe, record_logits, set_gamma
-from lightning_calibft.head.probe import gives_output, is_proved
+from lightning_calibft.head import attach, detach, set_gamma
+from lightning_calibft.head.probe import gives_output, is_proved, probe
+from lightning_calibft.head.record import record_logits
 
 from .models import GAMMA, NUM_CLASSES, SEEN, Convolutional, Distilled, Plain, inputs
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import attach, record_logits, set_gamma
-from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
+from lightning_calibft.head import attach, set_gamma
+from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 
 from .models import GAMMA, NUM_CLASSES, SEEN, Convolutional, Distilled, Plain, inputs
 

@@ -9,7 +9,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_calibft.head import attach, fold, get_gamma, probe, record_logits, set_gamma
+from lightning_calibft.head import attach, fold, get_gamma, set_gamma
+from lightning_calibft.head.probe import probe
+from lightning_calibft.head.record import record_logits
 
 from .models import GAMMA, NUM_CLASSES, SEEN, SHIFT, Convolutional, Distilled, Plain, inputs
 

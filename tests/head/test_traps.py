@@ -12,17 +12,10 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_calibft.head import (
-    CHILD_NAME,
-    attach,
-    detach,
-    find_head,
-    fold,
-    get_gamma,
-    head_names,
-    probe,
-    set_gamma,
-)
+from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head.layers import head_names
+from lightning_calibft.head.offset import CHILD_NAME
+from lightning_calibft.head.probe import probe
 
 from .models import GAMMA, NUM_CLASSES, SEEN, SHIFT, Distilled, Plain, inputs
 

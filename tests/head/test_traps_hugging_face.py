@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import CHILD_NAME, attach, detach, fold, get_gamma, probe, set_gamma
+from lightning_calibft.head import attach, detach, fold, get_gamma, set_gamma
+from lightning_calibft.head.offset import CHILD_NAME
+from lightning_calibft.head.probe import probe
 
 from .models import GAMMA, NUM_CLASSES, SEEN, SHIFT, Plain, inputs
 

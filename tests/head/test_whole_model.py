@@ -8,19 +8,12 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_calibft.head import (
-    HeadNotFoundError,
-    attach,
-    attached_heads,
-    detach,
-    find_head,
-    fold,
-    get_gamma,
-    num_classes,
-    probe,
-    record_logits,
-    set_gamma,
-)
+from lightning_calibft.head import attach, detach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head.find import HeadNotFoundError
+from lightning_calibft.head.layers import num_classes
+from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.probe import probe
+from lightning_calibft.head.record import record_logits
 
 from .models import (
     GAMMA,

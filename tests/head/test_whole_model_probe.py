@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_calibft.head import attach, detach, probe
+from lightning_calibft.head import attach, detach
+from lightning_calibft.head.probe import probe
 
 from .models import NUM_CLASSES, Plain, Scaled, Then, inputs
 

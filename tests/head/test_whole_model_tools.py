@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from lightning_calibft.head import attach, detach, get_gamma, probe, set_gamma
+from lightning_calibft.head import attach, detach, get_gamma, set_gamma
+from lightning_calibft.head.probe import probe
 
 from .models import ABSENT, GAMMA, NUM_CLASSES, SEEN, SHIFT, Scaled, inputs, logits_by_hand
 

@@ -9,17 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibft.head import (
-    ZeroShotHead,
-    attach,
-    find_head,
-    fold,
-    get_gamma,
-    head_names,
-    probe,
-    record_logits,
-    set_gamma,
-)
+from lightning_calibft.head import ZeroShotHead, attach, find_head, fold, get_gamma, set_gamma
+from lightning_calibft.head.layers import head_names
+from lightning_calibft.head.probe import probe
+from lightning_calibft.head.record import record_logits
 
 from .models import GAMMA, NUM_CLASSES, SEEN, SHIFT, Wrapper
 

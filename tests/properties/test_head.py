@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from lightning_calibft import attach, detach, fold, get_gamma, set_gamma
-from lightning_calibft.head import reset_gamma
+from lightning_calibft.head.attach import reset_gamma
 from tests.properties.strategies import SEEDS, generator, splits
 
 GAMMAS = st.floats(-50, 50, width=32, allow_subnormal=False)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_calibft import attach, fold, get_gamma, set_gamma
-from lightning_calibft.head import attached_heads, probe
+from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.probe import probe
 from tests.shipping.kinds import KINDS
 
 SEEN, GAMMA = [0, 2], 2.5
