@@ -231,6 +231,12 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        mode = (
+            temporary.stat().st_mode & 0o666
+        )  # as the user's umask says; safetensors makes files for their owner alone
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
