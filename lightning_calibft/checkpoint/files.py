@@ -233,7 +233,7 @@ def new_folder(path: StrPath) -> Iterator[Path]:
         yield temporary
         mode = (
             temporary.stat().st_mode & 0o666
-        )  # as the user's umask says; safetensors makes files for their owner alone
+        )  # of the umask: safetensors lets the owner alone read
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
