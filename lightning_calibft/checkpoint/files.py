@@ -231,9 +231,7 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        mode = (
-            temporary.stat().st_mode & 0o666
-        )  # of the umask: safetensors lets the owner alone read
+        mode = temporary.stat().st_mode & 0o666  # of the umask: safetensors lets the owner alone read
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
