@@ -231,6 +231,10 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # of the umask: safetensors lets the owner alone read
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
