@@ -107,7 +107,8 @@ def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...
     if len(shape) != 1:
         raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(shape)}.")
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    if wrong := [value for value in values if not is_integer(value)]:
+    # Most are plain integers, and there may be many thousands.
+    if wrong := [value for value in values if type(value) is not int and not is_integer(value)]:
         raise TypeError(
             f"Expected argument `{name}` to hold integers, but got {wrong[0]!r}."
             " Give the ids of the classes, not a mask or their names."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_calibft._arguments import check_model
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.loaders import calibration_loaders
@@ -99,6 +100,7 @@ def _features(seen: list[Tensor | None]) -> Tensor:
 @contextmanager
 def _attached(model: nn.Module, head: str | nn.Module | None) -> Iterator[None]:
     """Lend the model a calibration, through which its logits are recorded, unless it has one."""
+    check_model("model", model)
     fresh = not attached_heads(model)
     attach(model, head)
     try:

@@ -161,7 +161,8 @@ def check_target(target: Any) -> Tensor:
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"Expected the target of a batch to be a tensor, but got {_kind(target)}. {UNPACK_REMEDY}")
-    check_class_ids("the target of a batch", target, CLEAN_LABELS_REMEDY)
+    if target.dtype != torch.long:
+        check_class_ids("the target of a batch", target, CLEAN_LABELS_REMEDY)
     if target.ndim != 1:
         raise ValueError(
             f"Expected the target of a batch to have shape (N,), one class id a sample, but got"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_calibft._arguments import check_model
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import check_weights
 from lightning_calibft.calibration.distributed import SharedErrors
@@ -19,7 +20,7 @@ from lightning_calibft.calibration.evaluation_pass import (
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
-from lightning_calibft.head.attach import attach, detach, set_gamma
+from lightning_calibft.head.attach import attach, detach, set_attached_gamma
 from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
@@ -108,6 +109,7 @@ def calibrate(
         check_tolerance(tolerance)
         if seen_classes is None and isinstance(estimator, str):
             _check_classes_can_be_read(loader, estimator)
+        check_model("model", model)
         fresh = not attached_heads(model)
         attach(model, head)
     try:
@@ -138,7 +140,7 @@ def calibrate(
         if fresh:
             detach(model)
         raise
-    set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
+    set_attached_gamma(model, result.gamma, result.split)
     return result
 
 

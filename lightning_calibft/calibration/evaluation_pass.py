@@ -48,7 +48,7 @@ from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.head.layers import is_layer, num_classes
 from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved, probe
-from lightning_calibft.head.record import LogitRecorder, one_forward, record_logits
+from lightning_calibft.head.record import one_forward, record_logits
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
@@ -100,7 +100,7 @@ class EvaluationPass:
     def __post_init__(self) -> None:
         head = next(iter(attached_heads(self.model).values()))
         self.device = next(head.buffers()).device  # the calibration's own, if it has no others
-        self.num_classes = head_width(self.model)
+        self.num_classes = num_classes(head)
         check_estimator_width(self.estimator, self.num_classes)
         check_pretrained(self.estimator, self.pretrained, self.model)
 
@@ -191,13 +191,13 @@ class EvaluationPass:
         if self.sharded is not None:
             errors = errors or SharedErrors()
             batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors)
-        with evaluation(self.model):
+        with evaluation(self.model), recorder as records:
             for (number, batch, target), counts in batches:
                 if checked:
-                    logits, _ = self._run(recorder, forward, batch, target)
+                    logits, _ = self._run(records, forward, batch, target)
                 else:
-                    logits, checked = self._checked_logits(recorder, forward, batch, target), True
-                rows = [target, logits, *(self._run(recorder, each, batch, target)[0] for each in pretrained)]
+                    logits, checked = self._checked_logits(records, forward, batch, target), True
+                rows = [target, logits, *(self._run(records, each, batch, target)[0] for each in pretrained)]
                 target, logits, *pretrained_logits = rows if counts else [each[:0] for each in rows]
                 yield EvaluatedBatch(number, logits, target, pretrained_logits)
 
@@ -258,22 +258,23 @@ class EvaluationPass:
         return pretrained_forward
 
     def _run(
-        self, recorder: LogitRecorder, forward: Callable[..., Any], batch: Any, target: Tensor
+        self, records: list[Tensor], forward: Callable[..., Any], batch: Any, target: Tensor
     ) -> tuple[Tensor, Any]:
         """Return the raw logits of a batch and what the model returned."""
-        with recorder as records, self.context():
+        records.clear()  # something else may have run the model meanwhile
+        with self.context():
             output = call_forward(forward, self.reader.inputs(batch, forward))
         return one_forward(records, len(target), self.num_classes, _REMEDY), output
 
-    def _checked_logits(self, recorder: LogitRecorder, forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
+    def _checked_logits(self, records: list[Tensor], forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
         """Return the raw logits of a batch, for which the head is probed unless it is proved and still gives them."""
         if is_proved(self.model):
-            logits, output = self._run(recorder, forward, batch, target)
+            logits, output = self._run(records, forward, batch, target)
             if gives_output(self.model, logits, output):
                 return logits
         with self.context():
             check_head(self.model, batch, self.reader)
-        return self._run(recorder, forward, batch, target)[0]  # the probe may have weighed the heads anew
+        return self._run(records, forward, batch, target)[0]  # the probe may have weighed the heads anew
 
 
 def forward_of(model: nn.Module) -> nn.Module:

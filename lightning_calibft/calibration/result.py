@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.split import ClassSplit
@@ -60,7 +61,7 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
         split=estimator.split,
         estimator=choice if isinstance(choice, str) else type(choice).__name__,
     )
-    if not math.isfinite(result.gamma):
+    if not abs(result.gamma) <= torch.finfo(torch.float32).max:  # the head keeps it in float32
         raise ValueError(
             f"Expected the estimator {result.estimator!r} to find a finite gamma, but got {result.gamma} from"
             f" {result.num_samples} samples. The model is as it was. Look at the logits, or choose another `estimator`."

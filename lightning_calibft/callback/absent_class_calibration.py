@@ -37,7 +37,7 @@ from lightning_calibft.callback.trainer_data import (
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.head.attach import reset_gamma, set_gamma
+from lightning_calibft.head.attach import reset_gamma, set_attached_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
@@ -250,7 +250,7 @@ class AbsentClassCalibration(Callback):
             for part in training_batches(batch, trainer.train_dataloader)[:1]:
                 check_first_batch(trainer, pl_module, part, self._reader)
                 self._batch_checked = True
-        if self._labels is not None:
+        if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
         if self._search.steps is not None:
             self._search.steps.start_step(self._reader.rows(batch))
@@ -411,7 +411,7 @@ class AbsentClassCalibration(Callback):
         except (TypeError, ValueError):
             if calibration_dataloader(trainer) is None:
                 raise
-            self._labels = None  # mixed labels: those of the calibration data are read at the end
+            self._labels.give_up()  # those of the calibration data are read at the end
 
     def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
         split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
@@ -482,14 +482,14 @@ class AbsentClassCalibration(Callback):
             for _ in averaged_copies(trainer, model):
                 # Training ends with the averaged weights.
                 result = live if trained else self._search.run(trainer, reading, split)
-                set_gamma(model, result.gamma, split.seen_classes, split.absent_classes)
+                set_attached_gamma(model, result.gamma, split)
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
-        set_gamma(model, result.gamma, result.split.seen_classes, result.split.absent_classes)
+        set_attached_gamma(model, result.gamma, result.split)
 
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         """Write into each kept file the gamma of its own weights."""

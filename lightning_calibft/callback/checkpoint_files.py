@@ -17,7 +17,7 @@ from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.checkpoint.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
 from lightning_calibft.checkpoint.state import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
-from lightning_calibft.head.attach import get_gamma, set_gamma
+from lightning_calibft.head.attach import get_gamma, set_attached_gamma
 
 
 class KeptCheckpoints:
@@ -120,7 +120,7 @@ def calibrate_files(
                 _free(error)
                 failed[file], cause = _told(error), cause or error
                 continue
-            set_gamma(model, results[file].gamma, live.split.seen_classes, live.split.absent_classes)
+            set_attached_gamma(model, results[file].gamma, live.split)
             put_calibration(checkpoint, calibration_entries(model.state_dict()), results[file])
             error_text = _write(checkpoint, file, found) if trainer.is_global_zero else None
             if (error_text := trainer.strategy.broadcast(error_text)) is not None:

@@ -59,7 +59,7 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
 def move_batch(trainer: Trainer, batch: Any) -> Any:
     """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
     stage = trainer.state.stage
-    trainer.state.stage = lightning_of(trainer).trainer.states.RunningStage.VALIDATING  # no augmenting or mixing hooks
+    trainer.state.stage = type(stage).VALIDATING  # hooks that augment or mix do so if `trainer.training`
     try:
         batch = trainer.precision_plugin.convert_input(batch)
         # Private in Lightning, which has no other way to run this hook of the datamodule or else the module.

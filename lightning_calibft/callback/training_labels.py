@@ -29,6 +29,9 @@ class TrainingLabels:
     Args:
         num_classes: Number of classes ``C`` of the head.
         mapped: Whether a ``class_map`` has made rows of the labels.
+
+    Attributes:
+        given_up: Whether this process has met mixed labels.
     """
 
     # The small kernels of a flush are a cost that fast training loops feel: 64 label vectors wait for it together.
@@ -36,8 +39,9 @@ class TrainingLabels:
 
     def __init__(self, num_classes: int, mapped: bool) -> None:
         self.num_classes = num_classes
+        self.given_up = False
         self._may_be_positions = not mapped
-        self._met = torch.zeros(num_classes + 2, dtype=torch.int32)
+        self._met = torch.zeros(num_classes + 3, dtype=torch.int32)  # then: out of range, ignored, mixed
         self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
         self._split: ClassSplit | None = None
@@ -54,12 +58,20 @@ class TrainingLabels:
         if len(self._pending) >= self.flush_every:
             self._flush()
 
+    def give_up(self) -> None:
+        """Labels of this process are mixed: those of no process tell the classes."""
+        self.given_up = True
+        self._pending = []
+        self._met[-1] = 1
+
     def add_classes(self, classes: Iterable[int]) -> None:
         """Take class ids that were met earlier, in a run that this one resumes."""
         self._met[list(classes)] = 1
 
     def classes(self, strategy: Strategy | None = None) -> list[int]:
         """Return the classes met by this process or, with the ``strategy`` of the Trainer, by all of them.
+
+        There are none if labels are mixed.
 
         Raises:
             ValueError: If a label was no row of the head.
@@ -68,7 +80,9 @@ class TrainingLabels:
         if strategy is not None:
             reduced = strategy.reduce(self._met.to(strategy.root_device), reduce_op="sum")
             self._met = (torch.as_tensor(reduced) > 0).to(self._met)
-        *met, outside, _ = self._met.tolist()
+        *met, outside, _, mixed = self._met.tolist()
+        if mixed:
+            return []
         if outside:
             label = self._outside
             if strategy is not None:
@@ -118,7 +132,9 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
     Raises:
         ValueError: If neither tells it, since training has mixed labels and the pass reads other classes as well.
     """
-    classes = [] if labels is None else labels.classes(strategy)
+    if labels is not None and (split := labels.split(strategy)) is not None and len(split.seen_classes) > 1:
+        return split
+    classes = [] if labels is None else labels.classes()
     if not classes and (reading.validation or needs_absent_samples(reading.estimator)):
         raise ValueError(
             "Expected argument `seen_classes` to name the classes of the training data, since neither its own labels"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_calibft._arguments import check_gamma
+from lightning_calibft._arguments import check_gamma, check_model
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, head_names, num_classes
 from lightning_calibft.head.offset import (
@@ -74,6 +74,7 @@ def detach(model: nn.Module) -> nn.Module:
         >>> list(model.state_dict())
         ['1.weight', '1.bias']
     """
+    check_model("model", model)
     if heads := attached_heads(model):
         for module in heads.values():
             remove_offset(module)
@@ -91,6 +92,7 @@ def get_gamma(model: nn.Module) -> float | None:
         >>> print(get_gamma(nn.Linear(16, 5)))
         None
     """
+    check_model("model", model)
     gammas = {name: offset_of(module).gamma() for name, module in attached_heads(model).items()}
     if len(set(gammas.values())) > 1:
         raise ValueError(f"Expected argument `model` to have one gamma, but got {gammas}. Pass one of its heads.")
@@ -127,16 +129,20 @@ def set_gamma(
         2.5
     """
     gamma = check_gamma(gamma)
-    heads = as_tuple(find_head(model, head))
-    split = ClassSplit(num_classes(heads), seen_classes, absent_classes)
-    attach(model, head)
-    for module in heads:
+    split = ClassSplit(num_classes(find_head(model, head)), seen_classes, absent_classes)
+    return set_attached_gamma(attach(model, head), gamma, split)
+
+
+def set_attached_gamma(model: nn.Module, gamma: float, split: ClassSplit) -> nn.Module:
+    """Set gamma of an attached model, for a split that fits its head."""
+    for module in attached_heads(model).values():
         offset_of(module).set(gamma, split)
     return model
 
 
 def reset_gamma(model: nn.Module) -> nn.Module:
     """Make an attached model uncalibrated again, in place. Its calibration keeps the keys, with zeros."""
+    check_model("model", model)
     for module in attached_heads(model).values():
         offset_of(module).reset_parameters()
     return model

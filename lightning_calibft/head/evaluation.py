@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_calibft.head.offset import AbsentClassOffset
-from lightning_calibft.head.output import local_part
 
 # Of what every module has, these two change with its buffers. The rest is not a forward's to write.
 _MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"_buffers", "_non_persistent_buffers_set"}
@@ -122,8 +122,13 @@ def _can_be_copied(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
 
 
+def _local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a distributed tensor that this process holds, or a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _is_equal(tensor: Tensor, value: Tensor) -> bool:
-    return torch.equal(local_part(tensor), local_part(value))
+    return torch.equal(_local_part(tensor), _local_part(value))
 
 
 def _restore(values: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_calibft._arguments import check_model
 from lightning_calibft.head.attach import detach
 from lightning_calibft.head.layers import base_layer
 from lightning_calibft.head.offset import (
@@ -51,6 +52,7 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         >>> torch.allclose(fold(head)(x), calibrated)
         True
     """
+    check_model("model", model)
     heads = attached_heads(model)
     for module in heads.values() or [model]:
         check_not_folded(module)

@@ -6,12 +6,13 @@ from typing import Any, Tuple, cast  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft._arguments import check_model
 from lightning_calibft._format import CHILD_NAME as CHILD_NAME, METADATA_KEY
 from lightning_calibft.head.layers import base_layer, is_channels_first
-from lightning_calibft.head.output import get_logits, like_dtensor, replace_logits
+from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.split import ClassSplit
 
 # `fold` sets this attribute of a head to true. It is not in the state dict.
@@ -56,14 +57,15 @@ class AbsentClassOffset(nn.Module):
 
     def calibrate(self, logits: Tensor) -> Tensor:
         """Return the calibrated logits, in their own dtype and shape."""
+        calibrated = logits
+        if not self.training:
+            shift = self.shift()
+            if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                shift = like_dtensor(shift, logits)
+            calibrated = (logits + shift).to(logits.dtype)
         if not torch.jit.is_scripting() and self.recording:  # type: ignore[attr-defined]
             _record(self, logits)
-        if self.training:
-            return logits
-        shift = self.shift()
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            shift = like_dtensor(shift, logits)
-        return (logits + shift).to(logits.dtype)
+        return calibrated
 
     def shift(self) -> Tensor:
         """Return what is added to the logits, in float32 and in a shape that broadcasts with them.
@@ -151,6 +153,13 @@ def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str,
         state_dict[child_prefix + name] = buffer if own is None else torch.zeros_like(buffer, device=device)
 
 
+def like_dtensor(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return ``tensor``, which all processes have, so that it can be added to ``other``, which may be distributed."""
+    if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
+        return DTensor.from_local(tensor, other.device_mesh, run_check=False)
+    return tensor
+
+
 def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> AbsentClassOffset:
     """Give ``head`` its child and the hooks that call it."""
     child = AbsentClassOffset(num_classes, is_channels_first(head), device).train(head.training)
@@ -184,7 +193,6 @@ def offset_of(head: nn.Module) -> AbsentClassOffset:
 
 def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads of ``model`` that carry a calibration, by their dotted names."""
-    check_model("model", model)
     return {name: module for name, module in model.named_modules() if is_attached(module)}
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 # Names under which models return logits. CLIP in transformers uses the second.
 _NAMES = ("logits", "logits_per_image")
@@ -63,23 +62,6 @@ def replace_logits(output: Any, logits: Tensor) -> Any:
     else:
         object.__setattr__(copied, key, value)  # of a frozen dataclass too
     return copied
-
-
-def gather_dtensor(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be distributed as a plain one. All processes of a distributed one must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a distributed tensor that this process holds, or a plain one as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like_dtensor(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return ``tensor``, which all processes have, so that it can be added to ``other``, which may be distributed."""
-    if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
-        return DTensor.from_local(tensor, other.device_mesh, run_check=False)
-    return tensor
 
 
 def _item(output: Any, key: str | int) -> Any:

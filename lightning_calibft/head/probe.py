@@ -23,9 +23,9 @@ from lightning_calibft.head.layers import (
     unwrap,
     width_of,
 )
-from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
-from lightning_calibft.head.output import gather_dtensor, get_logits, like_dtensor, replace_logits
-from lightning_calibft.head.record import class_axis_last
+from lightning_calibft.head.offset import attached_heads, is_attached, like_dtensor, offset_of
+from lightning_calibft.head.output import get_logits, replace_logits
+from lightning_calibft.head.record import class_axis_last, gather_dtensor
 
 Forward = Callable[[], Any]
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, is_channels_first
 from lightning_calibft.head.offset import AbsentClassOffset, Recorder, attached_heads, is_attached, offset_of
-from lightning_calibft.head.output import gather_dtensor, get_logits
+from lightning_calibft.head.output import get_logits
 
 
 class UnexpectedLogitsError(ValueError):
@@ -52,7 +53,8 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
     """
 
     def __init__(self, model: nn.Module, head: str | nn.Module | None = None) -> None:
-        heads = as_tuple(find_head(model, head))
+        heads = tuple(attached_heads(model).values()) if head is None else ()
+        heads = heads or as_tuple(find_head(model, head))
         self._share = 1 / len(heads)
         self._recording = False
         self._records: list[Tensor] = []
@@ -95,9 +97,10 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
     def __enter__(self) -> list[Tensor]:
         before = [child.recorders for child in self._children]
         self._paused.append((self._recording, self._records, self._met, before))
+        self._recording, self._records, self._met = True, [], set()
         for child in self._children:
-            child.set_recorders(())
-        return self.start()
+            child.set_recorders((self._record,))
+        return self._records
 
     @override
     def __exit__(self, *_: Any) -> None:
@@ -190,3 +193,8 @@ def class_axis_last(logits: Tensor, channels_first: bool) -> Tensor:
     if not channels_first:
         return logits
     return logits.flatten(-3) if logits.shape[-2:] == (1, 1) else logits.movedim(-3, -1)
+
+
+def gather_dtensor(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be distributed as a plain one. All processes of a distributed one must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -150,9 +150,11 @@ class AbsentClassMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # torchmetrics guards its states against `model.half()`, but not against `model.to(torch.bfloat16)`, which
         # Lightning calls for precision="bf16-true". Sums and class codes must keep their dtypes: only devices change.
+        device = fn(torch.empty(0, device=self._groups.seen.device)).device
+        largest = real_dtype(device)
+
         def move(value: Tensor) -> Tensor:
-            device = fn(torch.empty(0, device=value.device)).device
-            return value.to(device, real_dtype(device) if value.dtype == torch.float64 else value.dtype)
+            return value.to(device, largest if value.dtype == torch.float64 else value.dtype)
 
         self._groups = Groups(*map(move, self._groups))
         self._constants = {name: move(value) for name, value in self._constants.items()}
