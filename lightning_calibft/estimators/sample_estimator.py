@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 from typing_extensions import Unpack
 
 from lightning_calibft.functional._inputs import real_dtype
-from lightning_calibft.metrics.absent_class_metric import MetricOptions
+from lightning_calibft.metrics.absent_class_metric import MetricOptions, append_part
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
 from lightning_calibft.split import ClassIds
 
@@ -45,9 +45,8 @@ class SampleEstimator(GammaEstimator):
     def _keep(self, samples: Tensor, rows: Tensor) -> None:
         # Marked instead of left out: no host synchronization. A NaN of a sample that counts must not look like a mark.
         samples = samples.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        cast("list[Tensor]", self.samples).append(
-            torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float()
-        )
+        samples = torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float()
+        append_part(cast("list[Tensor]", self.samples), samples)
 
     def compute(self) -> Tensor:
         """Return gamma of all samples so far."""

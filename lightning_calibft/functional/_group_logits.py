@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import Groups
+from lightning_calibft.functional._inputs import _SEEN, Groups
+
+
+class BatchReduction(NamedTuple):
+    """What the accuracies and the curve need of a batch, one value a sample ``(N,)``.
+
+    The largest logit of the seen and of the absent classes, the group of the label (-1 where the sample does not
+    count), and whether the class of the label wins among its group and among both groups. Equal logits are decided as
+    :func:`torch.max` does, for the lower class. The maxima of samples that do not count mean nothing.
+    """
+
+    top_seen: Tensor
+    top_absent: Tensor
+    group: Tensor
+    right_in_group: Tensor
+    right: Tensor
+
+
+def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> BatchReduction:
+    """Reduce a batch of logits ``(N, C)`` by one pass over them."""
+    preds, target = preds.detach(), target.long()
+    group = groups.of_samples(target, ignore_index)
+    label = target.clamp(0, preds.shape[1] - 1)
+    own = preds.gather(1, label.unsqueeze(1)).squeeze(1)
+    place = groups.place[label].unsqueeze(1)
+    num_seen = len(groups.seen)
+
+    def others(preds: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        # To find a maximum costs a fraction of finding whose it is. So the label's own logit competes from outside.
+        copy = (preds.clone() if groups.order is None else preds.index_select(1, groups.order)).scatter_(
+            1, place, -torch.inf
+        )
+        return copy[:, :num_seen].amax(1), copy[:, num_seen:].amax(1)
+
+    seen, absent = in_row_chunks(others, preds, place)
+    is_seen = group == _SEEN
+    rival, outside = torch.where(is_seen, seen, absent), torch.where(is_seen, absent, seen)
+    right_in_group = own > rival
+    right = right_in_group & (own > outside)
+    tied = (own == rival) | (own == outside)
+    on_cpu = preds.device.type == "cpu"
+    if not on_cpu or tied.any():  # elsewhere than on a CPU to ask would make the host wait
+        rows = tied.nonzero().squeeze(1) if on_cpu else slice(None)
+        mine = own[rows].unsqueeze(1)
+        column = torch.arange(preds.shape[1], device=preds.device)
+        lower = (preds[rows] == mine) & (column < label[rows].unsqueeze(1))
+        of_class, finite = groups.of_class[:-1], own[rows] > -torch.inf  # -inf names no class
+        lower_in_group = (lower & (of_class == group[rows].unsqueeze(1))).any(1)
+        in_group = (own >= rival)[rows] & finite & ~lower_in_group
+        right_in_group[rows] = in_group
+        right[rows] = in_group & (own >= outside)[rows] & ~(lower & (of_class >= 0)).any(1)
+    top = torch.maximum(own, rival)
+    return BatchReduction(
+        torch.where(is_seen, top, seen), torch.where(is_seen, absent, top), group, right_in_group, right
+    )
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
@@ -25,6 +80,8 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
     rows = _rows_at_a_time(tensors[0], 2**22)
+    if len(tensors[0]) <= rows:
+        return function(*(tensor.detach() for tensor in tensors))
     parts = [
         function(*chunks) for chunks in zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)
     ]

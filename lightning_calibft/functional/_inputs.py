@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,20 +19,39 @@ _OTHER, _SEEN, _ABSENT = -1, 0, 1
 
 
 class Groups(NamedTuple):
-    """The classes of a split as tensors on one device: ids of the seen and of the absent, and the group of each."""
+    """The classes of a split as tensors on one device, made once.
+
+    ``of_class (C + 1,)`` is the group of each class, and last of a label that is no class. ``order`` lists the classes
+    with the seen ones first, or is ``None`` where they stand so already, and ``place (C,)`` says where each class is
+    then. ``gap_weights`` makes means of the absent and of all but one of the seen, in this order.
+    """
 
     seen: Tensor
     absent: Tensor
     of_class: Tensor
+    order: Tensor | None
+    place: Tensor
+    gap_weights: Tensor
 
     @classmethod
     def from_split(cls, split: ClassSplit, device: torch.device) -> Groups:
         """Read a validated split."""
-        of_class = torch.full((split.num_classes,), _OTHER)
+        of_class = torch.full((split.num_classes + 1,), _OTHER)
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
         seen, absent = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes)
-        return cls(seen.to(device), absent.to(device), of_class.to(device))
+        order = torch.cat([seen, absent])
+        place = torch.zeros(split.num_classes, dtype=torch.long)
+        place[order] = torch.arange(len(order))
+        in_order = len(order) == split.num_classes and bool((order == torch.arange(len(order))).all())
+        weights = torch.full((len(order),), -1 / len(absent), dtype=torch.float64)
+        weights[: len(seen)] = 1 / max(len(seen) - 1, 1)
+        groups = cls(seen, absent, of_class, None if in_order else order, place, weights)
+        return groups.move(lambda value: value.to(device, real_dtype(device) if value.is_floating_point() else None))
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> Groups:
+        """Apply a function that moves tensors."""
+        return Groups(*(None if value is None else function(value) for value in self))
 
     def classes(self, group: Group) -> Tensor:
         """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""
@@ -42,10 +62,8 @@ class Groups(NamedTuple):
     def of_samples(self, target: Tensor, ignore_index: int | None) -> Tensor:
         """Group of each label, or -1 where the sample does not count. Masks instead of selecting: no host sync."""
         target = target.long()
-        known = (target >= 0) & (target < len(self.of_class))
-        if ignore_index is not None:
-            known &= target != ignore_index
-        return torch.where(known, self.of_class[target.clamp(0, len(self.of_class) - 1)], _OTHER)
+        group = self.of_class[target.clamp(-1, len(self.of_class) - 1)]
+        return group if ignore_index is None else group.masked_fill_(target == ignore_index, _OTHER)
 
 
 def prepare(
@@ -111,6 +129,11 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
             f" {tuple(target.shape)}."
         )
     target = target.long()
+    if not target.numel():
+        return
+    least, most = target.aminmax()
+    if least >= 0 and most < num_classes:
+        return
     outside = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         outside &= target != ignore_index

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import top_classes
+from lightning_calibft.functional._group_logits import reduce_batch, top_classes
 from lightning_calibft.functional._inputs import (
+    _ABSENT,
+    _SEEN,
     Average,
     Group,
     Groups,
@@ -107,8 +109,7 @@ def split_accuracy(
     """
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_accuracy_arguments(groups, samples, candidates, top_k, average)
-    classes = groups.classes(candidates)
-    correct, total = accuracy_update(preds, target, groups, classes, top_k, average, ignore_index)
+    correct, total = accuracy_update(preds, target, groups, candidates, top_k, average, ignore_index)
     return accuracy_compute(correct, total, groups, samples, average)
 
 
@@ -149,7 +150,7 @@ def harmonic_mean_accuracy(
     """
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_choice("average", average, ("micro", "macro"))
-    correct, total = accuracy_update(preds, target, groups, groups.classes("all"), 1, average, ignore_index)
+    correct, total = accuracy_update(preds, target, groups, "all", 1, average, ignore_index)
     return harmonic_compute(correct, total, groups, average)
 
 
@@ -170,22 +171,34 @@ def accuracy_update(
     preds: Tensor,
     target: Tensor,
     groups: Groups,
-    classes: Tensor,
+    candidates: Group,
     top_k: int,
     average: Average,
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
     target = target.long()  # unsigned integers of 16 bits and more compare with no others
-    values, predicted = top_classes(preds, classes, top_k)
-    # A logit of -inf names no class, and max and topk put a NaN first.
+    if top_k == 1:
+        reduction = reduce_batch(preds, target, groups, ignore_index)
+        right = reduction.right if candidates == "all" else reduction.right_in_group
+        if candidates != "all":
+            right = right & (reduction.group == (_SEEN if candidates == "seen" else _ABSENT))
+        return count_right(right, reduction.group, target, len(groups.of_class) - 1, average)
+    values, predicted = top_classes(preds, groups.classes(candidates), top_k)
+    # A logit of -inf names no class, and topk puts a NaN first.
     found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
     right = found.any(1) & ~values[:, 0].isnan()
-    group = groups.of_samples(target, ignore_index)
+    return count_right(right, groups.of_samples(target, ignore_index), target, len(groups.of_class) - 1, average)
+
+
+def count_right(
+    right: Tensor, group: Tensor, target: Tensor, num_classes: int, average: Average
+) -> tuple[Tensor, Tensor]:
+    """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
     counted = group >= 0
-    place, size = (group, 2) if average == "micro" else (target, len(groups.of_class))
+    place, size = (group, 2) if average == "micro" else (target.long(), num_classes)
     place = place.clamp(0, size - 1)
-    zeros = torch.zeros(size, dtype=torch.long, device=preds.device)
+    zeros = torch.zeros(size, dtype=torch.long, device=group.device)
     return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())
 
 

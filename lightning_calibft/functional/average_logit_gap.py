@@ -89,9 +89,8 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
 
     def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
         own = preds.gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
-        seen = preds.index_select(1, groups.seen).sum(1, dtype=dtype)
-        absent = preds.index_select(1, groups.absent).sum(1, dtype=dtype)
-        return ((seen - own) / (len(groups.seen) - 1) - absent / len(groups.absent),)
+        ordered = preds if groups.order is None else preds.index_select(1, groups.order)
+        return (ordered.to(dtype).mv(groups.gap_weights) - own / (len(groups.seen) - 1),)
 
     return in_row_chunks(gaps, preds, target)[0]
 

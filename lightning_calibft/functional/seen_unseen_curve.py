@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice
-from lightning_calibft.functional._group_logits import top_classes
+from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch
 from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,
     Average,
-    Groups,
     prepare,
     real_dtype,
     warn_if_empty,
@@ -222,7 +221,8 @@ def _curve(
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     if validate_args:
         warn_if_probabilities(preds)
-    return curve_compute(*curve_update(preds, target, groups, ignore_index), groups.of_class, average)
+    margin, code = curve_update(reduce_batch(preds, target, groups, ignore_index), target, real_dtype(preds.device))
+    return curve_compute(margin, code, groups.of_class, average)
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -236,20 +236,11 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, real_dtype(device))
 
 
-def curve_update(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Margins, exact, and codes, int32: 2 * class + whether right in the own group, or -1 if not counted."""
-    (top_seen, is_seen), (top_absent, is_absent) = (
-        top_classes(preds, classes) for classes in (groups.seen, groups.absent)
-    )
-    target = target.long()  # unsigned integers of 16 bits and more compare with no others
-    dtype = real_dtype(preds.device)
-    margin = (top_seen.to(dtype) - top_absent.to(dtype)).squeeze(1)
-    group = groups.of_samples(target, ignore_index)
-    in_seen = (group == _SEEN).unsqueeze(1)
-    right = (torch.where(in_seen, is_seen, is_absent) == target.unsqueeze(1)).squeeze(1)
-    # A maximum of -inf names no class, and a NaN logit makes the margin NaN: wrong at every gamma.
-    right &= (torch.where(in_seen, top_seen, top_absent).squeeze(1) > -torch.inf) & ~margin.isnan()
-    code = torch.where(group >= 0, 2 * target.int() + right, -1)
+def curve_update(reduction: BatchReduction, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Margins in ``dtype`` and codes, int32: 2 * class + whether right in the own group, or -1 if not counted."""
+    margin = reduction.top_seen.to(dtype) - reduction.top_absent.to(dtype)
+    right = reduction.right_in_group & ~margin.isnan()  # a NaN logit: wrong at every gamma
+    code = torch.add(right, target.long(), alpha=2).masked_fill_(reduction.group < 0, -1)
     return margin, code.int()
 
 

@@ -29,6 +29,8 @@ from lightning_calibft.labels.class_map import (
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassIds, ClassSplit
 
+_JOINED = 32
+
 
 class MetricOptions(TypedDict, total=False):
     """The keyword arguments that all metrics share: four of :class:`AbsentClassMetric`, the others of torchmetrics."""
@@ -156,6 +158,18 @@ class AbsentClassMetric(Metric):
         def move(value: Tensor) -> Tensor:
             return value.to(device, largest if value.dtype == torch.float64 else value.dtype)
 
-        self._groups = Groups(*map(move, self._groups))
+        self._groups = self._groups.move(move)
         self._constants = {name: move(value) for name, value in self._constants.items()}
         return super()._apply(move, exclude_state)
+
+
+def append_part(parts: list[Tensor], part: Tensor) -> None:
+    """Append to a list of tensors, and now and then join the last ones: so many small batches make no long list."""
+    parts.append(part)
+    if len(parts) % _JOINED:
+        return
+    first, size = len(parts) - 1, len(part)
+    while first > 0 and len(parts[first - 1]) <= 2 * size:  # so each sample is copied O(log N) times
+        first -= 1
+        size += len(parts[first])
+    parts[first:] = [torch.cat(parts[first:])]

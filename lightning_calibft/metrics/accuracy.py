@@ -47,15 +47,13 @@ class _CountedAccuracy(AbsentClassMetric):
 
     def _count_among(self, candidates: Group, top_k: int) -> None:
         self.candidates, self.top_k = candidates, top_k
-        self._constants["candidates"] = self._groups.classes(candidates)
         self._set_configuration("accuracy", candidates, top_k, self.average)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
         rows = self._rows(preds, target, probabilities=False)
-        candidates = self._constants["candidates"]
         correct, total = accuracy_update(
-            preds, rows, self._groups, candidates, self.top_k, self.average, self._ignored_row
+            preds, rows, self._groups, self.candidates, self.top_k, self.average, self._ignored_row
         )
         self.correct = self.correct + correct
         self.total = self.total + total

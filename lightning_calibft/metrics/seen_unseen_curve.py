@@ -12,6 +12,7 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_choice, check_number
+from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch
 from lightning_calibft.functional._inputs import Average
 from lightning_calibft.functional.seen_unseen_curve import (
     Criterion,
@@ -24,7 +25,7 @@ from lightning_calibft.functional.seen_unseen_curve import (
     curve_update,
     to_real,
 )
-from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
+from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions, append_part
 from lightning_calibft.plotting import plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 
@@ -98,9 +99,14 @@ class SeenUnseenCurve(AbsentClassMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
         rows = self._rows(preds, target, probabilities=True)
-        margin, code = curve_update(preds, rows, self._groups, self._ignored_row)
-        cast("list[Tensor]", self.margin).append(margin.float())
-        cast("list[Tensor]", self.code).append(code)
+        self._append(reduce_batch(preds, rows, self._groups, self._ignored_row), rows)
+
+    def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
+        # Rounded once or twice, the difference of two logits of at most float32 is the same float32.
+        dtype = torch.promote_types(reduction.top_seen.dtype, torch.float32)
+        margin, code = curve_update(reduction, rows, dtype)
+        append_part(cast("list[Tensor]", self.margin), margin.float())
+        append_part(cast("list[Tensor]", self.code), code)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return seen accuracy, absent accuracy and gamma of all samples so far."""

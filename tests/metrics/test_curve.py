@@ -155,3 +155,15 @@ def test_plot_of_almost_nothing(target):
     with pytest.warns(UserWarning, match="met no absent"):
         figure, _ = metric.plot(score=True)
     pyplot.close(figure)
+
+
+def test_many_small_batches_make_no_long_list():
+    metric, whole = AUSUC(9, [0, 1, 2]), AUSUC(9, [0, 1, 2])
+    generator = torch.Generator().manual_seed(0)
+    preds, target = torch.randn(2000, 9, generator=generator), torch.randint(9, (2000,), generator=generator)
+    for part in zip(preds.split(2), target.split(2), strict=True):
+        metric.update(*part)
+    whole.update(preds, target)
+    assert len(metric.margin) < 64
+    assert torch.equal(torch.cat(metric.margin), whole.margin[0])
+    assert torch.equal(torch.cat(metric.code), whole.code[0])

@@ -168,7 +168,7 @@ FUNCTIONS = {
     "harmonic": harmonic_mean_accuracy,
     "curve": seen_unseen_curve,
     "ausuc": ausuc,
-    "gap": average_logit_gap,
+    "gap": lambda *args, **kwargs: average_logit_gap(*args, **kwargs).gamma,
     "best_gamma": best_gamma,
 }
 

@@ -1,0 +1,52 @@
+"""One pass over the logits of a batch, against a search for whose each maximum is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_calibft.functional._group_logits import reduce_batch
+from lightning_calibft.functional._inputs import Groups
+from lightning_calibft.split import ClassSplit
+
+SPLITS = [([0, 1, 2], [3, 4, 5]), ([4, 0, 2], [1, 5, 3]), ([5], [0, 1, 2]), ([1, 3], [4])]
+
+
+def wins(row: torch.Tensor, label: int, classes: list[int]) -> bool:
+    """Whether the label's logit is a number, and the largest or the first of the largest."""
+    values = [row[each].item() for each in sorted(classes)]
+    own = row[label].item()
+    if any(value != value for value in values) or own == -torch.inf:
+        return False
+    return label in classes and label == sorted(classes)[values.index(max(values))]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(a == b) or bool(a.isnan() and b.isnan())
+
+
+@pytest.mark.parametrize(("seen", "absent"), SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_against_a_search(seen, absent, dtype, odd, layout):
+    draw = torch.Generator().manual_seed(len(seen))
+    preds = torch.randint(-2, 3, (400, 6), generator=draw).to(dtype)  # full of ties
+    if odd:
+        strange = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+        mask = torch.rand(preds.shape, generator=draw) < 0.2
+        preds = torch.where(mask, strange[torch.randint(3, preds.shape, generator=draw)], preds)
+    preds = preds.T.contiguous().T if layout == "columns" else preds
+    target = torch.randint(-1, 7, (400,), generator=draw)
+    before = preds.clone()
+    found = reduce_batch(preds, target, Groups.from_split(ClassSplit(6, seen, absent), preds.device), 2)
+    assert torch.equal(preds.nan_to_num(), before.nan_to_num())
+    for index, (row, label) in enumerate(zip(preds, target.tolist(), strict=True)):
+        group = -1 if label == 2 else 0 if label in seen else 1 if label in absent else -1
+        assert found.group[index] == group
+        if group < 0:
+            continue
+        assert same(found.top_seen[index], row[seen].amax())
+        assert same(found.top_absent[index], row[absent].amax())
+        assert found.right_in_group[index] == wins(row, label, absent if group else seen)
+        assert found.right[index] == wins(row, label, seen + absent)
