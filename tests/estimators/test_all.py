@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from lightning_calibft import ClassSplit
 from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absent_samples, needs_pretrained_logits
+from lightning_calibft.estimators.matched_maxima import _shares_of_subsets
 from tests.estimators.cases import CASES, inputs, make, reference, statistics, whole
 from tests.helpers.estimator_references import pretrained_logits
 from tests.helpers.references import random_case
@@ -226,6 +228,23 @@ def test_a_thousand_classes():
         draws = torch.rand(20_000, 699, generator=generator).argsort(1)[:, :300]
         expected.append(others.max() - row[301:][draws].amax(1).mean())
     assert metric.compute().item() == pytest.approx(torch.stack(expected).mean().item(), abs=3e-3)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 1), (7, 7), (12, 5), (1000, 300), (1000, 999)])
+def test_shares_of_subsets_are_those_of_binomial_coefficients(count, size):
+    exact = [Fraction(math.comb(rank, size - 1), math.comb(count, size)) for rank in range(size - 1, count)]
+    assert _shares_of_subsets(count, size).tolist() == pytest.approx(list(map(float, exact)), rel=1e-12)
+
+
+def test_two_hundred_thousand_classes():
+    shares = _shares_of_subsets(100_000, 40_000)
+    assert shares.sum().item() == pytest.approx(1, rel=1e-12)
+    metric = ESTIMATORS["matched_maxima"](200_000, range(100_001))
+    preds = torch.arange(200_000.0).repeat(2, 1)
+    metric.update(preds, torch.tensor([0, 100_000]))
+    # 99,999 absent classes among 100,000 other seen ones: the largest of the seen is in all subsets but few.
+    largest = torch.tensor([100_000.0, 99_999.0], dtype=torch.float64) - 1 / 100_000
+    assert metric.compute().item() == pytest.approx((largest - 199_999).mean().item(), rel=1e-9)
 
 
 def test_bootstrap_standard_error():
