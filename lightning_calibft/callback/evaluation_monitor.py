@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
-from lightning_calibft.metrics import AUSUC, absent_class_metrics
+from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 from lightning_calibft.split import ClassSplit
 
 _REMEDY = (
@@ -24,7 +23,7 @@ _REMEDY = (
 
 
 class EvaluationMonitor:
-    """Records the logits of each evaluation batch at the head and keeps one set of metrics for each loader.
+    """Records the logits of each evaluation batch at the head and keeps one metric for each loader.
 
     Attributes:
         split: The seen and the absent classes of the metrics; ``None`` while nothing is measured.
@@ -43,7 +42,7 @@ class EvaluationMonitor:
         self._warned = False
         self._gamma = 0.0
         self._shift = torch.zeros(())  # as `calibrate_logits` adds it, but with nothing to check or to move each time
-        self._metrics: list[MetricCollection] = []
+        self._metrics: list[AUSUCWithAccuracies] = []
         self._updates: list[BatchedUpdates] = []
 
     def start(
@@ -53,14 +52,14 @@ class EvaluationMonitor:
         self.stop()  # an evaluation may have ended with an error
         self._reader, self._target = reader, None
         if split != self.split or num_loaders != len(self._metrics):
-            self._metrics = [] if split is None else [_metrics_of(split) for _ in range(num_loaders)]
+            self._metrics = [] if split is None else [_metric_of(split) for _ in range(num_loaders)]
         self.split, self.counted, self.step = split, False, step
         if split is None:
             return
         device = model.device
-        for metrics in self._metrics:
-            metrics.to(device).reset()
-        self._updates = [BatchedUpdates(metrics.update) for metrics in self._metrics]
+        for metric in self._metrics:
+            metric.to(device).reset()
+        self._updates = [BatchedUpdates(metric.update) for metric in self._metrics]
         self._recorder = record_logits(model)
         self._gamma = get_gamma(model) or 0.0
         self._shift = self._gamma * split.absent_mask.to(device, torch.float32)
@@ -106,11 +105,11 @@ class EvaluationMonitor:
             self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
         for updates in self._updates:
             updates.flush()
-        return self._named(prefix, [metrics.compute() for metrics in self._metrics])
+        return self._named(prefix, [metric.values() for metric in self._metrics])
 
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
         """Return what the accuracies of the evaluation would have been with ``gamma``, from its margins alone."""
-        of_loaders = [cast(AUSUC, metrics["ausuc"]).accuracies(gamma - self._gamma) for metrics in self._metrics]
+        of_loaders = [metric.accuracies(gamma - self._gamma) for metric in self._metrics]
         named = [
             {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}
             for of_loader in of_loaders
@@ -131,5 +130,5 @@ class EvaluationMonitor:
             warnings.warn(f"AbsentClassCalibration logs no metrics for some {of}. {reason}", stacklevel=2)
 
 
-def _metrics_of(split: ClassSplit) -> MetricCollection:
-    return absent_class_metrics(split.num_classes, split.seen_classes, split.absent_classes, validate_args=False)
+def _metric_of(split: ClassSplit) -> AUSUCWithAccuracies:
+    return AUSUCWithAccuracies(split.num_classes, split.seen_classes, split.absent_classes, validate_args=False)

@@ -4,41 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_calibft.functional._group_logits import BatchReduction
 from lightning_calibft.functional._inputs import Average
-from lightning_calibft.functional.accuracy import count_right
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.metrics.accuracy import HarmonicMeanAccuracy, SplitAccuracy
-from lightning_calibft.metrics.seen_unseen_curve import AUSUC
+from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 from lightning_calibft.split import ClassIds, ClassSplit
-
-
-class _AUSUCWithAccuracies(AUSUC):
-    """An AUSUC that also counts what the accuracies of the same collection need.
-
-    In a group of a collection the first metric is updated and the others get its states: each batch is reduced once.
-    """
-
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(num_classes, *args, **kwargs)
-        self._set_configuration("accuracies", self.average)
-        counts = torch.zeros(2 if self.average == "micro" else num_classes, dtype=torch.long)
-        self.add_state("correct", counts, dist_reduce_fx="sum")
-        self.add_state("total", counts.clone(), dist_reduce_fx="sum")
-
-    def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
-        super()._append(reduction, rows)
-        correct, total = count_right(reduction.right, reduction.group, rows, self.split.num_classes, self.average)
-        self.correct = self.correct + correct
-        self.total = self.total + total
 
 
 def absent_class_metrics(
@@ -94,7 +67,7 @@ def absent_class_metrics(
     }
     return MetricCollection(
         {
-            "ausuc": _AUSUCWithAccuracies(num_classes, seen, absent, **common),
+            "ausuc": AUSUCWithAccuracies(num_classes, seen, absent, **common),
             "acc": SplitAccuracy(num_classes, seen, absent, **common),
             "acc_seen": SplitAccuracy(num_classes, seen, absent, samples="seen", **common),
             "acc_absent": SplitAccuracy(num_classes, seen, absent, samples="absent", **common),

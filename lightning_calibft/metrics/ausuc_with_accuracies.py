@@ -1,0 +1,66 @@
+"""The area under the seen-unseen curve and the accuracies at gamma 0, from one pass over the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_calibft.functional._group_logits import BatchReduction
+from lightning_calibft.functional.accuracy import accuracy_compute, count_right, harmonic_compute
+from lightning_calibft.metrics.seen_unseen_curve import AUSUC
+
+
+class AUSUCWithAccuracies(AUSUC):
+    """An AUSUC that also counts what the accuracies of :func:`absent_class_metrics` need: a batch is reduced once.
+
+    In a group of a collection the first metric is updated and the others get its states. By itself it gives all of
+    their values: see :meth:`values`.
+
+    Args:
+        num_classes: As in :class:`AUSUC`, which has the other arguments too.
+        args: Likewise.
+        kwargs: Likewise.
+    """
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_classes, *args, **kwargs)
+        self._set_configuration("accuracies", self.average)
+        counts = torch.zeros(2 if self.average == "micro" else num_classes, dtype=torch.long)
+        self.add_state("correct", counts, dist_reduce_fx="sum")
+        self.add_state("total", counts.clone(), dist_reduce_fx="sum")
+        self._values: dict[str, Tensor] = {}
+
+    def compute(self) -> Tensor:
+        """Return the area under the curve of all samples so far."""
+        # The others are kept because here, and only here, the states are those of all processes.
+        counts, area = (self.correct, self.total, self._groups), super().compute()
+        of_groups = {group: accuracy_compute(*counts, group, self.average) for group in ("all", "seen", "absent")}
+        self._values = {
+            "ausuc": area,
+            "acc": of_groups["all"],
+            "acc_seen": of_groups["seen"],
+            "acc_absent": of_groups["absent"],
+            "acc_harmonic": harmonic_compute(*counts, self.average),
+        }
+        return area
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the values of :func:`absent_class_metrics` for all samples so far, by name."""
+        self.compute()
+        return self._values
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._values = {}
+
+    def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
+        super()._append(reduction, rows)
+        correct, total = count_right(reduction.right, reduction.group, rows, self.split.num_classes, self.average)
+        self.correct = self.correct + correct
+        self.total = self.total + total
