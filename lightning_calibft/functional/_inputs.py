@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,12 +45,17 @@ class Groups(NamedTuple):
         in_order = len(order) == split.num_classes and bool((order == torch.arange(len(order))).all())
         weights = torch.full((len(order),), -1 / len(absent), dtype=torch.float64)
         weights[: len(seen)] = 1 / max(len(seen) - 1, 1)
-        groups = cls(seen, absent, of_class, None if in_order else order, place, weights)
-        return groups.move(lambda value: value.to(device, real_dtype(device) if value.is_floating_point() else None))
+        return cls(seen, absent, of_class, None if in_order else order, place, weights).to(device)
 
-    def move(self, function: Callable[[Tensor], Tensor]) -> Groups:
-        """Apply a function that moves tensors."""
-        return Groups(*(None if value is None else function(value) for value in self))
+    def to(self, device: torch.device) -> Groups:
+        """Move to a device."""
+        dtype = real_dtype(device)
+        return Groups(
+            *(
+                value if value is None else value.to(device, dtype if value.is_floating_point() else None)
+                for value in self
+            )
+        )
 
     def classes(self, group: Group) -> Tensor:
         """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""

@@ -60,9 +60,10 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
         self._records: list[Tensor] = []
         self._met: set[nn.Module] = set()
         self._paused: list[tuple[bool, list[Tensor], set[nn.Module], list[tuple[Recorder, ...]]]] = []
-        self._children = [offset_of(module) for module in heads if is_attached(module)]
+        attached = [module for module in heads if is_attached(module)]
+        self._children = [offset_of(module) for module in attached]
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._hook) for module in heads if not is_attached(module)
+            module.register_forward_hook(self._hook) for module in heads if module not in attached
         ]
         if self._handles:
             torch.compiler.reset()

@@ -158,7 +158,7 @@ class AbsentClassMetric(Metric):
         def move(value: Tensor) -> Tensor:
             return value.to(device, largest if value.dtype == torch.float64 else value.dtype)
 
-        self._groups = self._groups.move(move)
+        self._groups = self._groups.to(device)
         self._constants = {name: move(value) for name, value in self._constants.items()}
         return super()._apply(move, exclude_state)
 
