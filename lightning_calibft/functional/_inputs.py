@@ -49,13 +49,8 @@ class Groups(NamedTuple):
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
-        dtype = real_dtype(device)
-        return Groups(
-            *(
-                value if value is None else value.to(device, dtype if value.is_floating_point() else None)
-                for value in self
-            )
-        )
+        moved = {name: value.to(device) for name, value in self._asdict().items() if value is not None}
+        return self._replace(**{**moved, "gap_weights": self.gap_weights.to(device, real_dtype(device))})
 
     def classes(self, group: Group) -> Tensor:
         """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""
