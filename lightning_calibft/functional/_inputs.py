@@ -51,7 +51,7 @@ class Groups(NamedTuple):
 
     def move(self, function: Callable[[Tensor], Tensor]) -> Groups:
         """Apply a function that moves tensors."""
-        return Groups(*(None if value is None else function(value) for value in self))
+        return self._replace(**{name: function(value) for name, value in self._asdict().items() if value is not None})
 
     def classes(self, group: Group) -> Tensor:
         """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""
