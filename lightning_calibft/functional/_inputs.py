@@ -49,8 +49,14 @@ class Groups(NamedTuple):
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
-        moved = {name: value.to(device) for name, value in self._asdict().items() if value is not None}
-        return self._replace(**{**moved, "gap_weights": self.gap_weights.to(device, real_dtype(device))})
+        dtype = real_dtype(device)
+        return self._replace(
+            **{
+                name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+                for name, value in self._asdict().items()
+                if value is not None
+            }
+        )
 
     def classes(self, group: Group) -> Tensor:
         """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""

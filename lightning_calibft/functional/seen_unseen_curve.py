@@ -320,7 +320,7 @@ def _at_least(name: str, goal: Goal, accuracy: Tensor, allowed: Tensor) -> Tenso
     least = getattr(goal, name)
     if least is None:
         return allowed
-    enough = allowed & (accuracy >= least - _TOLERANCE)
+    enough: Tensor = allowed & (accuracy >= least - _TOLERANCE)
     if not enough.any():
         other = goal.min_seen_accuracy if name == "min_absent_accuracy" else None
         beside = "" if other is None else f" beside `min_seen_accuracy` {other}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
@@ -17,7 +19,7 @@ from lightning_calibft.metrics import (
     SplitAccuracy,
     absent_class_metrics,
 )
-from tests.benchmarks.conftest import DEVICES
+from tests.benchmarks.conftest import DEVICES, seconds
 from tests.benchmarks.samples import bytes_at_most, logits_and_target, seen_classes, two_maxima
 
 METRICS = {
@@ -32,6 +34,16 @@ METRICS = {
     **ESTIMATORS,
 }
 
+# An update with default arguments at most so many times as long as reading the logits once, or as another update.
+BUDGETS = [
+    ("AUSUC", (512, 1000), "amax", 6.0),
+    ("AUSUC", (512, 1000), "MulticlassAccuracy", 1.0),
+    ("AUSUC", (64, 10), "MulticlassAccuracy", 1.2),
+    ("alg", (512, 1000), "amax", 4.0),
+    ("absent_class_metrics", (512, 1000), "AUSUC", 1.3),
+    ("absent_class_metrics", (64, 10), "AUSUC", 1.3),
+]
+
 SIZES = {(256, 10): 40, (256, 1000): 5, (5000, 1000): 1}  # and how many updates to time at once
 
 
@@ -44,6 +56,31 @@ def make(name: str, logits, target):
         target = target // 2 * 2
     before = [logits.flip(0)] if needs_pretrained_logits(name) else []
     return metric, lambda: metric.update(logits, target, *before)
+
+
+@pytest.mark.parametrize("classes", ["in a block", "every other"])
+@pytest.mark.parametrize(("name", "size", "floor", "budget"), BUDGETS)
+def test_budget(report, name, size, floor, budget, classes):
+    """Update with default arguments, against its budget."""
+    num_samples, num_classes = size
+    logits, target = logits_and_target(num_samples, num_classes)
+    seen = range(num_classes // 2) if classes == "in a block" else seen_classes(num_classes)
+    if name == "alg":
+        target = torch.tensor(seen)[target % len(seen)]
+    metric = METRICS[name](num_classes, seen)
+    other = AUSUC(num_classes, seen) if floor == "AUSUC" else MulticlassAccuracy(num_classes)
+
+    def update(each):
+        each.reset()
+        return seconds(lambda: [each.update(logits, target) for _ in range(20)])
+
+    ratios = []
+    for _ in range(15):
+        below = seconds(lambda: [logits.amax(1) for _ in range(20)]) if floor == "amax" else update(other)
+        ratios.append(update(metric) / below)
+    low, middle, high = statistics.quantiles(ratios[1:], n=4)  # the first warms up
+    report(f"{middle:.2f}", f"{budget}", f"{low:.2f} to {high:.2f}")
+    assert middle <= budget
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -98,7 +98,9 @@ def test_any_tensors(function, data):
 @given(st.sampled_from([None, 3, "ab", [[1.0, 2.0]], np.zeros((1, 2))]), st.booleans())
 def test_what_is_no_tensor(function, value, as_logits):
     arguments = (value, torch.tensor([0])) if as_logits else (torch.zeros(1, 3), value)
-    with pytest.raises(TypeError, match=r"^Expected argument `(logits|target)` to be a tensor, but got a .* `torch.as"):
+    with pytest.raises(
+        TypeError, match=r"^Expected argument `(preds|logits|target)` to be a tensor, but got a .* `torch.as"
+    ):
         function(*arguments, [0, 1])
 
 
