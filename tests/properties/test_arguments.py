@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_calibft import functional, head
+from lightning_calibft import functional
+from lightning_calibft.head.attach import reset_gamma
+from lightning_calibft.head.offset import is_folded
+from lightning_calibft.head.record import record_logits
 from tests.properties.calls import MODULES, WRONG, calls, names_of
 
 PUBLIC = {name: getattr(module, name) for module in MODULES for name in names_of(module)}
-PUBLIC |= {name: getattr(head, name) for name in ("is_folded", "record_logits", "reset_gamma")}
+PUBLIC |= {each.__name__: each for each in (is_folded, record_logits, reset_gamma)}
 # Made by the package alone: what functions return, constants, protocols and errors.
 RESULTS = {
     *("CalibrationResult", "ESTIMATORS", "Candidates", "Estimator"),
