@@ -51,7 +51,7 @@ class MethodCurve:
 
 
 def compare_curves(
-    logits: Mapping[str, Tensor],
+    preds: Mapping[str, Tensor],
     target: Tensor,
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
@@ -61,7 +61,7 @@ def compare_curves(
     """Return the seen-unseen curve of each method, and the points of its gammas on the curve.
 
     Args:
-        logits: Logits without gamma, of shape ``(N, C)``, for the name of each method.
+        preds: Logits without gamma, of shape ``(N, C)``, for the name of each method.
         target: Class ids of shape ``(N,)``, the same for all methods.
         seen_classes: Ids of the classes in the fine-tuning data.
         absent_classes: Ids of the classes that it lacks. ``None``: all classes that are not seen.
@@ -81,16 +81,16 @@ def compare_curves(
         >>> methods["fine-tuned"].points["ALG"]
         CurvePoint(gamma=1.5, seen_accuracy=1.0, absent_accuracy=1.0)
     """
-    check_type("logits", logits, Mapping, " Pass a dict with the logits of each method.")
+    check_type("preds", preds, Mapping, " Pass a dict with the logits of each method.")
     gammas = {} if gammas is None else gammas
     check_type("gammas", gammas, Mapping)
-    if unknown := sorted(gammas.keys() - logits.keys()):
+    if unknown := sorted(gammas.keys() - preds.keys()):
         raise ValueError(
-            f"Expected argument `gammas` to name methods of `logits`, {', '.join(map(repr, logits))}, but got"
+            f"Expected argument `gammas` to name methods of `preds`, {', '.join(map(repr, preds))}, but got"
             f" {unknown[0]!r}."
         )
     methods = {}
-    for name, of_method in logits.items():
+    for name, of_method in preds.items():
         curve = seen_unseen_curve(of_method, target, seen_classes, absent_classes)
         points = {}
         of_name = gammas.get(name, {"no calibration": 0.0})

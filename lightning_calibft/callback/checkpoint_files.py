@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration.result import CalibrationResult
@@ -208,7 +208,7 @@ def _read(file: str) -> tuple[dict[str, Any], str | None]:
     return checkpoint, None if "state_dict" in checkpoint else "it is no checkpoint of Lightning any more"
 
 
-def _write(checkpoint: dict, file: str, replaces: Signature | None) -> str | None:
+def _write(checkpoint: dict[str, Any], file: str, replaces: Signature | None) -> str | None:
     """Return what went wrong, and nothing to tell if only a warning did; ``None`` if all went well."""
     try:
         write_atomically(checkpoint, file, replaces)

@@ -41,13 +41,15 @@ class HeadAttachment:
         self.stop_waiting()
         if sharded:
             # Weights of a sharded folder are restored into what the state dict has by then.
-            self._waiting = model.register_state_dict_pre_hook(lambda *_: self._attach(model))
+            register = model.register_state_dict_pre_hook
+            self._waiting = register(lambda *_: self._attach(model))  # type: ignore[no-untyped-call]
             return
         try:
             self._attach(model)
         except HeadNotFoundError:
             # The module may build it in `setup` or `configure_model`.
-            self._waiting = model.register_load_state_dict_pre_hook(lambda *_: self._attach(model))
+            register = model.register_load_state_dict_pre_hook
+            self._waiting = register(lambda *_: self._attach(model))  # type: ignore[no-untyped-call]
 
     def ensure(self, trainer: Any, model: LightningModule) -> None:
         """Attach what is not attached yet, for the module is complete by now."""

@@ -86,7 +86,7 @@ def _data(trainer: Any, loaders: Any) -> dict[str, Any]:
 class Progress(Callback):
     """Moves one bar through all fits."""
 
-    def __init__(self, bar: tqdm, remaining: int) -> None:
+    def __init__(self, bar: tqdm[Any], remaining: int) -> None:
         self._bar = bar
         self._remaining = remaining
 

@@ -20,7 +20,9 @@ class PretrainedWeights:
     def watch(self, model: nn.Module) -> None:
         """From now on, copy the weights whenever others are about to be loaded into ``model``."""
         self.forget()
-        self._handle = model.register_load_state_dict_pre_hook(lambda *_: self._copy(model))
+        self._handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self._copy(model)
+        )
 
     def start(self, model: nn.Module, resumed: bool) -> None:
         """The fit begins. If it resumes, the weights that were loaded last are those of a checkpoint."""

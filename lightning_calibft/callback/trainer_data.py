@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import BatchReader
@@ -58,8 +58,8 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
 
 def move_batch(trainer: Trainer, batch: Any) -> Any:
     """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
-    stage = trainer.state.stage
-    trainer.state.stage = type(stage).VALIDATING  # hooks that augment or mix do so if `trainer.training`
+    stage: Any = trainer.state.stage
+    trainer.state.stage = type(stage)("validate")  # hooks that augment or mix do so if `trainer.training`
     try:
         batch = trainer.precision_plugin.convert_input(batch)
         # Private in Lightning, which has no other way to run this hook of the datamodule or else the module.

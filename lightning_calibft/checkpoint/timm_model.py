@@ -167,7 +167,7 @@ def _create(
             f"Expected argument `num_classes` beside {name!r}: {os.fspath(path)!r} does not tell the number of classes."
         )
     try:
-        model = timm.create_model(name, num_classes=num_classes, **model_args)
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **model_args)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of arguments that the model does not know
         raise ValueError(f"timm cannot build {name!r} with the arguments {dict(model_args)}: {error}") from error
     _check_fit(model.state_dict(), state, f"Expected {os.fspath(path)!r} to hold the weights of timm's {name!r},")

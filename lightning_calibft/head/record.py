@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_calibft._arguments import check_model
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, is_channels_first
 from lightning_calibft.head.offset import AbsentClassOffset, Recorder, attached_heads, is_attached, offset_of
@@ -159,6 +160,7 @@ def record_logits(model: nn.Module) -> LogitRecorder:
         >>> [x.shape for x in logits]
         [torch.Size([3, 5])]
     """
+    check_model("model", model)
     if not attached_heads(model):
         raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
     return LogitRecorder(model)

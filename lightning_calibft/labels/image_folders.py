@@ -19,7 +19,8 @@ from lightning_calibft.labels.class_map import resolve_class_map
 def data_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
     """Return the input size, normalization and cropping that timm knows for a model, some of them replaced."""
     given = {key: value for key, value in overrides.items() if value is not None}
-    return resolve_model_data_config(model, given)
+    config: dict[str, Any] = resolve_model_data_config(model, given)
+    return config
 
 
 def open_folder(root: StrPath, config: Mapping[str, Any]) -> ImageFolder:
@@ -51,7 +52,7 @@ def rows_of_folders(
         if missing := sorted(set(folders) - by_name.keys()):
             raise ValueError(f"Expected {class_map!r} to name every folder, but it lacks {', '.join(missing)}.")
         targets = [by_name[name] for name in folders]
-    rows = resolve_class_map(targets, label_names, num_classes)
+    rows: dict[int, int] = resolve_class_map(targets, label_names, num_classes)
     if len(rows) != len(folders):
         raise ValueError(
             f"Expected argument `class_map` to give the row of {len(folders)} folders, but got {len(rows)} rows. Name"

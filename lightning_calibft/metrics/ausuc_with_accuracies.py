@@ -35,7 +35,7 @@ class AUSUCWithAccuracies(AUSUC):
         self.add_state("total", counts.clone(), dist_reduce_fx="sum")
         self._values: dict[str, Tensor] = {}
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         """Return the area under the curve of all samples so far."""
         # The others are kept because here, and only here, the states are those of all processes.
         counts, area = (self.correct, self.total, self._groups), super().compute()

@@ -15,6 +15,9 @@ from torch.utils.data import TensorDataset
 import lightning_calibft as top
 from lightning_calibft import analysis, cross_validation, estimators, functional, head, metrics
 from lightning_calibft.analysis.outputs import Outputs
+from lightning_calibft.head.attach import reset_gamma
+from lightning_calibft.head.offset import is_folded
+from lightning_calibft.head.record import record_logits
 from tests.helpers.runs import Plain, pretrained, trainer_of
 
 torch.manual_seed(0)
@@ -172,9 +175,9 @@ def calls(folder: Path) -> dict[str, Call]:
         ),
         "resolve_class_map": Call(top.resolve_class_map, given(class_map=[2, 0])),
         "set_gamma": Call(top.set_gamma, given(model=model, gamma=1.0, seen_classes=SEEN)),
-        "reset_gamma": Call(head.reset_gamma, given(model=calibrated)),
-        "is_folded": Call(head.is_folded, given(model=model)),
-        "record_logits": Call(entered(head.record_logits), given(model=calibrated)),
+        "reset_gamma": Call(reset_gamma, given(model=calibrated)),
+        "is_folded": Call(is_folded, given(model=model)),
+        "record_logits": Call(entered(record_logits), given(model=calibrated)),
         "check_estimator": Call(estimators.check_estimator, given(estimator="alg")),
         **_analyses(),
     }
@@ -188,7 +191,7 @@ def _analyses() -> dict[str, Call]:
         "accuracy_gain": given(before=model, after=model, **of_models),
         "calibration_report": given(snapshots=[snapshot], split=SPLIT),
         "collect_outputs": given(model=model, loader=batches),
-        "compare_curves": given(logits=lambda: {"a": LOGITS}, target=TARGET.clone, seen_classes=SEEN),
+        "compare_curves": given(preds=lambda: {"a": LOGITS}, target=TARGET.clone, seen_classes=SEEN),
         "logit_levels": on_logits(),
         "plot_snapshots": given(snapshots=[snapshot], quantity="row_norms"),
         "row_norms": given(weight=LOGITS[:3].clone, seen_classes=SEEN),

@@ -19,12 +19,11 @@ PUBLIC = {name: getattr(module, name) for module in MODULES for name in names_of
 PUBLIC |= {each.__name__: each for each in (is_folded, record_logits, reset_gamma)}
 # Made by the package alone: what functions return, constants, protocols and errors.
 RESULTS = {
-    *("CalibrationResult", "ESTIMATORS", "Candidates", "Estimator"),
+    *("CalibrationResult", "ESTIMATORS", "Estimator"),
 }
 # What the rooms of the package call in each other, with arguments that are checked by then.
 INSIDE = {
-    *("Plan", "check_estimator_width", "cost", "cross_validate", "make_estimator", "needs_absent_samples"),
-    *("needs_pretrained_logits", "of_classes"),
+    *("check_estimator_width", "make_estimator", "needs_absent_samples", "needs_pretrained_logits"),
 }
 
 NUMBERS = {"3", "-1", "2.5", "2**70", "0-d"}
@@ -65,13 +64,13 @@ SPECIAL = {
     ("resolve_class_map", "num_classes"): {"None", "3"},
     ("resolve_class_map", "label_names"): {"None", "[]"},
     ("calibrate_logits", "gamma"): NUMBERS | {"inf"},
-    ("compare_curves", "logits"): {"{}"},
+    ("compare_curves", "preds"): {"{}"},
     ("tsne_features", "seed"): {"3"},
     ("pseudo_cross_validation", "seed"): {"3"},
 }
 # By their truth, as flags are everywhere; an axis is matplotlib's affair.
 FLAGS = {"validate_args", "progress", "add_bias", "weights_only", "log_metrics"}
-FLAGS |= {"calibrate_checkpoints", "ax"}
+FLAGS |= {"calibrate_checkpoints", "refresh_on_validation", "ax"}
 UNUSED = {("row_norms", "head"), ("update_similarity", "head"), ("check_estimator", "seen_classes")}
 UNUSED |= {("check_estimator", "absent_classes")}
 # Here a list of anything may be data: it is a batch or a sample of it that is wrong.

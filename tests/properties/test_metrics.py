@@ -116,7 +116,7 @@ def test_a_batch_that_is_refused_leaves_nothing_behind(cls, options, data):
         if good:
             metric.update(case.logits, case.target)
         else:
-            with pytest.raises((TypeError, ValueError), match=r"^Expected argument `(logits|target)` to"):
+            with pytest.raises((TypeError, ValueError), match=r"^Expected argument `(preds|target)` to"):
                 metric.update(*bad)
     twice = case.take(torch.arange(len(case.target)).repeat(2))
     assert values(metric) == close(plain(FUNCTIONS[cls](*twice, **options)))
