@@ -1,4 +1,4 @@
-"""What arguments must be, and what is said of those that are not."""
+"""Checks of arguments, and the errors that they raise."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LARGEST = torch.iinfo(torch.long).max
 
 
 def is_integer(value: object) -> bool:
-    """Tell whether a value is an integer; ``bool`` is none."""
+    """Return whether a value is an integer. A ``bool`` is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: object, least: int = -_LARGEST, most: int = _LARGEST) -> None:
-    """Raise if an argument is no integer, or out of its range."""
+    """Raise if an argument is not an integer, or is out of range."""
     if not is_integer(value):
         raise TypeError(f"Expected argument `{name}` to be an integer, but got {value!r}.")
     number = cast(int, value)
@@ -31,7 +31,7 @@ def check_integer(name: str, value: object, least: int = -_LARGEST, most: int = 
 
 
 def check_number(name: str, value: object) -> float:
-    """Raise if an argument is no real number, and return it; a tensor with one element is one."""
+    """Return an argument as a float; raise if it is not a real number or a tensor with one element."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
     number = value.item() if isinstance(value, Tensor) and one else value
     if isinstance(number, bool) or not isinstance(number, Real):
@@ -39,11 +39,13 @@ def check_number(name: str, value: object) -> float:
     try:
         return float(number)
     except OverflowError:
-        raise ValueError(f"Expected argument `{name}` to be a number that float64 holds, but got {value!r}.") from None
+        raise ValueError(
+            f"Expected argument `{name}` to be a number that fits in float64, but got {value!r}."
+        ) from None
 
 
 def check_gamma(gamma: object) -> float:
-    """Raise if gamma is no number, or not one that can be added to logits, and return it."""
+    """Return gamma as a float; raise if it is not a number or not finite in float32."""
     number = check_number("gamma", gamma)
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise ValueError(f"Expected argument `gamma` to be finite in float32, but got {gamma}.")
@@ -51,55 +53,55 @@ def check_gamma(gamma: object) -> float:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise if an argument is none of the known words."""
+    """Raise if an argument is not one of the allowed strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
 
 
 def check_type(name: str, value: object, kind: type, remedy: str = "") -> None:
-    """Raise if an argument is no instance of a class."""
+    """Raise if an argument is not an instance of a class."""
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {got}.{remedy}")
 
 
 def check_items(name: str, value: object, kind: type) -> None:
-    """Raise if an argument is no list of instances of a class, or an empty one."""
+    """Raise if an argument is not a nonempty list of instances of a class."""
     listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
     if not listed or not all(isinstance(item, kind) for item in cast(Sequence[object], value)):
         raise TypeError(f"Expected argument `{name}` to be a list of at least one {kind.__name__}, but got {value!r}.")
 
 
 def check_model(name: str, value: object) -> None:
-    """Raise if an argument is no model."""
+    """Raise if an argument is not a model."""
     check_type(name, value, nn.Module, " Pass the `torch.nn.Module` itself, with its weights loaded.")
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise if an argument is no dense tensor. On the device ``meta`` it may be: not all that takes one reads it."""
+    """Raise if an argument is not a dense tensor. The device ``meta`` is allowed: not all callers read the values."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"Expected argument `{name}` to be a tensor, but got a {type(value).__name__}. Make it one with"
+            f"Expected argument `{name}` to be a tensor, but got a {type(value).__name__}. Convert it with"
             " `torch.as_tensor`."
         )
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         kind = "quantized" if value.is_quantized else "sparse or nested"
         raise TypeError(
-            f"Expected argument `{name}` to be a dense tensor, but got a {kind} one. Make it one with `to_dense`,"
+            f"Expected argument `{name}` to be a dense tensor, but got a {kind} one. Convert it with `to_dense`,"
             " `dequantize` or `to_padded_tensor`."
         )
 
 
 def check_class_ids(name: str, value: Tensor, remedy: str) -> None:
-    """Raise if a tensor of labels is not one of integers: soft, multi-label and boolean ones name no single class."""
+    """Raise if labels are not integers: soft, multi-label and boolean labels do not name a single class."""
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(
             f"Expected {name} to be a tensor of class ids, but got dtype {value.dtype} with shape {tuple(value.shape)}."
-            f" Soft and multi-label targets name no single class. {remedy}"
+            f" Soft and multi-label targets do not name a single class. {remedy}"
         )
 
 
 def check_values(name: str, value: Tensor) -> None:
-    """Raise if a tensor has a shape alone."""
+    """Raise if a tensor has a shape but no values."""
     if value.is_meta:
         raise TypeError(f"Expected argument `{name}` to have values, but got a tensor on the device 'meta'.")

@@ -1,4 +1,4 @@
-"""What names a calibration has in state dicts and files. Nothing here imports torch."""
+"""The names of a calibration in state dicts and files. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 StrPath = str | os.PathLike[str]
 
-CHILD_NAME = "absent_class_calibration"  # of the module that calibrates, in its head
+CHILD_NAME = "absent_class_calibration"  # the module inside the head that calibrates it
 OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
-METADATA_KEY = "lightning_calibft"  # of what a file tells about its calibration, beside the weights
+METADATA_KEY = "lightning_calibft"  # what a file says about its calibration, stored with the weights
 SAFETENSORS = ".safetensors"
 
 
 def check_path(name: str, value: object) -> None:
-    """Raise if an argument cannot be the path of a file."""
+    """Raise if an argument is not a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"Expected argument `{name}` to be a path, a string or `pathlib.Path`, but got {value!r}.")

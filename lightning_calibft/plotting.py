@@ -1,4 +1,4 @@
-"""The look of all pictures, and the picture of a seen-unseen curve."""
+"""The style of all plots, and the plot of a seen-unseen curve."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchmetrics.utilities.plot import _AX_TYPE as _AX_TYPE, _PLOT_OUT_TYPE as 
 
 from lightning_calibft.functional.seen_unseen_curve import point_at
 
-# The palette of Okabe and Ito, which color-blind readers can tell apart. In every picture, each group of classes has
-# its own color and marker; curves of different methods have the colors that are left.
+# The palette of Okabe and Ito, which color-blind readers can tell apart. In every plot, each group of classes has
+# its own color and marker; the remaining colors are for curves of different methods.
 COLORS = {"seen": "#0072B2", "absent": "#D55E00", "both": "#555555"}
 MARKERS = {"seen": "o", "absent": "^", "both": "s"}
 CURVE_COLORS = ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -32,7 +32,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Expected matplotlib to be installed for plotting. Install it, or this package with its extra `plot`."
+            "Plotting needs matplotlib. Install it, or install this package with its extra `plot`."
         ) from error
 
 

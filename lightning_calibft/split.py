@@ -1,4 +1,4 @@
-"""Which classes were fine-tuned on, and which were not."""
+"""The split of classes into seen ones, which are in the fine-tuning data, and absent ones."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _MOST_CLASSES = 2**31 - 1
 class ClassSplit:
     """The seen (fine-tuned) and the absent classes of a classifier, validated.
 
-    A class that is in neither list is an *other* class: it never competes and its samples are not counted.
+    A class in neither list is an *other* class: it never competes, and its samples are not counted.
 
     Args:
         num_classes: Number of classes ``C`` of the classifier, the width of its logits.
         seen_classes: Ids of the classes in the fine-tuning data, each in ``[0, C)``.
-        absent_classes: Ids of the classes that the fine-tuning data lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
 
     Raises:
-        TypeError: If ``num_classes`` or a class id is not an integer (``bool`` is refused as well).
-        ValueError: If a list is empty, repeats a class, leaves ``[0, C)``, or shares a class with the other list.
+        TypeError: If ``num_classes`` or a class id is not an integer (a ``bool`` is not accepted).
+        ValueError: If a list is empty, repeats a class, has an id outside ``[0, C)``, or shares a class with the other.
 
     Example:
         >>> split = ClassSplit(5, seen_classes=[3, 0])
@@ -66,7 +66,7 @@ class ClassSplit:
 
     @classmethod
     def from_targets(cls, target: Tensor, num_classes: int) -> ClassSplit:
-        """Take the classes met in the fine-tuning labels as seen and all the others as absent.
+        """Treat the classes found in the fine-tuning labels as seen and all others as absent.
 
         Args:
             target: Class ids of the fine-tuning data, integers of any shape.
@@ -74,7 +74,7 @@ class ClassSplit:
 
         Raises:
             TypeError: If ``target`` is not an integer tensor.
-            ValueError: If ``target`` is empty, leaves ``[0, C)``, or holds every class.
+            ValueError: If ``target`` is empty, has an id outside ``[0, C)``, or holds every class.
 
         Example:
             >>> ClassSplit.from_targets(torch.tensor([2, 2, 0]), num_classes=4)
@@ -103,15 +103,15 @@ class ClassSplit:
 def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
     if isinstance(classes, (str, bytes, dict)) or not isinstance(classes, (Iterable, Tensor)):
         raise TypeError(f"Expected argument `{name}` to be a list of class ids, but got {classes!r}.")
-    shape = getattr(classes, "shape", (0,))  # of a tensor or a NumPy array
+    shape = getattr(classes, "shape", (0,))  # for a tensor or a NumPy array
     if len(shape) != 1:
         raise ValueError(f"Expected argument `{name}` to be one-dimensional, but got shape {tuple(shape)}.")
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    # Most are plain integers, and there may be many thousands.
+    # Most are plain integers, and there may be many thousands, so check those first.
     if wrong := [value for value in values if type(value) is not int and not is_integer(value)]:
         raise TypeError(
             f"Expected argument `{name}` to hold integers, but got {wrong[0]!r}."
-            " Give the ids of the classes, not a mask or their names."
+            " Pass the ids of the classes, not a mask or their names."
         )
     if not values:
         raise ValueError(f"Expected argument `{name}` to name at least one class, but it is empty.")
@@ -123,7 +123,9 @@ def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...
     ids = sorted({int(value) for value in values})
     if len(ids) < len(values):
         twice = sorted(value for value, count in Counter(map(int, values)).items() if count > 1)
-        raise ValueError(f"Expected argument `{name}` to hold each class once, but {shorten(twice)} repeat.")
+        raise ValueError(
+            f"Expected argument `{name}` to hold each class once, but got {shorten(twice)} more than once."
+        )
     return tuple(ids)
 
 

@@ -63,7 +63,7 @@ def test_from_targets_refuses_what_is_no_split(target):
         ((4, [0], []), ValueError, "`absent_classes` to name at least one class, but it is empty"),
         ((4, [0, 4]), ValueError, r"`seen_classes` to hold class ids in \[0, 4\), but got 4"),
         ((4, [0], [-1]), ValueError, r"`absent_classes` to hold class ids in \[0, 4\), but got -1"),
-        ((4, [0, 1, 0]), ValueError, "`seen_classes` to hold each class once, but 0 repeat"),
+        ((4, [0, 1, 0]), ValueError, "`seen_classes` to hold each class once, but got 0 more than once"),
         ((4, [0, 1], [1, 2]), ValueError, "share no class, but both hold 1"),
         ((4, range(4)), ValueError, "leave out at least one of the 4 classes"),
         ((4, [0.0]), TypeError, "`seen_classes` to hold integers, but got 0.0"),

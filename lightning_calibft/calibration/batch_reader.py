@@ -1,4 +1,4 @@
-"""Splitting a batch into the model's inputs and the target."""
+"""Split a batch into the model's inputs and its target."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ UNPACK_REMEDY = (
 CLEAN_LABELS_REMEDY = (
     "If the training loader mixes labels (mixup, cutmix), pass `calibrate` one that does not, or give the"
     " LightningModule or its datamodule a method `calibration_dataloader()` that returns the fine-tuning data with one"
-    " class id a sample."
+    " class id per sample."
 )
 
 UnpackBatch = Callable[[Any], tuple[Any, Tensor]]
 
 
 def resolve_unpack_batch(unpack_batch: UnpackBatch | str | None) -> UnpackBatch | None:
-    """Return the user's function, which may be given by its import path.
+    """Return the user's function, importing it if it is given by its import path.
 
     Raises:
         TypeError: If ``unpack_batch`` is neither a function, nor a string, nor ``None``.
-        ValueError: If the import path leads nowhere.
+        ValueError: If nothing can be imported from the path.
     """
     if isinstance(unpack_batch, str):
         module, _, name = unpack_batch.rpartition(".")
@@ -52,8 +52,8 @@ class BatchReader:
     """Splits batches into the model's inputs and the head's row of each sample.
 
     Args:
-        unpack_batch: The user's function, or its import path, for batches that are split in another way.
-        rows: The head's row of each label, where the two differ; see :func:`~lightning_calibft.resolve_class_map`.
+        unpack_batch: The user's function, or its import path, for batches in any other format.
+        rows: The head's row for each label, if they differ; see :func:`~lightning_calibft.resolve_class_map`.
     """
 
     def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:
@@ -66,14 +66,18 @@ class BatchReader:
         return self._rows is not None
 
     def rows(self, batch: Any) -> Tensor:
-        """Return the rows of a batch, of shape ``(N,)``; see :func:`check_target` for what is raised.
+        """Return the head's row of each sample in a batch, of shape ``(N,)``.
 
-        Their values are not read here, so that no device has to wait. A label without a row becomes a number outside
-        the head, and ``IGNORE_INDEX`` stays what it is.
+        The values are not read here, so that no device has to wait. A label without a row becomes a number outside the
+        head. ``IGNORE_INDEX`` is kept.
+
+        Raises:
+            TypeError: If the target is not a tensor of integers, or ``unpack_batch`` does not return a pair.
+            ValueError: If the batch cannot be split, or the target is not one-dimensional.
         """
         target = check_target(_split_target(batch) if self._unpack is None else self._unpacked(batch)[1])
         if self._rows is None:
-            return target.long()  # smaller integers are no indices, or masks
+            return target.long()  # torch does not index with smaller integers, or takes them for masks
         self._rows = self._rows.to(target.device)
         return to_rows(target, self._rows)
 
@@ -90,7 +94,7 @@ class BatchReader:
 
 
 def _split_target(batch: Any) -> Any:
-    """Return the target of a batch: the second of a pair, or what a mapping holds under one of ``TARGET_KEYS``."""
+    """Return the target of a batch: the second item of a pair, or a mapping's value for one of ``TARGET_KEYS``."""
     if isinstance(batch, Mapping):
         for key in TARGET_KEYS:
             if key in batch:
@@ -107,14 +111,14 @@ def _split_target(batch: Any) -> Any:
 
 
 def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
-    """Return the first of a pair, the one other tensor of a mapping, or what ``forward`` names of it."""
+    """Return the first item of a pair, the only other tensor of a mapping, or its items that ``forward`` names."""
     if not isinstance(batch, Mapping):
         return batch[0]
     rest = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     tensors = [value for value in rest.values() if isinstance(value, Tensor)]
     if len(tensors) == 1:
         return tensors[0]
-    # A module's own signature is that of `__call__`, which takes anything.
+    # The signature of a module is that of `__call__`, which accepts anything.
     names = inspect.signature(getattr(forward, "forward", forward)).parameters
     named = {key: rest[key] for key in names if key in rest}
     if not named:
@@ -127,24 +131,24 @@ def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
 
 @runtime_checkable
 class _Movable(Protocol):
-    """Has a method ``to``."""
+    """Anything that has a method ``to``."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def batch_to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors, and all else that has a method ``to``, on a device."""
+    """Return a batch with its tensors, and anything else that has a method ``to``, on a device."""
 
     def move(value: _Movable) -> Any:
         no_wait = {"non_blocking": True} if isinstance(value, Tensor) and device.type not in ("cpu", "mps") else {}
         moved = value.to(device, **no_wait)
-        return value if moved is None else moved  # some move themselves
+        return value if moved is None else moved  # some objects move in place and return None
 
     return apply_to_collection(batch, _Movable, move)
 
 
 def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:
-    """Call ``forward`` with a mapping as keyword arguments, a tuple or list as positional ones, and all else as one."""
+    """Call ``forward`` with a mapping as keywords, a tuple or list as positional arguments, or else one argument."""
     if isinstance(inputs, Mapping):
         return forward(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -165,7 +169,7 @@ def check_target(target: Any) -> Tensor:
         check_class_ids("the target of a batch", target, CLEAN_LABELS_REMEDY)
     if target.ndim != 1:
         raise ValueError(
-            f"Expected the target of a batch to have shape (N,), one class id a sample, but got"
+            f"Expected the target of a batch to have shape (N,), one class id per sample, but got"
             f" {tuple(target.shape)}. {UNPACK_REMEDY}"
         )
     return target

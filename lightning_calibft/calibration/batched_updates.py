@@ -1,4 +1,4 @@
-"""Updates of a metric with several small batches at once."""
+"""Update a metric with several small batches at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class BatchedUpdates:
-    """Collects small batches and updates with them together, since each update has a fixed cost.
+    """Collects small batches and updates with all of them at once, since each update has a fixed cost.
 
     Args:
-        update: Takes what is given to :meth:`add`, several batches concatenated.
+        update: Called with the arguments of :meth:`add`, concatenated over several batches.
     """
 
-    # Logits that wait: as many as a metric reads at a time, so that they fit into a CPU's cache.
+    # The most logits that wait: as many as a metric reads at a time, so that they fit into a CPU's cache.
     limit = 2**18
 
     def __init__(self, update: Callable[..., None]) -> None:
@@ -23,14 +23,14 @@ class BatchedUpdates:
         self.clear()
 
     def add(self, logits: Tensor, *others: Tensor) -> None:
-        """Take logits ``(N, C)`` and what belongs to them, ``(N, ...)`` each. They must not change in place later."""
+        """Add logits ``(N, C)`` and tensors that go with them, ``(N, ...)`` each. Do not change them in place later."""
         self._waiting.append((logits, *others))
         self._elements += logits.numel()
         if self._elements >= self.limit:
             self.flush()
 
     def flush(self) -> None:
-        """Update with the batches that wait."""
+        """Update with the waiting batches."""
         waiting = self._waiting
         self.clear()
         if len(waiting) == 1:
@@ -39,6 +39,6 @@ class BatchedUpdates:
             self._update(*map(torch.cat, zip(*waiting, strict=True)))
 
     def clear(self) -> None:
-        """Forget the batches that wait."""
+        """Drop the waiting batches."""
         self._waiting: list[tuple[Tensor, ...]] = []
         self._elements = 0

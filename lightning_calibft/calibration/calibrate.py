@@ -1,4 +1,4 @@
-"""Calibrating a model, with or without Lightning."""
+"""Calibrate a model, with or without Lightning."""
 
 from __future__ import annotations
 
@@ -51,32 +51,33 @@ def calibrate(
 
     .. math:: \operatorname{mean}_{c \in S,\, c \neq y} z_c(x) - \operatorname{mean}_{c \in U} z_c(x)
 
-    The model runs in eval mode and without gradients; its modes, its BatchNorm statistics and the random state are
-    afterwards as they were. In a process group each process reads its share of the samples, and all get the same
-    result.
+    The model runs in eval mode and without gradients. Its train and eval modes, its BatchNorm statistics, and the
+    random state are restored afterwards. In a process group, each process reads its share of the samples, and all of
+    them get the same result.
 
     Args:
-        model: A classifier. It stays on its device and batches are moved there.
+        model: A classifier. It stays on its device, and batches are moved there.
         loader: The fine-tuning data: a ``DataLoader``, a collection of them, or any iterable of batches. A batch is a
             pair ``(inputs, target)`` or a mapping with its target under ``label``, ``labels``, ``target``, ``targets``
-            or ``y``. A plain ``DataLoader`` is read in order and whole, without shuffling or dropping the last batch.
-        seen_classes: Rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read twice.
-        absent_classes: Rows of the absent classes. ``None``: all that are not seen.
-        head: The module that gives the logits, or its dotted name, where it is not found by itself.
-        estimator: ``"alg"``, ``"pseudo_absent"`` (needs ``pretrained``), another of
-            :data:`~lightning_calibft.estimators.ESTIMATORS`, or such a metric made for its own classes.
-            ``"operating_point"`` takes a ``loader`` of validation data that have absent classes.
-        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
+            or ``y``. A plain ``DataLoader`` is read in order and completely: no shuffling, no dropped last batch.
+        seen_classes: Head rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read
+            twice.
+        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        head: The module that outputs the logits, or its dotted name, if it is not found automatically.
+        estimator: ``"alg"``, ``"pseudo_absent"`` (needs ``pretrained``), another name in
+            :data:`~lightning_calibft.estimators.ESTIMATORS`, or an instance of such a metric with its own classes.
+            ``"operating_point"`` needs a ``loader`` of validation data that includes absent classes.
+        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` for
             ``"operating_point"``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
-            inputs becomes the positional, a mapping the keyword arguments of ``model``.
-        class_map: The head's row of each target in ``loader``, where they differ, as in folders that number their
-            classes from 0. See :func:`~lightning_calibft.resolve_class_map`.
+            inputs becomes the positional arguments of ``model``, and a mapping its keyword arguments.
+        class_map: The head's row for each target in ``loader``, if they differ, as with image folders, which number
+            their classes from 0. See :func:`~lightning_calibft.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
         max_samples: Read at most about this many samples, drawn at random with a fixed seed.
-        tolerance: Stop reading when the standard error of gamma is at most this, in logits: then a plain ``DataLoader``
-            is read in random order, any other loader in its own. The result tells how many samples it took. With one
-            loader only; without ``seen_classes``, the labels of all its samples are read first.
+        tolerance: Stop reading when the standard error of gamma is at most this, in logits. A plain ``DataLoader`` is
+            then read in random order, any other loader in its own order. The result has the number of samples read.
+            Works with one loader only. Without ``seen_classes``, the labels of all its samples are read first.
         pretrained: The model before fine-tuning, or its state dict, for the estimators that need it
             (``"pseudo_absent"``).
         progress: Whether to show a progress bar (on the first process).
@@ -85,9 +86,8 @@ def calibrate(
         Gamma, its standard error, the number of samples and the class split.
 
     Raises:
-        ValueError: If the head is not found or is not what decides the logits, if the loader is empty, if a target is
-            out of range, or if a logit is not finite; or if the arguments do not fit together. The model is then as it
-            was.
+        ValueError: If the head is not found or its output is not the logits, if the loader is empty, if a target is out
+            of range, if a logit is not finite, or if the arguments do not fit together. The model is then unchanged.
         TypeError: If a target does not hold class ids.
 
     Example:
@@ -149,13 +149,13 @@ def _weights(model: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Ten
 
 
 def _check_classes_can_be_read(loader: Any, estimator: str) -> None:
-    expected = "Expected argument `seen_classes` to name the classes of the fine-tuning data beside"
+    expected = "Expected argument `seen_classes` to name the classes of the fine-tuning data for"
     if isinstance(loader, Iterator):
         raise ValueError(
             f"{expected} a `loader` that can be read only once, but got None and a {type(loader).__name__}. Name them,"
-            " or pass a list or a DataLoader."
+            " or pass a list or a DataLoader as `loader`."
         )
     if needs_absent_samples(estimator):
         raise ValueError(
-            f"{expected} the estimator {estimator!r}, whose `loader` has absent classes as well, but got None."
+            f"{expected} the estimator {estimator!r}, whose `loader` also has absent classes, but got None."
         )

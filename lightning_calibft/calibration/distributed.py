@@ -1,4 +1,4 @@
-"""What the processes of a group agree on while they read data."""
+"""How the processes of a group work together while they read data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Made = TypeVar("Made")
 
 OUT_OF_MEMORY = (
     "Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a `calibration_dataloader`"
-    " or as the `loader` of `calibrate`; an estimator that keeps all samples can do with fewer: `max_samples`."
+    " or as the `loader` of `calibrate`. If the estimator keeps all samples, set `max_samples`, too."
 )
 
 
@@ -29,21 +29,21 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
-    """Return the sum, or the maximum, over the processes; with one process ``tensor`` itself."""
+    """Return the sum or the maximum over the processes. With one process, this is ``tensor`` itself."""
     if rank_and_world_size()[1] > 1:
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM)
     return tensor
 
 
 class SharedErrors:
-    """Ends what the processes do together on all of them when one of them fails, so that none waits for it.
+    """Stops all processes when one of them fails, so that none waits for it forever.
 
-    Each waits for the others in the same call, whatever it comes to next: the one that has failed, too. After a
-    failure, none waits any more.
+    Whichever method a process calls next, all processes meet in the same collective call, and so does the one that has
+    failed. After a failure, no process waits again.
     """
 
     def __init__(self) -> None:
-        self._failed = 0  # 1 for a ValueError, after which a caller may go on: then all of them do; 2 for any other
+        self._failed = 0  # 1: a ValueError, after which a caller may go on, on all processes; 2: another error
 
     def agree(self) -> None:
         """Wait for the other processes.
@@ -55,7 +55,7 @@ class SharedErrors:
         self.gather(lambda: None)
 
     def gather(self, make: Callable[[], Made]) -> list[Made]:
-        """Wait for the other processes and return what each makes, by rank.
+        """Wait for the other processes and return what ``make`` returns on each of them, by rank.
 
         Args:
             make: Returns something that can be pickled.
@@ -67,25 +67,25 @@ class SharedErrors:
         alone = rank_and_world_size()[1] == 1
         with self.shared():
             made = make()
-            # A row of a large tensor would take all of it along.
+            # Pickling a view of a large tensor would include the whole tensor.
             packed = b"" if alone else pickle.dumps(apply_to_collection(made, Tensor, Tensor.clone))
         parts = [] if self._failed else self._exchange(packed)
         if self._failed:
             kind = ValueError if self._failed == 1 else RuntimeError
-            raise kind("The calibration pass has failed on another process, which says why. Gamma stays unset.")
+            raise kind("The calibration pass failed on another process. See the error there. Gamma stays unset.")
         return [made] if alone else [pickle.loads(part) for part in parts]
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Tell the other processes of an error in the block, where they wait next.
+        """Report an error in the block to the other processes, which receive it where they wait next.
 
         Raises:
-            torch.OutOfMemoryError: If that was the error, now with a remedy.
+            torch.OutOfMemoryError: If the block ran out of memory. The text then names a remedy.
         """
         try:
             yield
         except Exception as error:
-            if self._failed:  # they know
+            if self._failed:  # the others know already
                 raise
             self._failed = 1 if isinstance(error, ValueError) else 2
             self._exchange(self._failed)
@@ -102,12 +102,13 @@ class SharedErrors:
 
 
 class ShardedReading(NamedTuple):
-    """Which samples a process reads for a model of which each process holds a part.
+    """Which samples this process reads if each process holds only a part of the model.
 
     Attributes:
-        rank: Number of its share of the samples.
-        size: Number of shares: fewer than processes where several compute one forward together.
-        counts: Whether its logits count. Of the processes that have the same logits, those of the first do.
+        rank: Number of this process's share of the samples.
+        size: Number of shares. There are fewer shares than processes if several processes compute a forward together.
+        counts: Whether the logits of this process count. If several processes have the same logits, only those of the
+            first one count.
     """
 
     rank: int
@@ -115,15 +116,15 @@ class ShardedReading(NamedTuple):
     counts: bool
 
     def batches(self, batches: Iterable[Any], device: torch.device, errors: SharedErrors) -> Iterator[tuple[Any, bool]]:
-        """Yield equally many batches on all processes, each with whether it counts.
+        """Yield the same number of batches on all processes, each with a flag that says whether it counts.
 
-        Each forward needs all processes. The first batch does not count and is the same on all, so that what is made of
-        it is decided alike. A process that has no batch left gets it again.
+        Each forward needs all processes. The first batch does not count. It is the same on all processes, so that they
+        all draw the same conclusions from it. A process that has no batch left gets this batch again.
 
         Args:
-            batches: This process' own, none of which is ``None``.
-            device: Where they are.
-            errors: Waits for the others before each forward.
+            batches: The batches of this process. None of them may be ``None``.
+            device: The device of the batches.
+            errors: Makes the processes wait for each other before each forward.
         """
         own = iter(batches)
         batch = next(own, None)
@@ -139,7 +140,7 @@ class ShardedReading(NamedTuple):
 
 
 def first_batch_of_any(batch: Any, device: torch.device, errors: SharedErrors | None = None) -> Any:
-    """Return the batch of the first process whose own is not ``None``, on ``device``; ``None`` if there is none."""
+    """Return the batch of the first process that has one, on ``device``, or ``None`` if no process has one."""
     errors = errors or SharedErrors()
     has_one = errors.gather(lambda: batch is not None)
     if not any(has_one):

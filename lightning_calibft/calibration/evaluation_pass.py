@@ -1,4 +1,4 @@
-"""The one eval-mode pass over the fine-tuning data, with or without Lightning."""
+"""The eval-mode pass over the fine-tuning data, with or without Lightning."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
 PROBE_ROWS = 4
-LEAST_SAMPLES = 100  # of fewer, the standard error itself is a guess
+LEAST_SAMPLES = 100  # from fewer samples, the standard error itself is a guess
 _REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
-_LAST_LOOK = torch.iinfo(torch.long).max  # batches, where a loader does not know its length
+_LAST_LOOK = torch.iinfo(torch.long).max  # the last batch, if a loader does not know its length
 
 _LabelledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
 
 
 class EvaluatedBatch(NamedTuple):
-    """What the model makes of a batch.
+    """The logits and labels of one batch.
 
     Attributes:
-        number: Number of the batch among those of this process.
+        number: Number of the batch among the batches of this process.
         logits: Logits without gamma, of shape ``(N, C)``.
         target: The head's row of each sample, of shape ``(N,)``.
-        pretrained_logits: Those before fine-tuning, where the estimator needs them; else none.
+        pretrained_logits: The logits before fine-tuning, if the estimator needs them. Otherwise empty.
     """
 
     number: int
@@ -78,7 +78,7 @@ class EvaluatedBatch(NamedTuple):
 
 @dataclass
 class EvaluationPass:
-    """One reading of the fine-tuning data; see :func:`calibrate` for the fields that the two share."""
+    """One pass over the fine-tuning data; see :func:`calibrate` for the fields that both have."""
 
     model: nn.Module
     loaders: list[Iterable[Any]]
@@ -87,19 +87,19 @@ class EvaluationPass:
     reader: BatchReader = field(default_factory=BatchReader)
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
-    tolerance: float | None = None  # stop when the standard error of gamma is no larger
-    validation: bool = False  # whether these are samples of all classes
+    tolerance: float | None = None  # stop when the standard error of gamma is at most this
+    validation: bool = False  # whether the samples may be of all classes
     progress: bool = True
-    pretrained: Mapping[str, Tensor] | None = None  # the weights from before fine-tuning, as a state dict of `model`
+    pretrained: Mapping[str, Tensor] | None = None  # the weights before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
-    sharded: ShardedReading | None = None  # where each process holds a part of the model
+    sharded: ShardedReading | None = None  # if each process holds only a part of the model
     device: torch.device = field(init=False)
     num_classes: int = field(init=False)
 
     def __post_init__(self) -> None:
         head = next(iter(attached_heads(self.model).values()))
-        self.device = next(head.buffers()).device  # the calibration's own, if it has no others
+        self.device = next(head.buffers()).device  # those of the calibration, if the head has no others
         self.num_classes = num_classes(head)
         check_estimator_width(self.estimator, self.num_classes)
         check_pretrained(self.estimator, self.pretrained, self.model)
@@ -108,39 +108,40 @@ class EvaluationPass:
         """Return the classes in the data. The standard error needs them before the first sample.
 
         Raises:
-            ValueError: If a label is no row of the head, or there are none; or as in :meth:`feed`.
+            ValueError: If a label is not a row of the head, if there are no labels, or if another process has failed.
+            RuntimeError: If another process has failed.
         """
-        met, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors()
-        with errors.shared(), evaluation(self.model):  # transfer hooks may mix labels while training
+        present, errors = torch.zeros(self.num_classes, dtype=torch.long), SharedErrors()
+        with errors.shared(), evaluation(self.model):  # in train mode, transfer hooks may mix labels
             for _, _, target in self._batches("Reading labels"):
                 target = target[target != IGNORE_INDEX].cpu()
                 if len(outside := target[(target < 0) | (target >= self.num_classes)]):
                     raise target_error(self.num_classes, int(outside[0]))
-                met[target] = 1
+                present[target] = 1
         errors.agree()
-        met = all_reduce(met.to(self.device))
-        if not met.any():
+        present = all_reduce(present.to(self.device))
+        if not present.any():
             raise empty_error()
-        classes = met.nonzero().flatten().tolist()
+        classes = present.nonzero().flatten().tolist()
         if not self.reader.maps:
             warn_if_positions(classes, self.num_classes)
         return classes
 
     def run(self, split: ClassSplit) -> CalibrationResult:
-        """Run the model over the data and return the result; nothing about the model changes."""
+        """Run the model over the data and return the result. The model does not change."""
         with SharedErrors().shared():
             estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
         self.feed(estimator, split)
         return result_of(estimator, self.estimator)
 
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
-        """Run the model over the data and update ``estimator`` with what it gives.
+        """Run the model over the data and update ``estimator`` with its logits.
 
         Raises:
-            ValueError: If the head does not give the logits, one is not finite, a label is no row of it, or there are
-                no samples of the seen classes.
-            torch.OutOfMemoryError: If a batch does not fit, with a remedy.
-            ValueError, RuntimeError: If another process has failed, whose error says why.
+            ValueError: If the output of the head is not the logits, a logit is not finite, a label is not a row of the
+                head, or samples that the estimator needs are missing.
+            torch.OutOfMemoryError: If a batch does not fit into memory. The text names a remedy.
+            ValueError, RuntimeError: If another process has failed. The error there says why.
         """
         check = DataCheck(split, self.device, self.reader.maps, self._absent_samples())
 
@@ -166,23 +167,23 @@ class EvaluationPass:
                         break
                     look = next(looks, None)
             else:
-                # A process whose data has ended still looks with the others, who would wait for it.
+                # A process without any batches left still joins the looks of the others, which would wait for it.
                 while look is not None and rank_and_world_size()[1] > 1 and not is_settled():
                     look = next(looks, None)
             updates.flush()
         check.raise_or_warn()
 
     def evaluate(self, errors: SharedErrors | None = None) -> Generator[EvaluatedBatch, None, None]:
-        """Run the model over the data and yield what it makes of each batch that has samples.
+        """Run the model over the data and yield the logits of each batch that has samples.
 
-        The model is in eval mode, and gradients are off, until the iterator ends. Close the iterator, with
-        ``contextlib.closing``, where it may not be read to its end.
+        The model is in eval mode, and gradients are off, until the iterator ends. If it may not be read to the end,
+        close it with ``contextlib.closing``.
 
         Args:
-            errors: Those of the processes, which a sharded model needs before each forward.
+            errors: Reports errors to the other processes. A sharded model needs this before each forward.
 
         Raises:
-            ValueError: If a batch cannot be split, or the head does not give the logits.
+            ValueError: If a batch cannot be split, or the output of the head is not the logits.
             TypeError: If a target does not hold class ids.
         """
         forward, recorder, checked = forward_of(self.model), record_logits(self.model), False
@@ -202,7 +203,7 @@ class EvaluationPass:
                 yield EvaluatedBatch(number, logits, target, pretrained_logits)
 
     def _batches(self, what: str) -> Iterator[_LabelledBatch]:
-        """Yield this process' batches, of each loader up to its share of ``max_samples``."""
+        """Yield the batches of this process, from each loader up to its share of ``max_samples``."""
         rank, size, *_ = self.sharded or rank_and_world_size()
         share = math.inf if self.max_samples is None else self.max_samples / max(1, len(self.loaders)) / size
         numbers = count()
@@ -214,7 +215,7 @@ class EvaluationPass:
                     if read >= share:
                         break
                     batch = batch_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
-                    target = self.reader.rows(batch).clone()  # the loader may write over it
+                    target = self.reader.rows(batch).clone()  # the loader may overwrite it
                     read += len(target)
                     number = next(numbers)
                     if len(target) > 0:
@@ -222,9 +223,9 @@ class EvaluationPass:
                     bar.update()
 
     def _looks(self, errors: SharedErrors) -> list[int]:
-        """Return the numbers of batches after which to look at gamma, each a quarter above the last.
+        """Return after which batches to check the standard error of gamma. Each number is a quarter above the last.
 
-        To look at all samples anew is not free, and the processes must look together.
+        Each check costs time, and the processes must check together.
         """
         if self.tolerance is None:
             return []
@@ -242,7 +243,7 @@ class EvaluationPass:
         return "expected" if self.validation else "accident"
 
     def _pretrained_forward(self, forward: nn.Module) -> Callable[..., Any]:
-        """Return the forward with the weights from before fine-tuning."""
+        """Return the forward with the weights before fine-tuning."""
         assert self.pretrained is not None
         prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is forward)
         weights = {
@@ -251,7 +252,7 @@ class EvaluationPass:
             if key.startswith(prefix) and CHILD_NAME not in key and isinstance(value, Tensor)
         }
 
-        @wraps(forward.forward)  # by whose arguments the inputs are found in a batch
+        @wraps(forward.forward)  # keeps the names of its arguments, which select the inputs of a batch
         def pretrained_forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(forward, weights, args, kwargs)
 
@@ -260,30 +261,32 @@ class EvaluationPass:
     def _run(
         self, records: list[Tensor], forward: Callable[..., Any], batch: Any, target: Tensor
     ) -> tuple[Tensor, Any]:
-        """Return the raw logits of a batch and what the model returned."""
-        records.clear()  # something else may have run the model meanwhile
+        """Return the raw logits of a batch and the output of the model."""
+        records.clear()  # something else may have run the model in the meantime
         with self.context():
             output = call_forward(forward, self.reader.inputs(batch, forward))
         return one_forward(records, len(target), self.num_classes, _REMEDY), output
 
     def _checked_logits(self, records: list[Tensor], forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
-        """Return the raw logits of a batch, for which the head is probed unless it is proved and still gives them."""
+        """Return the raw logits of a batch. Probe the head first, unless it is proved and still gives the output."""
         if is_proved(self.model):
             logits, output = self._run(records, forward, batch, target)
             if gives_output(self.model, logits, output):
                 return logits
         with self.context():
             check_head(self.model, batch, self.reader)
-        return self._run(records, forward, batch, target)[0]  # the probe may have weighed the heads anew
+        return self._run(records, forward, batch, target)[0]  # the probe may have changed the weights of the heads
 
 
 def forward_of(model: nn.Module) -> nn.Module:
-    """Return what maps inputs to logits: the model, or in a LightningModule without ``forward`` the part with the head.
+    """Return the module that maps inputs to logits.
+
+    This is the model, or, for a LightningModule without its own ``forward``, the part of it that contains the head.
 
     Raises:
-        ValueError: If a LightningModule has no ``forward`` and its head no ``forward`` around it.
+        ValueError: If a LightningModule has no ``forward`` and its head is not inside a module that has one.
     """
-    # That of Lightning, by name: the class is another one in each of its packages.
+    # Compare by name: each package of Lightning has its own LightningModule class.
     package, name = (getattr(model.forward, key, "") for key in ("__module__", "__qualname__"))
     if not (package.startswith(("lightning.", "pytorch_lightning.")) and name == "LightningModule.forward"):
         return model
@@ -298,15 +301,15 @@ def forward_of(model: nn.Module) -> nn.Module:
 
 
 def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
-    """Probe the attached head of ``model``, which is in eval mode, with a few rows of a batch on its device.
+    """Probe the attached head of ``model`` with a few samples of a batch. Both are on one device, in eval mode.
 
     Raises:
-        ValueError: If the head is not what decides the logits.
+        ValueError: If the output of the head does not determine the logits.
     """
     forward = forward_of(model)
     inputs = reader.inputs(batch, forward)
     run = partial(call_forward, forward, inputs[:PROBE_ROWS] if isinstance(inputs, Tensor) else inputs)
-    with suppress(NotFiniteError):  # of a model that has diverged the probe can say nothing; the pass names the batch
+    with suppress(NotFiniteError):  # the probe cannot judge a model that has diverged; the pass reports the batch
         probe(run, model)
 
 
@@ -316,7 +319,7 @@ def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Put the random numbers of PyTorch, NumPy and Python back to where they were before the block."""
+    """Restore the random state of PyTorch, NumPy and Python after the block."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
@@ -332,7 +335,7 @@ def head_width(model: nn.Module) -> int:
 
 
 def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor] | None, model: nn.Module) -> None:
-    """Refuse an estimator that needs the weights from before fine-tuning without them, or with others.
+    """Check that the weights before fine-tuning are given if the estimator needs them, and fit the model.
 
     Raises:
         ValueError: If they are missing, not needed, or do not fit the model.
@@ -341,12 +344,12 @@ def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor
     if needs_pretrained_logits(estimator) != (pretrained is not None):
         needed = "the model before fine-tuning" if pretrained is None else "None"
         raise ValueError(
-            f"Expected argument `pretrained` to be {needed} beside the estimator {name!r}, but got"
+            f"Expected argument `pretrained` to be {needed} for the estimator {name!r}, but got"
             f" {'None' if pretrained is None else 'weights'}."
         )
     if pretrained is None:
         return
-    # Besides tensors, a state dict may hold what modules tell as their extra state.
+    # Besides tensors, a state dict may hold the extra state of modules.
     tensors = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     shapes = {key: value.shape for key, value in tensors.items() if CHILD_NAME not in key}
     if wrong := [key for key, shape in shapes.items() if key not in pretrained or pretrained[key].shape != shape]:
@@ -357,10 +360,10 @@ def check_pretrained(estimator: str | Estimator, pretrained: Mapping[str, Tensor
 
 
 def check_tolerance(tolerance: float | None) -> None:
-    """Refuse a standard error that no number of samples reaches.
+    """Check that ``tolerance`` is a standard error that can be reached.
 
     Raises:
-        ValueError: If ``tolerance`` is not a positive number.
+        ValueError: If it is neither ``None`` nor a positive, finite number.
     """
     if tolerance is not None and not (
         isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool) and 0 < tolerance < math.inf
@@ -371,15 +374,15 @@ def check_tolerance(tolerance: float | None) -> None:
 
 
 def _is_within(tolerance: float, estimator: Any) -> bool:
-    """Return whether the standard error of an estimator's gamma is within ``tolerance``, on all processes alike."""
-    # What a metric keeps of a look, it returns at the end where no batch came after it: without waiting for a process
-    # that had one more batch, and that waits for all.
-    kept, estimator.compute_with_cache = estimator.compute_with_cache, False
+    """Return whether the standard error of gamma is at most ``tolerance``. All processes get the same answer."""
+    # With its cache, a metric without another batch would return this value at the end and not wait for a process that
+    # had one more batch and waits for all.
+    use_cache, estimator.compute_with_cache = estimator.compute_with_cache, False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the samples so far lack
+            warnings.simplefilter("ignore")  # about classes that have no samples yet
             return float(estimator.standard_error) <= tolerance and int(estimator.num_samples) >= LEAST_SAMPLES
     except ValueError:  # there is no gamma yet
         return False
     finally:
-        estimator.compute_with_cache = kept
+        estimator.compute_with_cache = use_cache

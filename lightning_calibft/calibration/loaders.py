@@ -1,4 +1,4 @@
-"""Reading the fine-tuning data once, in order and whole, without touching the loader that the training uses."""
+"""Read the fine-tuning data once, in order and completely, without touching the loader that training uses."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _MOST_SAMPLES = torch.iinfo(torch.long).max
 
 
 def check_max_samples(max_samples: int | None) -> None:
-    """Refuse to read nothing.
+    """Check that ``max_samples`` is ``None`` or a number of samples.
 
     Raises:
-        ValueError: If ``max_samples`` is no integer of at least 1.
+        ValueError: If it is not an integer of at least 1.
     """
     if max_samples is not None and not (is_integer(max_samples) and 1 <= max_samples <= _MOST_SAMPLES):
         raise ValueError(f"Expected argument `max_samples` to be an integer of at least 1, but got {max_samples!r}.")
@@ -51,33 +51,35 @@ def calibration_loaders(
     share: tuple[int, int] | None = None,
     errors: SharedErrors | None = None,
 ) -> list[Iterable[Any]]:
-    """Return, for each loader in ``loaders``, one that reads this process' share of its samples once.
+    """Return, for each loader in ``loaders``, a loader that reads this process's share of its samples once.
 
-    Iterating the user's own loader again can shorten the epoch that it is in the middle of, and drops or pads samples.
-    So a plain ``DataLoader`` over a map-style dataset whose sampler or batch sampler has a length is rebuilt, with the
-    same dataset, collate function and workers:
+    Iterating the user's loader again can cut short an epoch that it is in the middle of, and it drops or pads samples.
+    So a plain ``DataLoader`` over a map-style dataset is rebuilt if its sampler or batch sampler has a length. The new
+    loader has the same dataset, collate function and workers:
 
     - Indices that are numbers or strings are read in order, each once.
-    - Other indices, and the batches of a batch sampler of the user's own, stay together in the batches in which one
-      epoch draws them: they may share a size that a new batch would mix. Indices met before are left out.
+    - Other indices, and the batches of a custom batch sampler, stay in the batches in which one epoch draws them. The
+      samples of such a batch may share a size, and a new batch could mix sizes. Repeated indices are left out.
 
-    Of a sampler of the user's own a copy is read, with a fixed seed and no further than its length. Every other loader
-    is used as it is, but for persistent workers, of which it gets its own.
+    For a custom sampler, a copy is read, with a fixed seed and no further than its length. Every other loader is used
+    as it is, except that a loader with persistent workers gets new ones.
 
     Args:
         loaders: A loader, a collection of loaders, or any iterable of batches.
-        max_samples: Read a random subset of this size (drawn with a fixed seed), of each map-style dataset its share,
-            and whole batches of those that stay together. The memory that the indices take grows with this number, not
-            with the size of the dataset.
-        max_batches: Read as many samples as are in this many of the loader's batches: the first, or of a loader that
-            shuffles a random subset.
-        at_random: Read a rebuilt loader in random order (with a fixed seed), so that one can stop anywhere.
-        share: Which share of a rebuilt loader's samples is read, and of how many. ``None``: each process reads its own.
-        errors: Those of the processes, which put together what their samplers draw.
+        max_samples: Read a random subset of this size (drawn with a fixed seed), with an equal share from each loader.
+            Batches that must stay together are drawn as batches. The memory for the indices grows with this number,
+            not with the size of the dataset.
+        max_batches: Read as many samples as this many of the loader's batches hold: the first ones, or, if the loader
+            shuffles, a random subset.
+        at_random: Read a rebuilt loader in random order (with a fixed seed), so that reading can stop anywhere.
+        share: The number of the share of a rebuilt loader's samples to read, and the number of shares. ``None``: each
+            process reads its own share.
+        errors: Reports errors to the other processes, which combine the indices that their samplers draw.
 
     Raises:
-        TypeError: If ``loaders`` is no iterable.
-        ValueError: If there are several loaders to read ``at_random``: what is read first would be of the first alone.
+        TypeError: If ``loaders`` is not an iterable of batches.
+        ValueError: If there are several loaders and ``at_random`` is set, since the samples read first would all come
+            from the first loader.
     """
     if not isinstance(loaders, Iterable) or isinstance(loaders, (str, bytes)) or getattr(loaders, "ndim", 1) == 0:
         kind = type(loaders).__name__
@@ -86,9 +88,9 @@ def calibration_loaders(
     flat: list[Any] = [loaders] if any(_is_part_of_a_batch(leaf) for leaf in leaves) else leaves
     if at_random and len(flat) > 1:
         raise ValueError(
-            f"Expected argument `tolerance` to be None with several loaders, but got {len(flat)} of them: the first"
-            " samples are of one alone. Limit what is read with `max_samples`, or join the datasets with"
-            " `torch.utils.data.ConcatDataset`."
+            f"Expected argument `tolerance` to be None with several loaders, but got {len(flat)} of them: the samples"
+            " read first would all come from the first one. Limit their number with `max_samples`, or join the datasets"
+            " with `torch.utils.data.ConcatDataset`."
         )
     limit = max_samples and math.ceil(max_samples / max(1, len(flat)))
     share, errors = share or rank_and_world_size(), errors or SharedErrors()
@@ -101,7 +103,7 @@ def calibration_loaders(
 
 
 def flat_loaders(loaders: Any) -> list[Any]:
-    """Return the loaders in a list, tuple or dict of them, nested or not; of one loader, that one."""
+    """Return the loaders in a possibly nested list, tuple or dict, or a list of the one loader."""
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
@@ -110,12 +112,13 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def rebuilt_loader(loader: DataLoader[Any], dataset: Dataset[Any], **batches: Any) -> DataLoader[Any]:
-    """Return a loader of ``dataset`` with the workers and the collate function of another one.
+    """Return a loader of ``dataset`` with the workers and the collate function of another loader.
 
     Args:
-        loader: The other one, which stays as it is.
+        loader: The other loader, which does not change.
         dataset: The dataset to read.
-        **batches: What is read: the ``sampler``, ``batch_size``, ``batch_sampler`` and so on of a ``DataLoader``.
+        **batches: Arguments of ``DataLoader`` that say what to read: ``sampler``, ``batch_size``, ``batch_sampler`` and
+            so on.
     """
     return DataLoader(
         dataset,
@@ -131,22 +134,22 @@ def rebuilt_loader(loader: DataLoader[Any], dataset: Dataset[Any], **batches: An
 
 
 def sample_indices(loader: DataLoader[Any]) -> Sequence[Any]:
-    """Return the samples that the loader draws from, which can be fewer than its dataset holds.
+    """Return the indices that the loader draws from, which may be fewer than its dataset has.
 
     Raises:
-        ValueError: If its indices are no numbers or strings.
+        ValueError: If the indices are not numbers or strings.
     """
     indices = _indices(loader, SharedErrors())
     if indices is None:
         raise ValueError(
             f"Expected a loader whose sampler gives the number or the name of one sample at a time, but got a"
-            f" {type(_sampler(loader)).__name__}, which does not."
+            f" {type(_sampler(loader)).__name__}."
         )
     return indices
 
 
 def length_of(loader: Any) -> int | None:
-    """Return the length of a loader or sampler, or ``None`` if it does not know its own."""
+    """Return the length of a loader or sampler, or ``None`` if it has none."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -154,18 +157,18 @@ def length_of(loader: Any) -> int | None:
 
 
 def batches_of(loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
-    """Yield the batches of a loader, no more than its length, and leave its random number generators as they were.
+    """Yield the batches of a loader, at most its length, and then restore its random number generators.
 
-    After an error in it, its worker processes end at once.
+    After an error in the loader, its worker processes end at once.
     """
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
     numbers = [number for number in (length_of(loader), max_batches) if number is not None]
     try:
-        yield from islice(loader, min(numbers, default=None))  # a loader with a length can be endless all the same
+        yield from islice(loader, min(numbers, default=None))  # a loader with a length can still be endless
     except Exception as error:
         if getattr(loader, "num_workers", 0):
-            # The frames of torch hold each other and the workers: these would stay until Python looks for such cycles,
-            # which then waits 5 seconds for each of them.
+            # The frames of torch form a cycle that holds the workers. They would stay until garbage collection, which
+            # then waits 5 seconds for each of them.
             traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -182,10 +185,10 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _without_persistent_workers(loader: Any) -> Any:
-    """Return a copy of a loader that has persistent workers: with the same ones, it would end the user's own epoch."""
+    """Copy a loader that has persistent workers: reading it with the same workers would end the user's epoch."""
     if isinstance(loader, DataLoader) and loader.persistent_workers:
         loader = copy.copy(loader)
-        loader._iterator = None  # private in torch, and where it keeps them
+        loader._iterator = None  # private in torch; it holds the workers
     return loader
 
 
@@ -194,7 +197,7 @@ def _is_part_of_a_batch(leaf: Any) -> bool:
 
 
 def _can_be_rebuilt(loader: Any) -> bool:
-    # A subclass may give batches that its dataset and collate function alone do not explain.
+    # The batches of a subclass may not follow from its dataset and collate function alone.
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return False
     return length_of(loader.batch_sampler if _has_own_batches(loader) else _sampler(loader)) is not None
@@ -205,9 +208,9 @@ def _has_own_batches(loader: DataLoader[Any]) -> bool:
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:
-    """Return the user's sampler, out of the wrapper with which Lightning gives each process a share of it."""
+    """Return the user's sampler, without the wrapper with which Lightning gives each process a share."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    # Private, and the one way back: what the wrapper draws depends on the process.
+    # Private, and the only way to the original: the samples that the wrapper draws depend on the process.
     return getattr(sampler.dataset, "_sampler", sampler) if isinstance(sampler, DistributedSampler) else sampler
 
 
@@ -222,7 +225,7 @@ def _rebuilt_for_reading(
     rank, shares = share
     max_batches = max_batches and max_batches * shares
     batch_size = getattr(loader.batch_sampler, "batch_size", None)
-    # A loader without a generator draws its seed from the global random stream.
+    # Without a generator, a loader draws its seed from the global random stream.
     options: dict[str, Any] = {"generator": torch.Generator()}
     indices = None
     if not _has_own_batches(loader):
@@ -232,7 +235,7 @@ def _rebuilt_for_reading(
         options["sampler"] = _RandomOrder(indices, rank, shares) if at_random else indices[rank::shares]
     else:
         batches = _whole_batches(loader, errors, max_samples, max_batches, at_random)[rank::shares]
-        if loader.batch_sampler is None:  # the dataset gives a batch an index
+        if loader.batch_sampler is None:  # the dataset returns a batch for each index
             options.update(batch_size=None, sampler=list(chain.from_iterable(batches)))
         else:
             options["batch_sampler"] = batches
@@ -242,13 +245,13 @@ def _rebuilt_for_reading(
 def _indices(
     loader: DataLoader[Any], errors: SharedErrors, max_samples: int | None = None, first: int | None = None
 ) -> Sequence[Any] | None:
-    """Return the distinct indices of a loader in order, or ``None`` if they are no numbers or strings.
+    """Return the distinct indices of a loader in order, or ``None`` if they are not numbers or strings.
 
     Args:
-        loader: A loader without a batch sampler of the user's own.
-        errors: Those of the processes.
+        loader: A loader without a custom batch sampler.
+        errors: Reports errors to the other processes.
         max_samples: Return a random subset of this size.
-        first: Return as many as this: the first ones, or of a sampler that shuffles a random subset.
+        first: Return this many: the first ones, or, if the sampler shuffles, a random subset.
     """
     sampler = _sampler(loader)
     known = _known_indices(sampler)
@@ -261,7 +264,7 @@ def _indices(
     if known is not None:
         drawn = _plain([known[position] for position in positions])
     else:
-        # The sampler of each process may give it a share of its own: together they are what the run trains on.
+        # The samplers of the processes may draw different shares. Together they are what the run trains on.
         parts = errors.gather(lambda: _drawn(loader, sampler, positions))
         drawn = _plain(list(chain.from_iterable(parts)))
     if drawn is None:
@@ -277,18 +280,18 @@ def _whole_batches(
     max_batches: int | None,
     at_random: bool,
 ) -> list[list[Any]]:
-    """Return the batches of indices of one epoch as they are drawn, without the indices that came before."""
+    """Return the batches of indices of one epoch as they are drawn, without repeated indices."""
     sampler: Any = loader.batch_sampler if _has_own_batches(loader) else _sampler(loader)
     batch_sampler = sampler
     if not _has_own_batches(loader):
         batch_sampler = BatchSampler(sampler, getattr(loader.batch_sampler, "batch_size", 1), drop_last=False)
     window, number = _how_many(sampler, len(batch_sampler), max_samples, max_batches)
     parts = errors.gather(lambda: _drawn(loader, batch_sampler, _random_subset(window, number)))
-    batches, met = [], set[str]()
+    batches, known = [], set[str]()
     for batch in chain.from_iterable(zip_longest(*parts, fillvalue=())):
-        keys = [repr(index) for index in batch]  # which tells those apart that cannot be hashed
-        kept = [index for key, index in zip(keys, batch, strict=True) if key not in met]
-        met.update(keys)
+        keys = [repr(index) for index in batch]  # the indices may not be hashable
+        kept = [index for key, index in zip(keys, batch, strict=True) if key not in known]
+        known.update(keys)
         if kept:
             batches.append(kept)
     if at_random or max_samples is not None:
@@ -302,7 +305,7 @@ def _whole_batches(
 
 
 def _known_indices(sampler: Any) -> Sequence[Any] | Tensor | None:
-    """Return what a sampler of torch draws from, or ``None`` for one of the user's own."""
+    """Return the indices that one of torch's samplers draws from, or ``None`` for a custom sampler."""
     if type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
         return range(len(getattr(sampler, "data_source", getattr(sampler, "dataset", ()))))
     if isinstance(sampler, WeightedRandomSampler):
@@ -314,7 +317,7 @@ def _known_indices(sampler: Any) -> Sequence[Any] | Tensor | None:
 
 
 def _how_many(sampler: Any, length: int, max_samples: int | None, first: int | None) -> tuple[int, int | None]:
-    """Return among how many of the first items of a sampler to choose, and how many to choose unless all."""
+    """Return how many first items of a sampler to choose from, and how many to choose, or ``None`` for all."""
     shuffles = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True)
     window = length if first is None or shuffles else min(length, first)
     number = min((number for number in (max_samples, first) if number is not None), default=None)
@@ -322,9 +325,9 @@ def _how_many(sampler: Any, length: int, max_samples: int | None, first: int | N
 
 
 def _drawn(loader: DataLoader[Any], sampler: Any, positions: Sequence[int]) -> list[Any]:
-    """Return what the sampler of a loader draws at some positions, which rise, of one epoch."""
-    with suppress(Exception):  # whatever it holds says that it cannot be copied
-        # The user's own would use up random numbers of its own. The dataset stays shared.
+    """Return what the sampler of a loader draws at some positions of one epoch, in increasing order."""
+    with suppress(Exception):  # any attribute may refuse to be copied
+        # The original would use up its random numbers. The dataset stays shared.
         sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -336,13 +339,13 @@ def _drawn(loader: DataLoader[Any], sampler: Any, positions: Sequence[int]) -> l
 
 
 def _plain(indices: list[Any]) -> list[Any] | None:
-    """Return indices that can be sorted and cut into new batches at no risk, ``None`` for others."""
+    """Return ``indices`` if they can safely be sorted and cut into new batches, or else ``None``."""
     kinds = {Integral if isinstance(index, Integral) else type(index) for index in indices}
     return indices if kinds <= {Integral} or kinds <= {str} else None
 
 
 def _random_subset(length: int, number: int | None) -> Sequence[int]:
-    """Return ``number`` of the positions below ``length``, in order, drawn with a fixed seed; ``None``: all."""
+    """Return ``number`` random positions below ``length`` (fixed seed), in order, or all of them for ``None``."""
     if number is None or number >= length:
         return range(length)
     return sorted(islice(_random_positions(length), number))
@@ -351,7 +354,7 @@ def _random_subset(length: int, number: int | None) -> Sequence[int]:
 def _random_positions(length: int) -> Iterator[int]:
     """Yield the positions below ``length`` in the random order of ``torch.randperm`` with the seed 0.
 
-    Fisher and Yates' shuffle, of which only the positions that have been swapped are kept.
+    This is the Fisher-Yates shuffle. Only the positions that have been swapped are stored.
     """
     generator, swapped = torch.Generator().manual_seed(0), dict[int, int]()
     for position in range(length):
@@ -363,7 +366,7 @@ def _random_positions(length: int) -> Iterator[int]:
 
 
 class _RandomOrder(Sampler[Any]):
-    """A share of the indices in random order, drawn while it is read."""
+    """A share of the indices in random order. The order is drawn while the sampler is read."""
 
     def __init__(self, indices: Sequence[Any], rank: int, shares: int) -> None:
         self._indices, self._rank, self._shares = indices, rank, shares

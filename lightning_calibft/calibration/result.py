@@ -13,10 +13,10 @@ from lightning_calibft.split import ClassSplit
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Gamma and what it was found on.
+    """Gamma and the samples and classes behind it.
 
     Attributes:
-        gamma: What is added to the logits of the absent classes, in logits.
+        gamma: The number that is added to the logits of the absent classes.
         standard_error: Standard error of ``gamma`` over the samples, in logits.
         num_samples: Number of fine-tuning samples that ``gamma`` was computed from.
         split: The seen and the absent classes.
@@ -36,7 +36,7 @@ class CalibrationResult:
     estimator: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain Python numbers, strings and lists: safe in a checkpoint, in JSON and in YAML."""
+        """Return plain Python numbers, strings and lists, which are safe in a checkpoint, in JSON, and in YAML."""
         return {
             "gamma": self.gamma,
             "standard_error": self.standard_error,
@@ -49,10 +49,10 @@ class CalibrationResult:
 
 
 def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResult:
-    """Return the result of an estimator, under the name by which it was chosen. It is the same on all processes.
+    """Return the result of an estimator, with the name by which it was chosen. It is the same on all processes.
 
     Raises:
-        ValueError: If its gamma is not a finite number.
+        ValueError: If gamma is not finite in float32.
     """
     result = CalibrationResult(
         gamma=float(estimator.compute()),
@@ -64,6 +64,6 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
     if not abs(result.gamma) <= torch.finfo(torch.float32).max:  # the head keeps it in float32
         raise ValueError(
             f"Expected the estimator {result.estimator!r} to find a finite gamma, but got {result.gamma} from"
-            f" {result.num_samples} samples. The model is as it was. Look at the logits, or choose another `estimator`."
+            f" {result.num_samples} samples. The model is unchanged. Check the logits, or choose another `estimator`."
         )
     return result

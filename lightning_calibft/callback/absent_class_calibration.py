@@ -1,4 +1,4 @@
-"""The callback: what happens in a fit, in the order in which a Trainer calls it."""
+"""The main callback. Its hooks stand in the order in which a Trainer calls them."""
 
 from __future__ import annotations
 
@@ -44,73 +44,85 @@ from lightning_calibft.split import ClassSplit
 
 
 class AbsentClassCalibration(Callback):
-    r"""Brings the classes that the fine-tuning data lacks back into the model's predictions.
+    r"""Makes a fine-tuned model predict the classes that its fine-tuning data does not contain.
 
-    At the end of fitting it finds one number, gamma, in one eval-mode pass over the training data, and registers it in
-    the classification head: from then on gamma is added to the logits of the absent classes in eval mode. Every
-    checkpoint that ``ModelCheckpoint`` has kept gets the gamma of its own weights. Gamma is the average logit gap of
-    Mai et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). While fitting, it logs ``val_ausuc``, ``val_acc``,
-    ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (and ``test_...``) of what the model predicts.
+    At the end of a fit, the callback finds one number, gamma, in one eval-mode pass over the training data, and stores
+    it in the classification head. From then on, gamma is added to the logits of the absent classes in eval mode. Every
+    checkpoint that ``ModelCheckpoint`` keeps gets the gamma of its own weights. Gamma is the average logit gap of Mai
+    et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). In validation and test, the callback logs
+    ``val_ausuc``, ``val_acc``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
 
     Note:
-        The loss, the random state and the trained weights are the same with and without the callback, but for a
-        compiled module with ``source="training_steps"``, whose graph it breaks, and for a stream that keeps its place
-        in an object of this process with ``tolerance`` or ``refresh_on_validation``, which read it during training.
-        Its hooks run after those of all other callbacks but ``ModelCheckpoint``.
-        The module must map inputs to logits (or to their softmax) in ``forward``, unless one attribute of it does so
-        alone, as in ``self.net(x)``.
-        A ``calibration_dataloader()`` of the datamodule or the module, if there is one, is read instead of the
-        training data: the place for clean transforms or for labels that are not mixed.
-        ``WeightAveraging`` callbacks must stand behind this one in the list of callbacks.
-        With ``ddp_spawn`` and ``ddp_notebook``, :func:`~lightning_calibft.attach` the module before the fit: else the
-        Trainer could not bring gamma back into it, and is refused. The attributes of this callback stay in the
-        processes that it ran in; :func:`~lightning_calibft.get_gamma` and
-        :func:`~lightning_calibft.inspect_checkpoint` tell gamma.
-        With ``ModelParallelStrategy`` checkpoints have the gamma that the model has when they are written, and are not
-        calibrated again after the fit: it needs ``refresh_on_validation=True`` or ``source="training_steps"``.
+        The loss, the random state and the trained weights are the same with and without the callback, with two
+        exceptions: ``source="training_steps"`` breaks the graph of a compiled module, and ``tolerance`` and
+        ``refresh_on_validation`` read the data during training, which moves a stream that keeps its position in an
+        object of this process.
+
+        The hooks run after those of all other callbacks, except for those that save checkpoints.
+
+        The module must map inputs to logits (or to their softmax) in ``forward``. A module without ``forward`` works if
+        one attribute maps inputs to logits alone, as in ``self.net(x)``.
+
+        If the datamodule or the module has a method ``calibration_dataloader()``, its data is read instead of the
+        training data. Use it for clean transforms, or for labels that are not mixed.
+
+        ``WeightAveraging`` callbacks must come after this one in the list of callbacks, unless the calibration was
+        attached to the module before.
+
+        With ``ddp_spawn`` and ``ddp_notebook``, call :func:`~lightning_calibft.attach` on the module before the fit.
+        Otherwise the Trainer could not bring gamma back into the module, and the fit is refused. The attributes of this
+        callback stay in the processes that it ran in. Use :func:`~lightning_calibft.get_gamma` and
+        :func:`~lightning_calibft.inspect_checkpoint` to read gamma.
+
+        With ``ModelParallelStrategy``, checkpoints have the gamma that the model has when they are written, and are not
+        calibrated again after the fit. This needs ``refresh_on_validation=True`` or ``source="training_steps"``.
 
     Args:
-        seen_classes: Rows of the classes in the fine-tuning data. ``None``: the labels met in training.
-        absent_classes: Rows of the classes to bring back. ``None``: all that are not seen.
-        head: Dotted name of the module that gives the logits, where it is not found by itself.
+        seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels in the training batches.
+        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        head: Dotted name of the module that outputs the logits, if it is not found automatically.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
-            with), another of :data:`~lightning_calibft.estimators.ESTIMATORS`, such a metric, or ``"pcv"``:
-            :func:`~lightning_calibft.pseudo_cross_validation` with this module, its data and this Trainer's settings,
-            after the fit. Of the other callbacks it keeps those that shape the training, ``BaseFinetuning`` and
-            ``GradientAccumulationScheduler``; it writes and logs nothing.
-        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` of the
-            ``"operating_point"``; of ``"pcv"`` ``num_splits``, ``candidates``, ``seed``, ``folder`` and ``epochs``, the
-            share of the fit's epochs (or steps) that each training takes.
-        source: On what gamma is found. ``"train"``: one more pass over the training data, in eval mode.
-            ``"validation"``: such a pass over the validation data, of which only an ``"operating_point"`` looks at the
-            samples of absent classes. ``"training_steps"``: the logits of each epoch's own training steps, for data
-            where a pass is too dear; validation and checkpoints then have the gamma of the steps before them. It needs
-            ``seen_classes`` and steps that run the head once; those that return ``None`` are left out.
-        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``, where
+            with), another name in :data:`~lightning_calibft.estimators.ESTIMATORS`, an instance of such a metric, or
+            ``"pcv"``. The latter runs :func:`~lightning_calibft.pseudo_cross_validation` after the fit, with this
+            module, its data and the settings of this Trainer. Of the other callbacks, only those that shape the
+            training take part (``BaseFinetuning`` and ``GradientAccumulationScheduler``). These trainings save and log
+            nothing.
+        estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` for
+            ``"operating_point"``. For ``"pcv"``: ``num_splits``, ``candidates``, ``seed``, ``folder`` and ``epochs``,
+            the length of each training as a share of the fit's epochs (or steps).
+        source: The data that gamma is found on. ``"train"``: one more pass over the training data, in eval mode.
+            ``"validation"``: a pass over the validation data, where only ``"operating_point"`` uses the samples of
+            absent classes. ``"training_steps"``: the logits of the training steps themselves, if a pass would take too
+            long. Validation and checkpoints then have the gamma of the epoch's steps so far. This needs
+            ``seen_classes`` and training steps that run the head once. Steps that return ``None`` are left out.
+        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. Needed if
             batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
-        class_map: The head's row of each target in the batches, where they differ, as in folders that number their
-            classes from 0: the loss must map them itself. See :func:`~lightning_calibft.resolve_class_map`.
+        class_map: The head's row for each target in the batches, if they differ, as with image folders, which number
+            their classes from 0. The loss must map the targets itself. See
+            :func:`~lightning_calibft.resolve_class_map`.
         label_names: Names of the head's rows, for a ``class_map`` of names.
-        max_samples: Read at most about this many training samples, drawn at random with a fixed seed. Of a stream
-            without an end, ``None`` reads as many as training has, in each pass.
-        tolerance: Stop reading when the standard error of gamma is at most this, in logits: then samples are read in
-            random order (of a custom loader in its own), and ``result.num_samples`` tells how many it took. With one
-            ``DataLoader`` only.
-        refresh_on_validation: Whether to find gamma before each validation as well, and log it as ``val_gamma``. What
-            is validated, monitored and saved is then calibrated; what is saved later has the gamma of the last
-            validation until fitting ends. Each time costs a pass: give ``max_samples`` or a ``tolerance``.
-        log_metrics: Whether to log the metrics of validation and test.
+        max_samples: Read at most about this many samples, drawn at random with a fixed seed. With ``None``, each pass
+            over an endless stream reads as many batches as training has read.
+        tolerance: Stop reading when the standard error of gamma is at most this, in logits. Samples are then read in
+            random order (those of a custom loader in its own order), and ``result.num_samples`` is the number of
+            samples read. Works with one ``DataLoader`` only.
+        refresh_on_validation: Whether to find gamma before each validation as well, and log it as ``val_gamma``. The
+            model is then calibrated when it is validated, monitored and saved. Checkpoints saved between validations
+            have the gamma of the last one until the fit ends. Each refresh takes a pass, so consider ``max_samples`` or
+            ``tolerance``.
+        log_metrics: Whether to log the metrics of validation and test, and ``val_gamma``.
         calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
 
     Attributes:
-        result: Gamma and what it rests on, after fitting.
-        checkpoint_results: The same for each checkpoint file that was calibrated, by its path.
+        result: The result of the calibration after the fit: gamma, its standard error, and the samples and classes.
+        checkpoint_results: The result for each calibrated checkpoint file, by its path.
 
     Raises:
-        ValueError: In ``setup`` or at the first batch, if the head is not found or does not give the logits, or if the
-            classes do not fit it. At the end, if logits are not finite or labels are no rows of the head.
+        ValueError: If an argument is out of range. When a fit starts or at its first batch, if the head is not found,
+            its output is not the logits, or the classes do not fit it. At the end, if logits are not finite or labels
+            are not rows of the head.
         TypeError: If an argument, the Trainer or the labels are of the wrong type.
-        RuntimeError: If the order of callbacks or the strategy are not supported, or a file could not be calibrated.
+        RuntimeError: If the order of callbacks or the strategy is not supported, or if a file could not be calibrated.
 
     Example::
 
@@ -140,7 +152,7 @@ class AbsentClassCalibration(Callback):
         check_class_lists(seen_classes, absent_classes)
         check_type("log_metrics", log_metrics, bool)
         check_type("calibrate_checkpoints", calibrate_checkpoints, bool)
-        checked = cast("str | Estimator", estimator)  # the protocol is more than LightningCLI can tell of a metric
+        checked = cast("str | Estimator", estimator)  # LightningCLI cannot check the protocol, only the type `Metric`
         self.seen_classes = seen_classes
         self.absent_classes = absent_classes
         self.head = head
@@ -167,7 +179,7 @@ class AbsentClassCalibration(Callback):
         )
         self._attachment = HeadAttachment(head, self._read_arguments)
         self._reader = self._make_reader(None)
-        self._split: ClassSplit | None = None  # where the arguments tell it
+        self._split: ClassSplit | None = None  # if the arguments give it
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -181,7 +193,7 @@ class AbsentClassCalibration(Callback):
         self._finished = False
         self._failure: Exception | None = None
 
-    # The start: weights are restored between `setup` and `on_fit_start`, so the buffers must exist before.
+    # The start. Weights are restored between `setup` and `on_fit_start`, so the buffers must exist before that.
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -202,7 +214,7 @@ class AbsentClassCalibration(Callback):
         if trainer.state.fn == "fit":
             check_not_folded(checkpoint)
         elif "current_model_state" in checkpoint:
-            # `WeightAveraging` has put back the weights from before averaging, which have no gamma.
+            # `WeightAveraging` has restored the weights from before averaging, which have no gamma.
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
 
     @override
@@ -213,7 +225,7 @@ class AbsentClassCalibration(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.ensure(trainer, pl_module)
         check_averaged_copies(trainer, pl_module)
-        reset_gamma(pl_module)  # what is saved from now on until the end has other weights
+        reset_gamma(pl_module)  # a gamma from before does not fit the weights of this fit
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
@@ -226,10 +238,10 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.tolerance is not None:  # refused now if it does not go with the data, not when training is done
+        if self.tolerance is not None:  # refuse data that it does not work with now, not after training
             with preserve_random_state():
                 self._search.make_pass(trainer, pl_module)
-        # As at the start of the fit, for strategies that restore a checkpoint after it.
+        # Again, for strategies that restore a checkpoint only after `on_fit_start`.
         reset_gamma(pl_module)
         if self._labels is not None:
             self._labels.add_classes(self._restored_classes)
@@ -265,10 +277,10 @@ class AbsentClassCalibration(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._search.steps is not None:
-            # Without outputs, the step has returned None.
+            # If there are no outputs, the step returned None.
             self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
 
-    # Validation, and test.
+    # Validation and test.
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,7 +316,7 @@ class AbsentClassCalibration(Callback):
         if trainer.state.fn != "fit" or not self.log_metrics:
             return
         if (found := self._search.found_at(trainer.global_step)) is not None:
-            # The same on all processes; the flag keeps Lightning from warning that it may not be.
+            # The value is the same on all processes. The flag only prevents a warning from Lightning.
             pl_module.log("val_gamma", found.gamma, sync_dist=trainer.world_size > 1)
 
     @override
@@ -323,14 +335,14 @@ class AbsentClassCalibration(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.ensure(trainer, pl_module)
 
-    # Checkpoints are saved after validation, and at the ends of epochs and of training.
+    # Checkpoints are saved after validation, and at the end of epochs and of training.
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._files is not None
         self._files.note()
         self._use_steps(trainer, pl_module)
-        if self._labels is not None:  # a checkpoint saved now knows the labels of all processes
+        if self._labels is not None:  # so that a checkpoint saved now has the labels of all processes
             self._labels.end_epoch(trainer.strategy)
 
     @override
@@ -342,28 +354,28 @@ class AbsentClassCalibration(Callback):
         results = [self.result, *self.checkpoint_results.values()]
         put_calibration_of(pl_module, [result for result in results if result is not None], checkpoint)
 
-    # The end: gamma of the model before ModelCheckpoint saves it, that of its files when all are written.
+    # The end. The model gets its gamma before ModelCheckpoint saves it; the files get theirs when all are written.
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._search.retraining is not None:  # it waits until all is saved: it takes long
+        if self._search.retraining is not None:  # takes long, so it waits until everything is saved
             return
         try:
             self._calibrate(trainer, pl_module, trained=True)
-        except Exception as error:  # told when the run has saved what it saves
+        except Exception as error:  # raised in `on_fit_end`, when the run has saved its checkpoints
             self._failure = error
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
-            raise self._failure or RuntimeError("Calibrating has failed on another process, which says why.")
-        # Most strategies have moved the model to the CPU, and asynchronous writers have finished.
+            raise self._failure or RuntimeError("Calibrating failed on another process. See the error there.")
+        # By now, most strategies have moved the model to the CPU, and asynchronous writers have finished.
         device = pl_module.device
         pl_module.to(trainer.strategy.root_device)
-        if not self._finished:  # or nothing was left to train, so `on_train_end` was not called
+        if not self._finished:  # with "pcv", or if nothing was left to train
             self._calibrate(trainer, pl_module, trained=False)
         if self.result is not None:
-            if self.calibrate_checkpoints and not is_model_parallel(trainer):  # else they had a gamma from the first
+            if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
                 self._calibrate_files(trainer, pl_module, self.result)
             self._report(trainer, self.result)
         self._search.forget()
@@ -380,19 +392,19 @@ class AbsentClassCalibration(Callback):
             rank_zero_warn("Fitting was interrupted: the model and its checkpoints are not calibrated.")
         elif self._finished and self.calibrate_checkpoints:
             rank_zero_warn(
-                "Calibrating was interrupted: the model in memory is calibrated, but not each of its checkpoints."
-                " `inspect_checkpoint` tells which are; `trainer.save_checkpoint` saves the model with its gamma."
+                "Calibrating was interrupted: the model in memory is calibrated, but not all of its checkpoints are."
+                " `inspect_checkpoint` shows which ones are. `trainer.save_checkpoint` saves the model with its gamma."
             )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._attachment.stop_waiting()  # a tuner leaves a fit in the middle without a word
+        self._attachment.stop_waiting()  # a tuner can leave a fit in the middle without calling other hooks
         self._search.pretrained.forget()
 
-    # What the hooks share.
+    # Helpers of the hooks.
 
     def _read_arguments(self, num_classes: int) -> None:
-        """Read the arguments again, now that the width of the head is known."""
+        """Interpret the arguments again, now that the width of the head is known."""
         self._reader = self._make_reader(num_classes)
         self._split = None
         if not isinstance(self.estimator, str):
@@ -411,14 +423,14 @@ class AbsentClassCalibration(Callback):
         except (TypeError, ValueError):
             if calibration_dataloader(trainer) is None:
                 raise
-            self._labels.give_up()  # those of the calibration data are read at the end
+            self._labels.give_up()  # the labels of the calibration data are read at the end
 
     def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
         split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
         self._monitor.start(model, self._reader, split, len(num_batches), trainer.global_step)
 
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
-        """Return the classes as far as they are known, on all processes alike."""
+        """Return the split as far as it is known. It is the same on all processes."""
         if self._split is not None:
             return self._split
         if self._labels is not None:
@@ -429,24 +441,24 @@ class AbsentClassCalibration(Callback):
     def _log_metrics(self, trainer: Trainer, model: LightningModule, prefix: str) -> None:
         counted = self._monitor.counted
         if self._monitor.split is not None and trainer.strategy.reduce_boolean_decision(counted, all=False):
-            # The values are the same on all processes; the flag keeps Lightning from warning that they may not be.
+            # The values are the same on all processes. The flag only prevents a warning from Lightning.
             model.log_dict(
                 self._monitor.values(prefix),
                 sync_dist=trainer.world_size > 1,
-                add_dataloader_idx=False,  # they have it already
+                add_dataloader_idx=False,  # the names have it already
             )
 
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
-        """Put gamma of the steps so far into the model: validation and what is saved from now on have it."""
+        """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
         try:
             result = self._search.result_of_steps(trainer)
-        except ValueError:  # logits that are not finite; training may recover from them
+        except ValueError:  # the logits are not finite, but training may recover
             return
         if result is not None:
             self._put(model, result)
 
     def _refresh(self, trainer: Trainer, model: LightningModule) -> None:
-        """Put gamma of the present weights into the model."""
+        """Find the gamma of the current weights and put it into the model."""
         try:
             with preserve_random_state():
                 reading = self._search.make_pass(trainer, model)
@@ -454,17 +466,17 @@ class AbsentClassCalibration(Callback):
                 if reading is None or split is None:
                     return
                 result = self._search.run_before_validation(trainer, reading, split)
-        except ValueError as error:  # such as logits that are not finite; training may recover from them
+        except ValueError as error:  # for example, logits that are not finite; training may recover
             reset_gamma(model)
             self.result = None
-            # On each process: the others may not know why.
+            # Warn on each process: the others may not know the reason.
             text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
             warnings.warn(text, stacklevel=2)
             return
         self._put(model, result)
 
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
-        """Put gamma of the final weights into the model, and into averaged copies of it."""
+        """Put the gamma of the final weights into the model and into averaged copies of it."""
         self._finished = True
         found = self._search.result_of_steps(trainer)
         self._search.stop()
@@ -480,7 +492,7 @@ class AbsentClassCalibration(Callback):
             live = self._search.run(trainer, reading, split)
             self._put(model, live)
             for _ in averaged_copies(trainer, model):
-                # Training ends with the averaged weights.
+                # When training ends, the model already has the averaged weights.
                 result = live if trained else self._search.run(trainer, reading, split)
                 set_attached_gamma(model, result.gamma, split)
 
@@ -492,7 +504,7 @@ class AbsentClassCalibration(Callback):
         set_attached_gamma(model, result.gamma, result.split)
 
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
-        """Write into each kept file the gamma of its own weights."""
+        """Write the gamma of its own weights into each kept file."""
         assert self._files is not None
         kept = self._files.files(self.refresh_on_validation) if trainer.is_global_zero else None
         files = trainer.strategy.broadcast(kept)
@@ -509,10 +521,11 @@ class AbsentClassCalibration(Callback):
             self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
-        """Tell gamma and the accuracies without and with it, on the console and to the loggers."""
+        """Print gamma and the accuracies without and with it, and send them to the loggers."""
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
-        same = self._monitor.counted and self._monitor.split == result.split  # or classes were met after validation
+        # The splits differ if new classes appeared after validation.
+        same = self._monitor.counted and self._monitor.split == result.split
         if trainer.strategy.reduce_boolean_decision(same, all=False):
             before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
@@ -534,7 +547,7 @@ def _summary(
     note: str,
     files: Mapping[str, CalibrationResult],
 ) -> str:
-    """Return a plain text table of gamma, the accuracies without and with it, and the calibrated files."""
+    """Return a plain-text table of gamma, the accuracies without and with it, and the calibrated files."""
     split = result.split
     lines = [
         f"Absent-class calibration ({result.estimator}): gamma = {result.gamma:.3f} ± {result.standard_error:.3f}"

@@ -53,7 +53,7 @@ class CalibrationDiagnostics(Callback):
     Args:
         seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels of the training batches so
             far. Whenever a new class appears, earlier measurements are dropped.
-        absent_classes: Head rows of the classes that it lacks. ``None``: all classes that are not seen.
+        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
         head: Dotted name of the module that outputs the logits, if it is not found automatically.
         every_n_epochs: Measure every ``every_n_epochs`` epochs, starting with the first, and in the last epoch.
         output: The file to write, ``.md`` or ``.html``, with its pictures embedded. Relative to the Trainer's

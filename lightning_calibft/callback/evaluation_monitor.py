@@ -1,4 +1,4 @@
-"""AUSUC and accuracies of the logits that the user's own evaluation loop produces."""
+"""Measure AUSUC and accuracies from the logits of the user's own evaluation loop."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _REMEDY = (
 
 
 class EvaluationMonitor:
-    """Records the logits of each evaluation batch at the head and keeps one metric for each loader.
+    """Records the logits of each evaluation batch at the head and updates one metric per loader.
 
     Attributes:
-        split: The seen and the absent classes of the metrics; ``None`` while nothing is measured.
-        step: The training step after which the evaluation began.
-        counted: Whether any batch was counted.
+        split: The seen and the absent classes of the metrics. ``None`` if nothing is measured.
+        step: The training step after which the evaluation began. -1 before the first evaluation.
+        counted: Whether this process has counted a batch of the evaluation.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,14 @@ class EvaluationMonitor:
         self._unmapped = torch.tensor(NO_LABEL)
         self._warned = False
         self._gamma = 0.0
-        self._shift = torch.zeros(())  # as `calibrate_logits` adds it, but with nothing to check or to move each time
+        self._shift = torch.zeros(())  # what `calibrate_logits` would add, without its checks
         self._metrics: list[AUSUCWithAccuracies] = []
         self._updates: list[BatchedUpdates] = []
 
     def start(
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
     ) -> None:
-        """Begin an evaluation of ``model``, with the gamma it has now, after training step ``step``."""
+        """Begin an evaluation of ``model`` with its current gamma, after the training step ``step``."""
         self.stop()  # an evaluation may have ended with an error
         self._reader, self._target = reader, None
         if split != self.split or num_loaders != len(self._metrics):
@@ -71,14 +71,14 @@ class EvaluationMonitor:
             return
         assert self._recorder is not None
         try:
-            self._target = self._reader.rows(batch).clone()  # now: the step may change the batch
+            self._target = self._reader.rows(batch).clone()  # now, since the step may change the batch
         except (TypeError, ValueError) as error:
             self._warn_once(str(error))
         else:
             self._recorder.start()
 
     def end_batch(self, dataloader_idx: int) -> None:
-        """Count the batch in the metrics of its loader."""
+        """Stop recording and count the batch in the metric of its loader."""
         records = self.stop()
         target, self._target = self._target, None
         if self.split is None or target is None:
@@ -96,11 +96,11 @@ class EvaluationMonitor:
         self.counted = True
 
     def stop(self) -> list[Tensor]:
-        """Stop recording, after an exception as well, and return what was recorded."""
+        """Stop recording and return the recorded logits. Call this after an exception as well."""
         return [] if self._recorder is None else self._recorder.stop()
 
     def values(self, prefix: str) -> dict[str, Tensor]:
-        """Return the metrics of the evaluation, named as Lightning does where there are several loaders."""
+        """Return the values of the metrics. With several loaders, their names end as in Lightning."""
         if self.split is not None and (label := int(self._unmapped)) != NO_LABEL:
             self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
         for updates in self._updates:
@@ -108,7 +108,7 @@ class EvaluationMonitor:
         return self._named(prefix, [metric.values() for metric in self._metrics])
 
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
-        """Return what the accuracies of the evaluation would have been with ``gamma``, from its margins alone."""
+        """Return the accuracies that the evaluation would have had with ``gamma``, from the stored margins."""
         of_loaders = [metric.accuracies(gamma - self._gamma) for metric in self._metrics]
         named = [
             {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}

@@ -1,4 +1,4 @@
-"""Finding gamma in the way that the callback's arguments choose, and remembering for which weights it was found."""
+"""Find gamma as the callback's arguments ask for, and remember which weights it belongs to."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ from lightning_calibft.split import ClassSplit
 
 
 class GammaSearch:
-    """Finds gamma of a module in training: by a pass over data, from the training steps, or by more trainings.
+    """Finds the gamma of a module in training: by a pass over data, from the training steps, or by more trainings.
 
     Args:
-        estimator: As :class:`~lightning_calibft.AbsentClassCalibration` takes it, and so are the others.
-        estimator_kwargs: Likewise.
-        source: Likewise.
-        max_samples: Likewise.
-        tolerance: Likewise.
-        refresh_on_validation: Likewise.
-        seen_classes: Likewise; to refuse what does not go with them.
-        absent_classes: Likewise.
+        estimator: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        estimator_kwargs: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        source: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        max_samples: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        tolerance: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        refresh_on_validation: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        seen_classes: As in :class:`~lightning_calibft.AbsentClassCalibration`. Only used to check the other arguments.
+        absent_classes: As in :class:`~lightning_calibft.AbsentClassCalibration`. Only used to check the others.
 
     Attributes:
-        retraining: Pseudo cross-validation, for the estimator ``"pcv"``.
-        pretrained: The weights from before the fit, for estimators that need them.
-        steps: The present epoch's training steps, for ``source="training_steps"``.
+        retraining: Pseudo cross-validation, for the estimator ``"pcv"``. ``None`` for other estimators.
+        pretrained: The weights before the fit, for estimators that need them.
+        steps: The training steps of the current epoch, for ``source="training_steps"`` during a fit. Otherwise
+            ``None``.
 
     Raises:
-        ValueError: If an argument is out of its range, or arguments do not go together.
+        ValueError: If an argument is out of range, or if arguments do not fit together.
         TypeError: If an argument is of the wrong type.
     """
 
@@ -66,7 +67,7 @@ class GammaSearch:
         seen_classes: list[int] | None,
         absent_classes: list[int] | None,
     ) -> None:
-        pcv = isinstance(estimator, str) and estimator == "pcv"  # a metric makes something else of `==`
+        pcv = isinstance(estimator, str) and estimator == "pcv"  # a metric overloads `==`
         self.retraining = Retraining(estimator_kwargs or {}) if pcv else None
         if self.retraining is None:
             check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
@@ -92,14 +93,14 @@ class GammaSearch:
     def _forget_found(self) -> None:
         self._of_steps: list[CalibrationResult] = []
         self._of_retraining: CalibrationResult | None = None
-        self._refreshed: dict[int, CalibrationResult] = {}  # by the training step
-        self._refreshed_after = -1  # batches, the last time
+        self._refreshed: dict[int, CalibrationResult] = {}  # by training step
+        self._refreshed_after = -1  # number of training batches before the last refresh
 
     def check_split(self, split: ClassSplit | None, num_classes: int) -> None:
-        """Ask of the classes what the estimator asks beyond a split.
+        """Check that the estimator works with the classes.
 
         Raises:
-            ValueError: If they do not suit it, or it was made for another number of classes.
+            ValueError: If it needs other classes, or was made for another number of classes.
         """
         check_estimator_width(self._estimator, num_classes)
         if split is None:
@@ -110,11 +111,12 @@ class GammaSearch:
             make_estimator(self._estimator, split, self._estimator_kwargs)
 
     def setup(self, trainer: Trainer, model: LightningModule) -> None:
-        """Look at the Trainer before weights are restored.
+        """Check the Trainer, and start to watch the weights of the model, before weights are restored.
 
         Raises:
-            RuntimeError: If gamma would be found beside averaged weights or, by PCV, in several processes.
-            ValueError: If the estimator needs other weights in a model that is sharded.
+            RuntimeError: If gamma would be found while the model does not have its averaged weights, or if PCV would
+                run in several processes.
+            ValueError: If the estimator needs other weights and the model is sharded.
         """
         self._forget_found()
         if self._source == "training_steps":
@@ -129,10 +131,11 @@ class GammaSearch:
             self.retraining.setup(trainer)
 
     def start(self, trainer: Trainer, model: LightningModule, reader: BatchReader, split: ClassSplit | None) -> None:
-        """The fit begins: ``model`` is complete, on its device and without a gamma.
+        """Prepare for a fit that begins. By now, ``model`` is complete, on its device, and its gamma is reset.
 
         Raises:
-            ValueError: If the data that gamma is to be found on do not exist.
+            ValueError: If there is no data to find gamma on.
+            TypeError: If PCV cannot copy the model.
         """
         check_source(trainer, self._source, self._estimator)
         self._reader = reader
@@ -148,11 +151,11 @@ class GammaSearch:
 
     @property
     def needs_weights_before(self) -> bool:
-        """Whether the weights from before the fit are needed."""
+        """Whether the weights before the fit are needed."""
         return self.retraining is not None or needs_pretrained_logits(self._estimator)
 
     def make_pass(self, trainer: Trainer, model: LightningModule) -> EvaluationPass | None:
-        """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
+        """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
         return calibration_pass(
             trainer,
             model,
@@ -166,27 +169,27 @@ class GammaSearch:
         )
 
     def run(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
-        """Find gamma of the weights that the model has now, by a pass or by pseudo cross-validation."""
+        """Find the gamma of the model's current weights, by a pass or by pseudo cross-validation."""
         if self.retraining is None:
             return reading.run(split)
-        if self._of_retraining is None:  # all weights of a run have the same
+        if self._of_retraining is None:  # one gamma for all weights of a run
             assert self.pretrained.weights is not None
             self._of_retraining = self.retraining.run(trainer, self.pretrained.weights, reading, split)
         return self._of_retraining
 
     def run_before_validation(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
-        """Find gamma of the present weights while training goes on, and remember it for them."""
-        reading.progress = False  # in the middle of the Trainer's own bars
+        """Find the gamma of the current weights in the middle of a fit, and remember it for these weights."""
+        reading.progress = False  # the Trainer shows its own bars
         result = reading.run(split)
         self._refreshed[trainer.global_step] = result
         self._refreshed_after = trainer.fit_loop.total_batch_idx
         return result
 
     def result_of_steps(self, trainer: Trainer) -> CalibrationResult | None:
-        """Return gamma of the steps of this epoch so far; ``None`` before the first.
+        """Return the gamma of this epoch's training steps so far, or ``None`` if no step was ever counted.
 
         Raises:
-            ValueError: If logits are not finite.
+            ValueError: If gamma is not finite.
         """
         if self.steps is None or not trainer.strategy.reduce_boolean_decision(self.steps.counted, all=False):
             return None
@@ -195,36 +198,36 @@ class GammaSearch:
         return result
 
     def found_for_present(self, trainer: Trainer) -> CalibrationResult | None:
-        """Return what was found before the last validation, if nothing was trained since."""
-        # Where a module steps its optimizers by itself, the number of steps may not tell.
+        """Return the result from before the last validation, if there was no training since."""
+        # With manual optimization, the number of steps may not show it.
         same = trainer.fit_loop.total_batch_idx == self._refreshed_after
         return self.found_at(trainer.global_step) if same else None
 
     def found_at(self, step: int) -> CalibrationResult | None:
-        """Return what was found before a validation after so many training steps."""
+        """Return the result from before the validation at a training step, or ``None`` if there is none."""
         return self._refreshed.get(step)
 
     def found_for_file(
         self, model: LightningModule, checkpoint: Mapping[str, Any], split: ClassSplit
     ) -> CalibrationResult | None:
-        """Return what had been found when a checkpoint was written, whose weights ``model`` has now.
+        """Return the result that a checkpoint was saved with, if there is one. ``model`` has its weights now.
 
-        Not if classes were met later: gamma of fewer would not fit the mask of all.
+        Return ``None`` if new classes appeared after that, since this gamma is for another split.
         """
         found = self._of_steps
         if self._refreshes:
             found = [result for step, result in self._refreshed.items() if step == checkpoint.get("global_step")]
-        gamma = get_gamma(model) or 0.0  # by which the file is known: another may lie in its place now
+        gamma = get_gamma(model) or 0.0  # identifies the file, which may have been replaced by another one
         same = (result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6) and result.split == split)
         return next(same, None)
 
     def stop(self) -> None:
-        """Record training steps no more."""
+        """Stop recording training steps."""
         if self.steps is not None:
             self.steps.stop()
 
     def forget(self) -> None:
-        """Free the memory of what was kept for the fit."""
+        """Free the memory that was used for the fit."""
         self.stop()
         self.steps = None
         self.pretrained.forget()
@@ -236,22 +239,22 @@ class GammaSearch:
         if self.needs_weights_before or needs_absent_samples(estimator):
             raise ValueError(
                 f"Expected argument `source` to be 'train' or 'validation' for the estimator {estimator!r}, but got"
-                " 'training_steps', which have the logits of the fine-tuning data under the present weights alone."
+                " 'training_steps', which only have the logits of the fine-tuning data under the current weights."
             )
         if isinstance(estimator, str) and seen_classes is None:
             raise ValueError(
-                "Expected argument `seen_classes` beside `source='training_steps'`, but got None. The classes must be"
-                " known before the first step."
+                "Expected argument `seen_classes` to be given with `source='training_steps'`, but got None. The classes"
+                " must be known before the first step."
             )
 
     def _check_refresh(self) -> None:
-        expected = "Expected argument `refresh_on_validation` to be False beside"
+        expected = "Expected argument `refresh_on_validation` to be False with"
         if self._source == "training_steps":
             raise ValueError(
-                f"{expected} `source='training_steps'`, but got True: the steps tell gamma before each validation."
+                f"{expected} `source='training_steps'`, but got True: the steps give gamma before each validation."
             )
         if self.retraining is not None:
-            raise ValueError(f"{expected} `estimator='pcv'`, but got True: each time would train several models.")
+            raise ValueError(f"{expected} `estimator='pcv'`, but got True: each refresh would train several models.")
 
     def _warn_if_fine_tuned(self, model: LightningModule) -> None:
         if get_gamma(model) is None:
@@ -259,7 +262,7 @@ class GammaSearch:
         name = self._estimator if isinstance(self._estimator, str) else type(self._estimator).__name__
         calibrate = f"`lightning_calibft.calibrate(model, loader, estimator={name!r}, pretrained=...)` after the fit"
         rank_zero_warn(
-            f"The estimator {name!r} takes the weights that this fit begins with for those from before fine-tuning, but"
-            " the model is calibrated, so it has been fine-tuned already. If these are not meant, build the module"
-            " again" + (f", or call {calibrate}." if self.retraining is None else ".")
+            f"The estimator {name!r} takes the weights that this fit begins with for those before fine-tuning, but the"
+            " model is calibrated, so it has been fine-tuned already. If you do not mean these weights, build the"
+            " module again" + (f", or call {calibrate}." if self.retraining is None else ".")
         )

@@ -1,4 +1,4 @@
-"""The one place that knows that Lightning is published as two packages, whose classes are not each other's."""
+"""The one place that knows that Lightning is published as two packages, each with its own classes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def lightning_of(trainer: object) -> Any:
-    """Return the package that a Trainer is of: the module ``lightning.pytorch`` or ``pytorch_lightning``.
+    """Return the package that a Trainer comes from: the module ``lightning.pytorch`` or ``pytorch_lightning``.
 
-    Its classes are those that this Trainer works with, as in ``lightning_of(trainer).callbacks.ModelCheckpoint``.
+    The Trainer works with the classes of this package, as in ``lightning_of(trainer).callbacks.ModelCheckpoint``.
 
     Args:
-        trainer: A Trainer, or an instance of any other class of the two packages or of a subclass of one.
+        trainer: A Trainer, or an instance of any class of the two packages or of a subclass of one.
 
     Raises:
-        TypeError: If it is of neither.
+        TypeError: If it comes from neither package.
 
     Example:
         >>> from lightning.pytorch import Trainer

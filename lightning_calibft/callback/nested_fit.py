@@ -1,4 +1,4 @@
-"""Fits within a fit, which leave no trace in it."""
+"""Run fits inside the user's fit without leaving a trace in it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def fit_nested(
     accumulate_grad_batches: int,
     callbacks: list[Callback],
 ) -> None:
-    """Fit with the settings of the user's Trainer that shape the training; nothing is written or logged.
+    """Fit with those settings of the user's Trainer that shape the training. Nothing is saved or logged.
 
     Args:
-        trainer: The user's, whose fit has ended.
-        module: What to train, a copy of the user's.
+        trainer: The user's Trainer. Its training has ended.
+        module: The module to train, a copy of the user's.
         loaders: The training data.
-        share: Their share of the user's.
-        limits: ``max_epochs`` or ``max_steps``.
-        accumulate_grad_batches: That at the start of the user's fit.
-        callbacks: Of this fit.
+        share: The share of the user's training samples that ``loaders`` has.
+        limits: The arguments ``max_epochs`` and ``max_steps`` of the Trainer.
+        accumulate_grad_batches: The value at the start of the user's fit.
+        callbacks: The callbacks of this fit.
 
     Raises:
         KeyboardInterrupt: If the fit was interrupted.
     """
     lightning, device, limit = lightning_of(trainer), trainer.strategy.root_device, trainer.limit_train_batches
-    environments = import_module(f"{lightning.__name__}.plugins.environments")  # not loaded with the package
-    with _quiet(), tempfile.TemporaryDirectory() as nowhere:
+    environments = import_module(f"{lightning.__name__}.plugins.environments")  # not imported by the package
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         nested = lightning.Trainer(
-            # On SLURM, Lightning would resume from a file of the user's job, and save this fit in its place.
-            default_root_dir=nowhere,
+            # On SLURM, Lightning would resume from a file of the user's job and save this fit over it.
+            default_root_dir=folder,
             plugins=[environments.LightningEnvironment()],
             **limits,
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -68,7 +68,7 @@ def fit_nested(
         try:
             nested.fit(module, **_data(trainer, loaders))
         except SystemExit:
-            if nested.interrupted:  # Lightning leaves the process then, but the user's Trainer has to end first
+            if nested.interrupted:  # Lightning would exit the process, but the user's Trainer has to end first
                 raise KeyboardInterrupt from None
             raise
 
@@ -79,12 +79,17 @@ def _data(trainer: Any, loaders: Any) -> dict[str, Any]:
     datamodule = copy.copy(trainer.datamodule)  # for its transfer hooks
     datamodule.train_dataloader = lambda: loaders
     for hook in ("prepare_data", "setup", "teardown"):  # it is set up already
-        setattr(datamodule, hook, nothing)
+        setattr(datamodule, hook, no_op)
     return {"datamodule": datamodule}
 
 
 class Progress(Callback):
-    """Moves one bar through all fits."""
+    """Shows the progress of several fits in one bar.
+
+    Args:
+        bar: The bar, which counts training batches.
+        remaining: Number of fits that remain, including this one.
+    """
 
     def __init__(self, bar: tqdm[Any], remaining: int) -> None:
         self._bar = bar
@@ -104,24 +109,23 @@ class Progress(Callback):
 
 
 def copy_of(module: LightningModule) -> LightningModule:
-    """Copy a module without the Trainer that it is attached to.
+    """Copy a module without its Trainer.
 
     Raises:
-        TypeError: If it cannot be copied.
+        TypeError: If the module cannot be copied.
     """
     try:
         trainer = module.trainer
-    except RuntimeError:  # there is none
+    except RuntimeError:  # it has no Trainer
         trainer = None
     module.trainer = None
     try:
         copied = copy.deepcopy(module)
         with suppress(ValueError):  # it is not compiled
-            lightning_of(module).utilities.compile.to_uncompiled(
-                copied
-            )  # compiled steps of a copy are those of the original
+            # The compiled steps of a copy would still run the original.
+            lightning_of(module).utilities.compile.to_uncompiled(copied)
         return copied
-    except Exception as error:  # whatever its attributes raise
+    except Exception as error:  # its attributes can raise anything
         raise TypeError(
             f"Expected a module that `copy.deepcopy` can copy for the estimator 'pcv', which fine-tunes copies of it,"
             f" but {type(module).__name__} gives {error!r}. Choose another `estimator`."
@@ -134,14 +138,14 @@ def _watches_validation(trainer: Trainer) -> bool:
     return any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """Stand in for a hook that has run already."""
+def no_op(*_: Any, **__: Any) -> None:
+    """Replace a hook that has already run."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what Lightning tells of each Trainer, such as its devices."""
-    # Once the package of the other name is imported, Lightning tells it in that one's name.
+    """Silence what Lightning logs for each new Trainer, such as its devices."""
+    # Once both packages are imported, each may log under the name of the other.
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The weights from before fine-tuning, for estimators that compare with them."""
+"""Keep the weights before fine-tuning, for estimators that need them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch.utils.hooks import RemovableHandle
 
 
 class PretrainedWeights:
-    """Keeps a copy of the weights that a fit begins with, on the CPU; of a resumed fit, those before it resumed.
+    """Keeps a copy of the weights that a fit begins with, on the CPU.
+
+    If the fit resumes, these are the weights from before the checkpoint was loaded.
 
     Attributes:
-        weights: The tensors of the model's state dict; ``None`` before the fit and after it.
+        weights: The tensors of the model's state dict. ``None`` before and after the fit.
     """
 
     def __init__(self) -> None:
@@ -18,14 +20,14 @@ class PretrainedWeights:
         self._handle: RemovableHandle | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """From now on, copy the weights whenever others are about to be loaded into ``model``."""
+        """From now on, copy the weights of ``model`` before other weights are loaded into it."""
         self.forget()
         self._handle = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             lambda *_: self._copy(model)
         )
 
     def start(self, model: nn.Module, resumed: bool) -> None:
-        """The fit begins. If it resumes, the weights that were loaded last are those of a checkpoint."""
+        """Copy the weights as the fit begins. If it resumes, keep the copy from before the checkpoint was loaded."""
         if not resumed or self.weights is None:
             self._copy(model)
         self._stop()

@@ -1,4 +1,4 @@
-"""Pseudo cross-validation by the user's own module, data and Trainer."""
+"""Pseudo cross-validation with the user's own module, data and Trainer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.class_subset import ClassSubset, check_loaders
 from lightning_calibft.callback.lightning_package import lightning_of
-from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, nothing
-from lightning_calibft.callback.restricted import RestrictedData, check_loaders
+from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, no_op
 from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_classes
 from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
 from lightning_calibft.head.attach import reset_gamma
@@ -30,10 +30,11 @@ class RetrainingPlan(CrossValidationPlan):
     """The ``estimator_kwargs`` of ``"pcv"``.
 
     Raises:
-        ValueError: If one is out of its range.
+        TypeError: If a value is of the wrong type.
+        ValueError: If a value is out of range.
     """
 
-    epochs: float = 1.0  # as a share of those that the fit has run
+    epochs: float = 1.0  # as a share of the epochs or steps of the fit
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,13 +43,14 @@ class RetrainingPlan(CrossValidationPlan):
 
 
 class Retraining:
-    """Keeps the module as it is before a fit, and fits copies of it on a part of the classes afterwards.
+    """Keeps a copy of the module before a fit. After the fit, trains copies of it on a part of the classes.
 
     Args:
-        options: The fields of :class:`RetrainingPlan`.
+        options: Fields of :class:`RetrainingPlan`.
 
     Raises:
-        ValueError: If one of them is unknown or out of its range.
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option is unknown or out of range.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -64,51 +66,52 @@ class Retraining:
         self._accumulate = 1
 
     def setup(self, trainer: Any) -> None:
-        """Look at the Trainer before the fit.
+        """Check the Trainer before the fit, and copy the callbacks that shape the training.
 
         Raises:
             RuntimeError: If there are several processes.
         """
         if trainer.world_size > 1:
             raise RuntimeError(
-                f"Expected a Trainer with one device for the estimator 'pcv', which trains in each process by itself,"
+                f"Expected a Trainer with one device for the estimator 'pcv', which trains in a single process,"
                 f" but got {trainer.world_size}. Choose another `estimator`, or call `pseudo_cross_validation`."
             )
-        # As they are before they have seen the module. Others look at the training or save it, but do not shape it.
+        # Copies from before they have seen the module. Other callbacks watch or save the training, but do not shape it.
         callbacks = lightning_of(trainer).callbacks
         shaping = (callbacks.BaseFinetuning, callbacks.GradientAccumulationScheduler)
         self._callbacks = [copy.deepcopy(each) for each in trainer.callbacks if isinstance(each, shaping)]
         self._accumulate = trainer.accumulate_grad_batches
 
     def keep(self, module: LightningModule) -> None:
-        """Copy the module before it is trained, to the CPU.
+        """Copy the module to the CPU before it is trained.
 
         Raises:
-            TypeError: If it cannot be copied.
+            TypeError: If the module cannot be copied.
         """
         self._module = copy_of(module).cpu()
         for hook in ("prepare_data", "setup", "configure_model", "teardown"):
-            setattr(self._module, hook, nothing)  # it is set up already: another setup could build parts of it anew
+            setattr(self._module, hook, no_op)  # it is set up already: another setup could rebuild parts of it
         self._module.configure_callbacks = list  # type: ignore[method-assign]
 
     def check(self, trainer: Trainer) -> None:
-        """Look at the training data when they exist, and announce what is to come.
+        """Check the training data and the schedulers once they exist, and announce the trainings after the fit.
 
         Raises:
-            ValueError: See :func:`~lightning_calibft.callback.restricted.check_loaders`; or if a scheduler watches
-                what this callback logs.
+            ValueError: If the samples of some classes cannot be taken from a loader, or if a scheduler monitors a value
+                that the callback logs.
         """
         check_loaders(trainer.train_dataloader)
         for config in trainer.lr_scheduler_configs:
             if config.reduce_on_plateau and str(config.monitor).startswith(("val_ausuc", "val_acc")):
                 raise ValueError(
-                    f"Expected learning rate schedulers to watch what the module logs by itself for the estimator"
-                    f" 'pcv', but got {config.monitor!r}, which the fits of copies do not log. Watch another value."
+                    f"Expected learning rate schedulers to monitor values that the module itself logs for the"
+                    f" estimator 'pcv', but got {config.monitor!r}, which its trainings do not log. Monitor another"
+                    " value."
                 )
         splits, times = self.plan.num_splits, self.plan.num_splits * self.plan.epochs / 2
         rank_zero_info(
-            f"AbsentClassCalibration(estimator='pcv') will train {splits} more models when this fit has ended, on about"
-            f" half of the classes each: about {times:.1f} times as long as this fit again."
+            f"AbsentClassCalibration(estimator='pcv') will train {splits} more models after this fit, each on about"
+            f" half of the classes. Together they take about {times:.1f} times as long as this fit."
         )
 
     def run(
@@ -121,8 +124,8 @@ class Retraining:
         """Cross-validate with nested fits; see :func:`~lightning_calibft.cross_validation.cross_validate`.
 
         Args:
-            trainer: The user's, whose fit has ended.
-            weights: Those from before the fit.
+            trainer: The user's Trainer. Its training has ended.
+            weights: The weights before the fit.
             reading: A pass over the data that gamma is found on.
             split: The seen and the absent classes.
         """
@@ -130,10 +133,10 @@ class Retraining:
         device, before = trainer.strategy.root_device, self._module
         before.load_state_dict(weights, strict=before.strict_loading)
         reset_gamma(before.to(device))
-        data = RestrictedData(trainer.train_dataloader, reading.reader)
+        data = ClassSubset(trainer.train_dataloader, reading.reader)
         limits = self._limits(trainer, 1.0)
         steps, epochs = limits.get("max_steps"), limits["max_epochs"]
-        length = f"{epochs} epochs of its part" if steps is None else f"its share of {steps} steps"
+        length = f"{epochs} epochs of its samples" if steps is None else f"its share of {steps} steps"
         rank_zero_info(f"{cost(self.plan, split, data.rows)} Each trains for {length}.")
         progress_bar = trainer.progress_bar_callback
         shown = progress_bar is not None and getattr(progress_bar, "is_enabled", True)
@@ -141,7 +144,7 @@ class Retraining:
         def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
             module = copy_of(before)
             parts, share = data.of_classes(pseudo_split.seen_classes)
-            loaders = CombinedLoader(parts, trainer.fit_loop._combined_loader._mode)  # private, and told nowhere else
+            loaders = CombinedLoader(parts, trainer.fit_loop._combined_loader._mode)  # private in Lightning
             shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
             return module.to(device)
@@ -159,7 +162,7 @@ class Retraining:
         self._module = None
 
     def _limits(self, trainer: Trainer, share: float) -> dict[str, Any]:
-        """How long to train on a share of the samples."""
-        if 0 <= trainer.max_steps <= trainer.global_step:  # what ended the fit
+        """Return how long to train on a share of the samples."""
+        if 0 <= trainer.max_steps <= trainer.global_step:  # the steps ended the fit
             return {"max_epochs": -1, "max_steps": max(1, round(trainer.global_step * self.plan.epochs * share))}
         return {"max_epochs": max(1, round(trainer.current_epoch * self.plan.epochs))}

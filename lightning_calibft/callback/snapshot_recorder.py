@@ -1,4 +1,4 @@
-"""Measuring a model while it is trained and validated."""
+"""Measure a model while it is trained and validated."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class SnapshotRecorder:
             self._warn(f"{error} Or pass `seen_classes`.")
 
     def add_classes(self, classes: Iterable[int]) -> None:
-        """Add seen classes from the run that this one resumes."""
+        """Add the seen classes of the run that this one resumes."""
         if self._labels is not None:
             self._labels.add_classes(classes)
 
@@ -82,7 +82,7 @@ class SnapshotRecorder:
         return [] if self._labels is None else self._labels.classes()
 
     def split(self) -> ClassSplit | None:
-        """Return the split, the same on all processes, or ``None`` if no class is seen or none is absent so far."""
+        """Return the split on all processes, or ``None`` if so far no class is seen or no class is absent."""
         if self._labels is None:
             return self._split
         classes = self._labels.classes(self._strategy)

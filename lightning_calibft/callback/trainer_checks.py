@@ -1,4 +1,4 @@
-"""What the callbacks ask of a Trainer before any training time is spent."""
+"""Check a Trainer for what the callbacks do not support, before training begins."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lightning_calibft.head.offset import attached_heads
 
 
 def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:
-    """Refuse absent classes alone: which are seen is then not what training meets.
+    """Refuse ``absent_classes`` without ``seen_classes``.
 
     Raises:
-        ValueError: If ``seen_classes`` are missing beside ``absent_classes``.
+        ValueError: If ``absent_classes`` are given and ``seen_classes`` are not.
     """
     if absent_classes is not None and seen_classes is None:
         raise ValueError(
-            "Expected argument `seen_classes` beside `absent_classes`, but got None. Give both, or neither."
+            "Expected argument `seen_classes` to be given with `absent_classes`, but got None. Give both or neither."
         )
 
 
 def check_trainer(trainer: Any, model: LightningModule) -> None:
-    """Refuse what would end in a wrong gamma or in none.
+    """Refuse a Trainer or module that would lead to a wrong gamma or to none.
 
     Raises:
-        TypeError: If the Trainer or the module come from the package ``pytorch_lightning``.
+        TypeError: If the Trainer or the module does not come from the package ``lightning``.
         RuntimeError: If the strategy shards the weights in a way that is not supported.
     """
     for name, value, expected in (("trainer", trainer, Trainer), ("module", model, LightningModule)):
@@ -52,26 +52,26 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
 
 
 def check_launcher(trainer: Any, model: LightningModule, head: str | None) -> None:
-    """Refuse a module to whose original, in the process that started this one, gamma would not come back.
+    """Refuse a module whose original, in the process that started this one, would not get gamma.
 
     Raises:
-        RuntimeError: If this process was spawned or forked by the Trainer and the module has no calibration.
+        RuntimeError: If the Trainer spawned or forked this process and the module has no calibration.
     """
-    # Private in Lightning, which tells in no other way that it has left the process in which the user's code runs.
+    # Private in Lightning, which has no other way to ask whether the user's code runs in another process.
     launchers = lightning_of(trainer).strategies.launchers
     if not isinstance(trainer.strategy.launcher, launchers._MultiProcessingLauncher) or attached_heads(model):
         return
-    with suppress(HeadNotFoundError):  # built later, in this process alone: then its weights do not come back either
+    with suppress(HeadNotFoundError):  # a head that is built later, in this process only, loses its weights anyway
         find_head(model, head)
         raise RuntimeError(
             "With a strategy that spawns or forks processes, the Trainer brings the trained weights back into the"
-            " original module, which would lose gamma without a word. Call `lightning_calibft.attach(model)` before"
+            " original module, which would silently lose gamma. Call `lightning_calibft.attach(model)` before"
             " `fit`, or use the strategy 'ddp'."
         )
 
 
 def check_estimator_of_parts(trainer: Any, estimator: object) -> None:
-    """Refuse an estimator that needs other weights in the model, where these are sharded over processes.
+    """Refuse an estimator that also runs the model with other weights, if the model is sharded over processes.
 
     Raises:
         ValueError: If the strategy is ``ModelParallelStrategy``.
@@ -86,10 +86,11 @@ def check_estimator_of_parts(trainer: Any, estimator: object) -> None:
 
 
 def check_sharded_checkpoints(trainer: Any, refresh_on_validation: bool) -> None:
-    """Refuse checkpoints of sharded weights that would have to be calibrated after they are written.
+    """Refuse sharded checkpoints that would have to be calibrated after they are written.
 
     Raises:
-        ValueError: If the strategy is ``ModelParallelStrategy`` and no validation finds gamma before they are.
+        ValueError: If the strategy is ``ModelParallelStrategy`` and no validation finds gamma before checkpoints are
+            written.
     """
     if not is_model_parallel(trainer) or not trainer.checkpoint_callbacks:
         return
@@ -104,10 +105,10 @@ def check_sharded_checkpoints(trainer: Any, refresh_on_validation: bool) -> None
 
 
 def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to resume from a checkpoint that is for inference.
+    """Refuse to resume from a checkpoint that is for inference only.
 
     Raises:
-        ValueError: If gamma is folded into the bias in it.
+        ValueError: If gamma is folded into its bias.
     """
     if is_folded(checkpoint):
         raise ValueError(
@@ -118,9 +119,10 @@ def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
 
 
 def order_callbacks(trainer: Any, callback: Callback) -> None:
-    """Let all others finish before ``callback`` (averaged weights must be in place) and checkpoints be saved after it.
+    """Move ``callback`` behind all others, but before those that save checkpoints.
 
-    The list is replaced, not changed: the Trainer is iterating over it.
+    The others run first because averaged weights must be in place. The list is replaced, not changed, because the
+    Trainer is iterating over it.
     """
     checkpoint = lightning_of(trainer).callbacks.Checkpoint
     others = [other for other in trainer.callbacks if other is not callback]

@@ -1,4 +1,4 @@
-"""The data of a Trainer, as the calibration pass reads it."""
+"""Read the data of a Trainer for the calibration pass."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Source = Literal["train", "validation", "training_steps"]
 
 
 def is_model_parallel(trainer: Any) -> bool:
-    """Return whether each process of the Trainer holds a part of the model."""
+    """Return whether each process of the Trainer holds only a part of the model."""
     return isinstance(trainer.strategy, lightning_of(trainer).strategies.ModelParallelStrategy)
 
 
 def calibration_dataloader(trainer: Trainer) -> Any:
-    """Return the user's ``calibration_dataloader()``, of the datamodule or the module, or ``None``."""
+    """Return the ``calibration_dataloader()`` of the datamodule or else the module, or ``None`` if there is none."""
     for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
         if (method := getattr(owner, "calibration_dataloader", None)) is not None:
             return method()
@@ -39,10 +39,10 @@ def calibration_dataloader(trainer: Trainer) -> Any:
 
 
 def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -> None:
-    """Find at the start of a fit what would be wrong with its data at the end.
+    """Check at the start of a fit that there will be data for the estimator at the end.
 
     Raises:
-        ValueError: If there is no validation to take the samples from, or nothing with samples of absent classes.
+        ValueError: If there is no validation to take samples from, or no data with samples of absent classes.
     """
     if source == "validation" and not trainer.enable_validation:
         raise ValueError(
@@ -52,17 +52,17 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
     if source == "train" and needs_absent_samples(estimator) and calibration_dataloader(trainer) is None:
         raise ValueError(
             f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got 'train': it needs"
-            " labeled samples of absent classes. A `calibration_dataloader` that has them serves as well."
+            " labeled samples of absent classes. A `calibration_dataloader` that has them also works."
         )
 
 
 def move_batch(trainer: Trainer, batch: Any) -> Any:
     """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
     stage: Any = trainer.state.stage
-    trainer.state.stage = type(stage)("validate")  # hooks that augment or mix do so if `trainer.training`
+    trainer.state.stage = type(stage)("validate")  # so that hooks which augment or mix `if trainer.training` do not
     try:
         batch = trainer.precision_plugin.convert_input(batch)
-        # Private in Lightning, which has no other way to run this hook of the datamodule or else the module.
+        # Private in Lightning, which has no public way to run this hook of the datamodule or the module.
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
@@ -70,7 +70,7 @@ def move_batch(trainer: Trainer, batch: Any) -> Any:
 
 
 def sharded_reading(trainer: Any) -> ShardedReading | None:
-    """Return how the processes of a sharded model share the reading of data; ``None`` for a whole model."""
+    """Return which samples this process reads for a sharded model, or ``None`` if the model is not sharded."""
     if not is_model_parallel(trainer):
         return None
     shares = trainer.strategy.distributed_sampler_kwargs
@@ -82,23 +82,24 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
     """Return the first batch of the user's ``calibration_dataloader()`` on the device, or ``None``.
 
     Raises:
-        ValueError: If it is empty.
+        ValueError: If the loader is empty.
     """
     loader = calibration_dataloader(trainer)
     if loader is None:
         return None
-    # Of all samples: this process' share of them may be empty.
+    # Read all samples: the share of this process may be empty.
     for batch in chain.from_iterable(calibration_loaders(loader, share=(0, 1))):
         return move_batch(trainer, batch)
-    raise empty_error()  # not a `StopIteration`, with which training would end as if it were done
+    raise empty_error()  # a `StopIteration` would end the training as if it were complete
 
 
 def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, reader: BatchReader) -> None:
-    """Find at the first training batch what would be wrong with the first batch of the pass at the end.
+    """Check at the first training batch that the pass at the end will be able to read its first batch.
 
     Raises:
         TypeError: If its target does not hold class ids.
-        ValueError: If it cannot be split, a target is not mapped, or the head does not give the logits.
+        ValueError: If the batch cannot be split, a target is not mapped, or the output of the head is not the logits.
+            Also if the ``calibration_dataloader()`` is empty.
     """
     with evaluation(model), trainer.precision_plugin.forward_context():
         clean = _first_calibration_batch(trainer)
@@ -106,7 +107,7 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         rows = reader.rows(batch)
         if reader.maps:
             check_mapped(rows)
-        if is_model_parallel(trainer):  # the forwards need all processes, and depend on what comes out
+        if is_model_parallel(trainer):  # all processes must run the same forwards, and these depend on the batch
             batch = first_batch_of_any(batch, model.device)
         check_head(model, batch, reader)
 
@@ -122,7 +123,7 @@ def calibration_pass(
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
 ) -> EvaluationPass | None:
-    """Prepare the pass over the data that gamma is found on; ``None``, with a warning, if there are none."""
+    """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
     clean = None if source == "validation" else calibration_dataloader(trainer)
     if source == "validation":
         loaders, max_batches = trainer.val_dataloaders, _max_validation_batches(trainer)
@@ -157,7 +158,7 @@ def calibration_pass(
 def _max_batches(trainer: Trainer, of_training: bool) -> int | None:
     """Return how many batches of each loader to read, or ``None`` for all of them."""
     if math.isinf(trainer.num_training_batches):
-        # A stream may have no end: as many as training has read.
+        # A stream may be endless, so read as many batches as training has read.
         return (trainer.fit_loop.total_batch_idx + 1 or None) if of_training else None
     limit = trainer.limit_train_batches
     return int(trainer.num_training_batches) if isinstance(limit, int) or limit < 1 else None

@@ -1,4 +1,4 @@
-"""The classes met in training batches, counted without making a step wait."""
+"""Collect the classes in the training batches without making a training step wait."""
 
 from __future__ import annotations
 
@@ -24,77 +24,83 @@ from lightning_calibft.split import ClassSplit
 
 
 class TrainingLabels:
-    """The class ids that the training batches of this process have held.
+    """Collects the class ids in the training batches of this process.
 
     Args:
         num_classes: Number of classes ``C`` of the head.
-        mapped: Whether a ``class_map`` has made rows of the labels.
+        mapped: Whether a ``class_map`` has turned the labels into rows.
 
     Attributes:
-        given_up: Whether this process has met mixed labels.
+        num_classes: Number of classes ``C`` of the head.
+        given_up: Whether :meth:`give_up` was called, because labels of this process are mixed.
     """
 
-    # The small kernels of a flush are a cost that fast training loops feel: 64 label vectors wait for it together.
+    # The small kernels of a flush slow down fast training loops, so up to 64 label vectors are flushed together.
     flush_every = 64
 
     def __init__(self, num_classes: int, mapped: bool) -> None:
         self.num_classes = num_classes
         self.given_up = False
         self._may_be_positions = not mapped
-        self._met = torch.zeros(num_classes + 3, dtype=torch.int32)  # then: out of range, ignored, mixed
+        self._found = torch.zeros(num_classes + 3, dtype=torch.int32)  # classes, then: out of range, ignored, mixed
         self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
         self._split: ClassSplit | None = None
 
     def add_batch(self, batch: Any, loaders: Any, reader: BatchReader) -> None:
-        """Take the labels of what a training step gets from one loader or from a collection of them.
+        """Add the labels of a training batch, which may combine the batches of a collection of loaders.
 
         Raises:
             TypeError: As in :meth:`BatchReader.rows`.
             ValueError: As in :meth:`BatchReader.rows`.
         """
         for part in training_batches(batch, loaders):
-            self._pending.append(reader.rows(part).clone())  # the step may write over it
+            self._pending.append(reader.rows(part).clone())  # the step may overwrite it
         if len(self._pending) >= self.flush_every:
             self._flush()
 
     def give_up(self) -> None:
-        """Labels of this process are mixed: those of no process tell the classes."""
+        """Stop collecting, because labels of this process are mixed. No process then knows the classes."""
         self.given_up = True
         self._pending = []
-        self._met[-1] = 1
+        self._found[-1] = 1
 
     def add_classes(self, classes: Iterable[int]) -> None:
-        """Take class ids that were met earlier, in a run that this one resumes."""
-        self._met[list(classes)] = 1
+        """Add class ids from an earlier run that this one resumes."""
+        self._found[list(classes)] = 1
 
     def classes(self, strategy: Strategy | None = None) -> list[int]:
-        """Return the classes met by this process or, with the ``strategy`` of the Trainer, by all of them.
+        """Return the classes that this process knows of. With ``strategy``, first combine those of all processes.
 
-        There are none if labels are mixed.
+        The list is empty if labels are mixed.
+
+        Args:
+            strategy: The strategy of the Trainer. All processes must pass it in the same call.
 
         Raises:
-            ValueError: If a label was no row of the head.
+            ValueError: If a label was not a row of the head.
         """
         self._flush()
         if strategy is not None:
-            reduced = strategy.reduce(self._met.to(strategy.root_device), reduce_op="sum")
-            self._met = (torch.as_tensor(reduced) > 0).to(self._met)
-        *met, outside, _, mixed = self._met.tolist()
+            reduced = strategy.reduce(self._found.to(strategy.root_device), reduce_op="sum")
+            self._found = (torch.as_tensor(reduced) > 0).to(self._found)
+        *found, outside, _, mixed = self._found.tolist()
         if mixed:
             return []
         if outside:
             label = self._outside
             if strategy is not None:
                 label = torch.as_tensor(strategy.reduce(label.to(strategy.root_device), reduce_op="max"))
-            raise target_error(self.num_classes, int(label), "the training data has others, such as")
-        return [index for index, count in enumerate(met) if count]
+            raise target_error(self.num_classes, int(label), "the training data has other labels, such as")
+        return [index for index, count in enumerate(found) if count]
 
     def split(self, strategy: Strategy) -> ClassSplit | None:
-        """Return the classes met by all processes so far as seen; ``None`` before the first, and if they are all.
+        """Return the split in which the classes of all processes so far are seen.
+
+        Return ``None`` if so far no class is seen or no class is absent.
 
         Raises:
-            ValueError: If a label was no row of the head.
+            ValueError: If a label was not a row of the head.
         """
         classes = self.classes(strategy)
         if self._split is None or list(self._split.seen_classes) != classes:
@@ -102,10 +108,10 @@ class TrainingLabels:
         return self._split
 
     def end_epoch(self, strategy: Strategy) -> None:
-        """Warn at the first call if the labels look like positions in a list of folders.
+        """Combine the classes of all processes. The first call warns if they look like positions in a list.
 
         Raises:
-            ValueError: If a label was no row of the head.
+            ValueError: If a label was not a row of the head.
         """
         classes = self.classes(strategy)
         if self._may_be_positions:
@@ -117,28 +123,31 @@ class TrainingLabels:
             return
         target = torch.cat(self._pending)
         self._pending = []
-        self._met = self._met.to(target.device).index_fill(0, label_bins(target, self.num_classes), 1)
+        self._found = self._found.to(target.device).index_fill(0, label_bins(target, self.num_classes), 1)
         self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
 def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: EvaluationPass) -> ClassSplit | None:
-    """Return the split by the labels met in training or else in the data of a pass; ``None``, with a warning, for none.
+    """Return the split that follows from the labels in training, or, if there are none, from the data of a pass.
+
+    Return ``None``, with a warning, if there are fewer than two seen classes or no absent class.
 
     Args:
-        labels: What training has met, unless its labels are mixed.
-        strategy: That of the Trainer.
-        reading: The pass to come.
+        labels: The labels in training, or ``None``.
+        strategy: The strategy of the Trainer.
+        reading: The pass that will find gamma.
 
     Raises:
-        ValueError: If neither tells it, since training has mixed labels and the pass reads other classes as well.
+        ValueError: If neither shows the seen classes: training labels are mixed or unknown, and the pass may read
+            samples of other classes as well.
     """
     if labels is not None and (split := labels.split(strategy)) is not None and len(split.seen_classes) > 1:
         return split
     classes = [] if labels is None else labels.classes()
     if not classes and (reading.validation or needs_absent_samples(reading.estimator)):
         raise ValueError(
-            "Expected argument `seen_classes` to name the classes of the training data, since neither its own labels"
-            " nor those of the calibration data tell them, but got None."
+            "Expected argument `seen_classes` to name the classes of the training data, since neither its labels nor"
+            " those of the calibration data show them, but got None."
         )
     classes = classes or reading.read_classes()
     if 2 <= len(classes) < reading.num_classes:
@@ -151,7 +160,7 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
 
 
 def training_batches(batch: Any, loaders: Any) -> list[Any]:
-    """Return the batches that a training step gets: of a list or dict of loaders, one from each that has any left."""
+    """Return the batches in a training batch: with a list or dict of loaders, one from each that is not exhausted."""
     if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and loaders.keys() == batch.keys():
         pairs = [(batch[key], loaders[key]) for key in loaders]
     elif (

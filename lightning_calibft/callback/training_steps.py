@@ -1,4 +1,4 @@
-"""Gamma from the logits that the training steps produce anyway, without a pass over the data."""
+"""Find gamma from the logits of the training steps, without a pass over the data."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_calibft.split import ClassSplit
 
 
 class TrainingSteps:
-    """Feeds an estimator with the raw logits of each training step of the present epoch.
+    """Updates an estimator with the raw logits of each training step of the current epoch.
 
-    They are those of train mode and of the weights as they were at each step.
+    These are the logits of train mode, with the weights of the moment.
 
     Args:
-        model: The module in training, its head attached and on its device.
-        estimator: As the callback takes it.
-        estimator_kwargs: Likewise.
+        model: The module in training, on its device, with its head attached.
+        estimator: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        estimator_kwargs: As in :class:`~lightning_calibft.AbsentClassCalibration`.
         split: The seen and the absent classes.
-        counts: Whether the logits of this process count, or another has the same.
+        counts: Whether the logits of this process count. Pass ``False`` if another process has the same logits.
 
     Attributes:
-        counted: Whether this process has counted any step.
+        counted: Whether this process has ever counted a step.
     """
 
     def __init__(
@@ -51,28 +51,31 @@ class TrainingSteps:
         self._target: Tensor | None = None
 
     def start_epoch(self) -> None:
-        """Forget the steps so far."""
+        """Forget the steps of the epoch before."""
         self._updates.clear()
         self._estimator.reset()
 
     def start_step(self, rows: Tensor) -> None:
-        """Record a step on samples of these rows of the head, of shape ``(N,)``."""
-        self._target = rows.clone()  # the step may write over it
+        """Record the logits of a step. ``rows`` are the head's rows of its samples, of shape ``(N,)``."""
+        self._target = rows.clone()  # the step may overwrite it
         if self._records is None:
             self._records = self._recorder.start()
         self._records.clear()
         self._of_step = None
 
     def end_forward(self) -> None:
-        """Take what was recorded for the step's own; what comes later, such as pictures of another callback, is not."""
+        """Take the logits recorded so far as those of the step. Later ones, such as of another callback, are not."""
         if self._of_step is None and self._records is not None:
             self._of_step = self._records[:]
 
     def end_step(self, skipped: bool) -> None:
-        """Count the logits of the step, unless the module has skipped it.
+        """Count the logits of the step, unless it was skipped. Later steps may also leave out the head.
+
+        Args:
+            skipped: Whether the training step returned ``None``.
 
         Raises:
-            ValueError: If the step ran the head more or less than once on its batch.
+            ValueError: If the step did not run the head exactly once on its batch.
         """
         self.end_forward()
         assert self._target is not None
@@ -88,21 +91,25 @@ class TrainingSteps:
             ) from None
         self._of_step.clear()
         rows = (logits, self._target)
-        # An update with no rows, not none at all, after which a metric would not wait for the other processes.
+        # If the logits do not count, update without rows: a metric without updates would not wait for the others.
         self._updates.add(*(each if self._counts else each[:0] for each in rows))
         self.counted = True
 
     def result(self) -> CalibrationResult:
-        """Return gamma of the steps since the last :meth:`start_epoch`, of all processes."""
+        """Return the gamma of the steps of all processes since the last :meth:`start_epoch`.
+
+        Raises:
+            ValueError: If gamma is not finite.
+        """
         self.stop()
         self._updates.flush()
         return result_of(self._estimator, self._choice)
 
     def stop(self) -> None:
-        """Record no more until the next step: the logits of a validation are not those of a step."""
+        """Stop recording until the next step, so that the logits of a validation are not counted."""
         self._recorder.stop()
         self._records = None
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
-        # Not handed over as it is: a metric keeps its `update` in itself, and a copy of this would feed the original.
+        # Looked up at each call: a metric stores `update` as an attribute, so a copy's would update the original.
         self._estimator.update(logits, target)

@@ -1,4 +1,4 @@
-"""Working beside Lightning's weight averaging callbacks, which keep a second copy of the module."""
+"""Work with Lightning's weight averaging callbacks, which keep a second copy of the module."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from lightning_calibft.head.offset import attached_heads
 
 
 def check_averaging_order(trainer: Any, model: LightningModule, callback: Callback) -> None:
-    """Refuse an averaged copy of a module that has no calibration yet: their buffers would not match.
+    """Refuse a callback that copies the module before it has a calibration, since the copy would not have its buffers.
 
     Raises:
-        RuntimeError: If a ``WeightAveraging`` callback stands before ``callback``.
+        RuntimeError: If a ``WeightAveraging`` callback comes before ``callback`` and the module is not attached.
     """
     before = trainer.callbacks[: trainer.callbacks.index(callback)]
     averaging = _averaging_callbacks(trainer, before)
     if averaging and not attached_heads(model):
         raise RuntimeError(
-            f"{type(averaging[0]).__name__} stands before AbsentClassCalibration in the Trainer's `callbacks`: the copy"
-            " that it makes of the model would lack gamma. Put AbsentClassCalibration first."
+            f"{type(averaging[0]).__name__} comes before AbsentClassCalibration in the Trainer's `callbacks`, so its"
+            " copy of the model would have no gamma. Put AbsentClassCalibration first."
         )
 
 
 def check_averaged_copies(trainer: Any, model: LightningModule) -> None:
-    """Refuse a model of which a part, such as the head, was built after a weight averaging callback copied it.
+    """Refuse a model if a part of it, such as the head, was built after a weight averaging callback copied the model.
 
     Raises:
-        RuntimeError: If a copy lacks weights or the calibration.
+        RuntimeError: If a copy does not have all weights and the calibration.
     """
     for other in _averaging_callbacks(trainer, trainer.callbacks):
         state = model.state_dict()
         checkpoint = {"state_dict": state}
-        other.on_save_checkpoint(trainer, model, checkpoint)  # puts the state of its copy there
+        other.on_save_checkpoint(trainer, model, checkpoint)  # stores the state of its copy
         if missing := [key for key in state if key not in checkpoint["state_dict"]]:
             raise RuntimeError(
                 f"{type(other).__name__} copied the model before {', '.join(missing)} existed. Build the"
@@ -44,11 +44,11 @@ def check_averaged_copies(trainer: Any, model: LightningModule) -> None:
 
 
 def check_no_averaging(trainer: Any, argument: str) -> None:
-    """Refuse averaged weights where gamma is found while they are not in the model.
+    """Refuse weight averaging if gamma is found while the averaged weights are not in the model.
 
     Args:
         trainer: The Trainer.
-        argument: The argument that asks for it, with its value.
+        argument: The argument that causes this, with its value, for the error.
 
     Raises:
         RuntimeError: If a callback averages the weights.
@@ -57,15 +57,15 @@ def check_no_averaging(trainer: Any, argument: str) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, (callbacks.WeightAveraging, callbacks.StochasticWeightAveraging)):
             raise RuntimeError(
-                f"{argument} is not supported beside {type(callback).__name__}: the averaged weights are not in the"
+                f"{argument} is not supported with {type(callback).__name__}: the averaged weights are not in the"
                 " model when gamma is found. Leave the argument out."
             )
 
 
 def averaged_copies(trainer: Any, model: LightningModule) -> Iterator[None]:
-    """Put each averaged copy, with its buffers, in the place of ``model`` for one turn of the loop.
+    """For each averaged copy, swap its weights and buffers into ``model`` for one iteration of the loop.
 
-    The copy is what ``WeightAveraging`` validates and saves, so it needs the calibration too.
+    ``WeightAveraging`` validates and saves this copy, so it needs the calibration, too.
     """
     for other in _averaging_callbacks(trainer, trainer.callbacks):
         other.on_validation_epoch_start(trainer, model)

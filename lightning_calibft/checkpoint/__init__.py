@@ -1,1 +1,1 @@
-"""What a calibrated file holds, and how it is read and written."""
+"""Reading, writing, folding, inspecting and exporting calibrated files."""

@@ -1,4 +1,4 @@
-"""Writing a calibrated model in the formats of the tools that run it."""
+"""Export a calibrated model to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_calibft.head.fold import fold
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
 _GRAPHS = (".onnx", ".pt2")
-_LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one message of protobuf, and the graph needs some of it
+_LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message of at most 2 GiB, graph included
 
 
 def export(
@@ -44,26 +44,27 @@ def export(
 
     ============================= ===================================================================================
     ``.safetensors, .pth, .pt``    the state dict, for ``load_state_dict`` and timm's ``checkpoint_path``
-    a folder, of a timm model      for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and to be uploaded
-    a folder, of transformers      for ``from_pretrained(FOLDER)``
+    a folder, for a timm model     for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, and for uploading
+    a folder, for transformers     for ``from_pretrained(FOLDER)``
     ``.onnx``                      for onnxruntime and others (needs ``pip install 'lightning-calibft[onnx]'``)
     ``.pt2``                       for ``torch.export.load``
     ============================= ===================================================================================
 
-    Each holds the calibration metadata beside the weights. ``model`` stays as it is. A head that cannot be folded,
-    as one without bias, goes into ``.onnx`` and ``.pt2`` with its calibration, and into none of the others.
+    Each of them stores the calibration metadata together with the weights. ``model`` itself does not change. A head
+    that cannot be folded, such as one without bias, can only be exported to ``.onnx`` and ``.pt2``, with its
+    calibration attached.
 
     Args:
-        model: A calibrated model, in eval mode or not. Of a LightningModule pass the model in it.
-        destination: The file or folder to write; it appears whole or not at all.
-        inputs: Example inputs of ``model``, with at least two rows: for ``.onnx`` and ``.pt2`` only. Their number of
-            rows is free in the exported model where its code allows it.
-        result: What :func:`~lightning_calibft.calibrate` returned, to say more about where gamma comes from.
+        model: A calibrated model, in eval or training mode. For a LightningModule, pass the model inside it.
+        destination: The file or folder to write. It appears complete or not at all.
+        inputs: Example inputs of ``model``, with at least two rows. Only needed for ``.onnx`` and ``.pt2``. The
+            exported model accepts any number of rows if its code allows that.
+        result: The return value of :func:`~lightning_calibft.calibrate`, to store more details about gamma.
 
     Raises:
-        ValueError: If ``model`` is not calibrated or folded already, if its head has no bias, or if ``destination``,
+        ValueError: If ``model`` is not calibrated or is already folded, if its head has no bias, or if ``destination``,
             ``inputs`` and ``model`` do not fit together.
-        FileExistsError: If a folder ``destination`` is there already and not empty.
+        FileExistsError: If ``destination`` is a folder that already exists and is not empty.
         ModuleNotFoundError: If the packages for ``.onnx`` are missing.
 
     Example::
@@ -75,26 +76,26 @@ def export(
     check_path("destination", destination)
     if result is not None:
         check_type("result", result, CalibrationResult)
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    model = getattr(model, "_orig_mod", model)  # a compiled model
     check_destination(model, destination, inputs)
     found = {} if result is None else result.as_dict()
     metadata = folded_metadata(found, calibrated_heads(model.state_dict(), "the model"))
     copied = copy.deepcopy(model).eval()
     try:
         copied = fold(copied)
-    except ValueError:  # no bias takes gamma up: only a graph can hold the calibration as it is
+    except ValueError:  # gamma cannot be folded: only a graph can store the attached calibration
         if Path(destination).suffix not in _GRAPHS:
             raise
     write_model(copied, destination, metadata, inputs)
 
 
 def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> None:
-    """Refuse early what :func:`write_model` could not write.
+    """Raise early if :func:`write_model` could not write to ``destination``.
 
     Raises:
-        ValueError: If it could not.
-        FileNotFoundError: If the folder to write into is missing.
-        FileExistsError: If it would write a folder where there is something else.
+        ValueError: If the name, the model or the inputs do not fit together.
+        FileNotFoundError: If the parent folder is missing.
+        FileExistsError: If a folder is to be written, but something else already exists there.
         ImportError: If a package is missing or too old.
     """
     suffix, where = Path(destination).suffix, f"argument `destination` {os.fspath(destination)!r}"
@@ -102,7 +103,7 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
         rows = inputs if isinstance(inputs, tuple) else (inputs,)
         if not all(isinstance(tensor, Tensor) and tensor.ndim and len(tensor) > 1 for tensor in rows):
             raise ValueError(
-                f"Expected argument `inputs` to hold tensors with at least two rows beside the {where}, but got"
+                f"Expected argument `inputs` to hold tensors with at least two rows for the {where}, but got"
                 f" {[tuple(x.shape) if isinstance(x, Tensor) else x for x in rows]}. Exporting runs the model on them."
             )
     elif suffix not in (*_WEIGHTS, ""):
@@ -113,18 +114,18 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
 
         if not hasattr(timm.models, "save_for_hf"):
             raise ImportError(
-                f"Writing a folder needs a later timm than {timm.__version__}: `pip install --upgrade timm`."
+                f"Writing a folder needs a newer timm than {timm.__version__}: `pip install --upgrade timm`."
             )
     elif not suffix and not _is_timm(model) and not hasattr(model, "save_pretrained"):
         raise ValueError(
-            f"Expected a model of timm or transformers beside the folder {os.fspath(destination)!r}, but got"
+            f"Expected a timm or transformers model to write the folder {os.fspath(destination)!r}, but got"
             f" {type(model).__name__}. Pass the model inside it, or a file name that ends in {', '.join(_WEIGHTS)}."
         )
     if suffix == ".onnx":
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
         if size > _LARGEST_ONNX:
             raise ValueError(
-                f"Expected a model of less than 2 GiB, the limit of an ONNX file, for the {where}, but its weights have"
+                f"Expected a model of less than 2 GiB, the limit of an ONNX file, for the {where}, but its weights take"
                 f" {size / 2**30:.1f} GiB. Write a .pt2 or .safetensors file."
             )
         _check_onnx()
@@ -137,7 +138,7 @@ def write_model(
     metadata: dict[str, Any],
     inputs: Tensor | tuple[Tensor, ...] | None,
 ) -> None:
-    """Write a plain model, whose gamma is folded already, as :func:`export` says."""
+    """Write a model without further folding, in the format that :func:`export` describes."""
     suffix = Path(destination).suffix
     if suffix in _WEIGHTS:
         write_weights(model.state_dict(), metadata, destination)
@@ -165,7 +166,7 @@ def _write_folder(model: Any, folder: Path, metadata: Mapping[str, Any]) -> None
         else:
             setattr(model.config, METADATA_KEY, dict(metadata))
             model.save_pretrained(folder)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # what safetensors raises if the disk is full
         raise OSError(f"Could not write the weights: {error}.") from error
 
 
@@ -176,7 +177,7 @@ def _dynamic_rows(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
 def _write_program(model: nn.Module, path: StrPath, metadata: Mapping[str, Any], inputs: tuple[Tensor, ...]) -> None:
     program = torch.export.export(model, inputs, dynamic_shapes=_dynamic_rows(inputs))
     extra = {f"{METADATA_KEY}.json": json.dumps(metadata)}
-    buffer = io.BytesIO()  # torch writes to files itself, and ends the process where the disk is full
+    buffer = io.BytesIO()  # torch's own writing to a file aborts the process if the disk is full
     torch.export.save(program, buffer, extra_files=extra)
     replace_atomically(path, lambda file: file.write(buffer.getbuffer()))
 

@@ -18,15 +18,15 @@ from uuid import uuid4
 from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
 from lightning_calibft.checkpoint.metadata import parse_metadata
 
-# A zip archive of torch stores its members as they are, so what unpacks to many times the size of its file is forged.
+# torch does not compress the members of its zip archives, so a file that unpacks to many times its size is forged.
 _LARGEST_UNPACKED, _LARGEST_RATIO = 64 * 2**20, 10
 
 
 def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
-    """Load a checkpoint file onto the CPU, or say in one line why it cannot be.
+    """Load a checkpoint file onto the CPU, or raise an error that says in one line why that is not possible.
 
-    What a safetensors file holds comes under ``state_dict``, and its calibration metadata under ``METADATA_KEY``, as in
-    a checkpoint of Lightning.
+    The tensors of a safetensors file are returned under ``state_dict`` and its calibration metadata under
+    ``METADATA_KEY``, as in a Lightning checkpoint.
     """
     check_is_file(path)
     if is_safetensors(path):
@@ -36,7 +36,7 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     try:
         if weights_only:
             _check_unpacked_size(path)
-        # timm's training script saves its arguments as a Namespace, which can run no code.
+        # timm's training script saves its arguments as a Namespace, which cannot run code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     except PermissionError:
@@ -44,7 +44,7 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     except Exception as error:  # a damaged file can raise anything
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or no PyTorch file."
+                f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or not a PyTorch file."
             ) from error
         if not weights_only or not isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} cannot be read: {error}.") from error
@@ -60,7 +60,7 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
 
 
 def check_is_file(path: StrPath) -> None:
-    """Raise if there is no checkpoint file that could be opened: none at all, a folder, or a pipe that never ends."""
+    """Raise if ``path`` is not a regular file: it is missing, a folder, or something like a pipe, which never ends."""
     check_path("path", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"Expected a checkpoint file, but {os.fspath(path)!r} does not exist.")
@@ -75,7 +75,7 @@ def check_is_file(path: StrPath) -> None:
 
 
 def check_destination_file(path: StrPath) -> None:
-    """Raise if no file can be written at ``path``: its folder is missing, or what is there is no file."""
+    """Raise if no file can be written to ``path``: its folder is missing, or something other than a file is there."""
     _check_parent(path)
     if os.path.isdir(path):
         raise IsADirectoryError(
@@ -85,7 +85,7 @@ def check_destination_file(path: StrPath) -> None:
 
 
 def check_destination_folder(path: StrPath) -> None:
-    """Raise if no folder can be made at ``path``: there is something else, or nothing to make it in."""
+    """Raise if no folder can be created at ``path``: something else is there, or the parent folder is missing."""
     _check_parent(path)
     target = Path(path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -107,13 +107,13 @@ def _check_parent(path: StrPath) -> None:
 def _check_replaceable(path: StrPath) -> None:
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(
-            f"Expected the name of a file to write, but {os.fspath(path)!r} is a device, a pipe or a socket. It is left"
-            " as it is."
+            f"Expected the name of a file to write, but {os.fspath(path)!r} is a device, a pipe or a socket. It was"
+            " left unchanged."
         )
 
 
 def is_safetensors(path: StrPath) -> bool:
-    """Return whether a file is one of safetensors, by its name."""
+    """Return whether a file is a safetensors file, judging by its name."""
     return Path(path).suffix == SAFETENSORS
 
 
@@ -131,19 +131,19 @@ def _read_safetensors(path: StrPath) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
-            told = file.metadata() or {}
+            file_metadata = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or no safetensors file: {error}."
+            f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or not a safetensors file: {error}."
         ) from error
-    # `safetensors.torch.save_model` leaves out all but one of the names of a shared tensor, and tells which.
-    state.update({name: state[kept] for name, kept in told.items() if kept in state and name not in state})
-    metadata = parse_metadata(told.get(METADATA_KEY, "{}"), path)
+    # `safetensors.torch.save_model` keeps only one name of a shared tensor, and lists the others in the metadata.
+    state.update({name: state[kept] for name, kept in file_metadata.items() if kept in state and name not in state})
+    metadata = parse_metadata(file_metadata.get(METADATA_KEY, "{}"), path)
     return {"state_dict": state, METADATA_KEY: metadata} if metadata else {"state_dict": state}
 
 
 class Signature(NamedTuple):
-    """What changes when a file is written anew."""
+    """Properties of a file that change when it is written again."""
 
     modified: int
     size: int
@@ -151,11 +151,11 @@ class Signature(NamedTuple):
 
 
 class ReplacedError(Exception):
-    """Something else has written or deleted a file in the meantime."""
+    """Raised if something else has written or deleted a file in the meantime."""
 
 
 def signature(path: StrPath) -> Signature | None:
-    """Return the signature of a file, ``None`` if there is none."""
+    """Return the signature of a file, or ``None`` if the file does not exist."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -164,17 +164,17 @@ def signature(path: StrPath) -> Signature | None:
 
 
 def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
-    """Write a file such that at every instant ``path`` holds what it held before, or all of ``checkpoint``.
+    """Write a file so that at every instant ``path`` holds either its old content or all of ``checkpoint``.
 
-    A safetensors file holds its state dict and its calibration metadata only.
+    A safetensors file stores only the state dict and the calibration metadata.
 
     Args:
-        checkpoint: What to write.
+        checkpoint: The content to write.
         path: Where to write it.
-        replaces: Of the file that it is made of, which alone it may take the place of. ``None``: of any.
+        replaces: Signature of the file that may be replaced. ``None``: any file may be replaced.
 
     Raises:
-        ReplacedError: If there is another file by now, or none; it is as it was.
+        ReplacedError: If the file at ``path`` no longer has this signature. It is left unchanged.
     """
     import torch
 
@@ -188,7 +188,7 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Sig
 
 
 def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
-    """Write a state dict and its calibration metadata, the latter where loaders overlook it."""
+    """Write a state dict, and its calibration metadata where loaders ignore it."""
     if is_safetensors(path):
         write_atomically({"state_dict": state, METADATA_KEY: metadata}, path)
     else:
@@ -197,7 +197,7 @@ def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
 
 
 def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], replaces: Signature | None = None) -> None:
-    """Let ``write`` fill a file beside ``path`` that takes its place once it is on the disk."""
+    """Let ``write`` fill a temporary file next to ``path`` that replaces it once it is on the disk."""
     _check_replaceable(path)
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{uuid4().hex}.tmp")
@@ -220,10 +220,10 @@ def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], repla
 
 @contextmanager
 def new_folder(path: StrPath) -> Iterator[Path]:
-    """Give a folder to fill that becomes ``path`` in the end; after an exception nothing is left of it.
+    """Yield a temporary folder that becomes ``path`` at the end. After an exception it is deleted.
 
     Raises:
-        FileExistsError: If there is something at ``path`` already, other than an empty folder.
+        FileExistsError: If something other than an empty folder already exists at ``path``.
     """
     check_destination_folder(path)
     target = Path(os.path.realpath(path))
@@ -231,7 +231,7 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        mode = temporary.stat().st_mode & 0o666  # of the umask: safetensors lets the owner alone read
+        mode = temporary.stat().st_mode & 0o666  # follow the umask: safetensors makes files readable by the owner only
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
@@ -247,17 +247,17 @@ def _to_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
 
     if others := [(key, value) for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]:
         raise ValueError(
-            f"Expected a state dict of tensors for a file of safetensors, but {others[0][0]!r} in it is a"
+            f"Expected a state dict of tensors for a safetensors file, but its entry {others[0][0]!r} is a"
             f" {type(others[0][1]).__name__}. Name the file .ckpt or .pth."
         )
-    # Each tensor on its own: safetensors refuses those that share memory, as tied weights do.
+    # Copy each tensor: safetensors refuses tensors that share memory, such as tied weights.
     state = {key: value.detach().clone().contiguous() for key, value in checkpoint["state_dict"].items()}
     metadata = checkpoint.get(METADATA_KEY)
     return save(state, {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})})
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself survive a loss of power, where the system can open a folder."""
+    """Make the renaming survive a power failure, on systems that can open a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

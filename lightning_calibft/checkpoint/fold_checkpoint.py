@@ -41,26 +41,26 @@ def fold_checkpoint(
 ) -> None:
     """Add gamma to the bias of the head and write a file that loads anywhere, without this package.
 
-    The name of ``destination`` decides what is written. A ``.ckpt`` file is the whole checkpoint, with the keys of the
-    uncalibrated one, for ``MyModule.load_from_checkpoint``. Any other is the state dict of the model alone, for
-    ``model.load_state_dict`` and timm's ``create_model(..., checkpoint_path=...)``; its keys begin inside the
-    LightningModule (``model.fc.bias`` becomes ``fc.bias``). A ``.safetensors`` file is one of safetensors. All hold
-    the calibration metadata, by which folding or calibrating them again is refused.
+    The name of ``destination`` decides what is written. A ``.ckpt`` file holds the whole checkpoint, with the keys of
+    the uncalibrated one, for ``MyModule.load_from_checkpoint``. Any other file holds only the state dict of the model,
+    for ``model.load_state_dict`` and timm's ``create_model(..., checkpoint_path=...)``. Its keys are those of the model
+    inside the LightningModule (``model.fc.bias`` becomes ``fc.bias``). The name ``.safetensors`` selects that format.
+    All files store the calibration metadata, so that they are not folded or calibrated a second time.
 
     A folded file is for inference: training it further would teach the model to undo gamma.
 
     Args:
-        source: A calibrated checkpoint: of Lightning, of timm's training script, or a plain state dict.
-        destination: The file to write; it appears whole or not at all.
-        add_bias: Give a head without bias a new one. The file then has one key more than the original class: that
-            refuses it when it loads strictly, and drops gamma in silence when not.
-        prefix: What the keys of the model begin with, such as ``"model."``, where the rule above does not fit; others
-            are left out. Not for a ``.ckpt`` file.
+        source: A calibrated checkpoint from Lightning or timm's training script, or a plain state dict.
+        destination: The file to write. It appears complete or not at all.
+        add_bias: Give a head without bias a new one. The file then has one key more than the original class, which
+            refuses to load it strictly and otherwise silently drops gamma.
+        prefix: The prefix of the model's keys, such as ``"model."``, if the rule above does not fit. Other keys are
+            left out. Not for a ``.ckpt`` file.
         weights_only: As in :func:`load_calibrated`.
 
     Raises:
-        FileNotFoundError: If there is no file ``source``.
-        ValueError: If ``source`` is no calibrated checkpoint or folded already, if its head has no bias, or if
+        FileNotFoundError: If ``source`` does not exist.
+        ValueError: If ``source`` is not a calibrated checkpoint or is already folded, if its head has no bias, or if
             ``destination`` is the same file.
 
     Example::
@@ -81,8 +81,8 @@ def fold_checkpoint(
     is_lightning = Path(destination).suffix == ".ckpt"
     if is_lightning and prefix is not None:
         raise ValueError(
-            f"Expected argument `prefix` to be None beside the `destination` {os.fspath(destination)!r}, but got"
-            f" {prefix!r}: a .ckpt file is for the LightningModule, whose keys stay. Name it .pth or .safetensors."
+            f"Expected argument `prefix` to be None for the `destination` {os.fspath(destination)!r}, but got"
+            f" {prefix!r}. A .ckpt file keeps the keys of the LightningModule. Write a .pth or .safetensors file."
         )
     checkpoint = read_checkpoint(source, weights_only=weights_only)
     heads = calibrated_heads(checkpoint, source)
@@ -101,7 +101,7 @@ def fold_state_dict(
     """Return a state dict with gamma in the bias and without the calibration's entries.
 
     Raises:
-        ValueError: If a head cannot take up gamma.
+        ValueError: If gamma cannot be folded into a head.
     """
     folded = without_calibration(state)
     tensors = {key: value for key, value in folded.items() if isinstance(value, Tensor)}

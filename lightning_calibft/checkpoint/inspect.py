@@ -1,4 +1,4 @@
-"""What a file tells of its calibration. Nothing here imports torch before a file needs it."""
+"""Read what a file says about its calibration. Nothing here imports torch unless a file needs it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from lightning_calibft._format import MASK, METADATA_KEY, OFFSET, SAFETENSORS, S
 from lightning_calibft.checkpoint.files import check_is_file, is_safetensors, read_checkpoint
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata, parse_metadata
 
-_LARGEST_JSON = 64 * 2**20  # bytes: the classes of the widest head take a few of them
+_LARGEST_JSON = 64 * 2**20  # bytes: the class ids of the widest heads take a few MiB
 
 
 def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str, Any]:
     """Return whether a checkpoint is calibrated, and how.
 
     Args:
-        path: A checkpoint: of Lightning, of timm's training script, or a plain state dict; what
-            :func:`~lightning_calibft.export` has written; or a folder of timm or transformers, with a ``config.json``
-            and weights.
+        path: A checkpoint from Lightning or timm's training script, a plain state dict, a file or folder written by
+            :func:`~lightning_calibft.export`, or a timm or transformers folder with a ``config.json`` and weights.
         weights_only: As in :func:`load_calibrated`.
 
     Returns:
-        Plain Python values: ``calibrated`` and ``folded`` (bools), ``heads`` (dotted names), ``gamma`` and, as far as
-        the file tells, ``standard_error``, ``num_samples``, ``estimator``, ``num_classes``, ``seen_classes``,
-        ``absent_classes``, ``version`` (of this package), ``torch_version`` and ``lightning_version``.
+        Plain Python values: ``calibrated`` and ``folded`` (bools), ``heads`` (dotted names) and, as far as the
+        file stores them, ``gamma``, ``standard_error``, ``num_samples``, ``estimator``, ``num_classes``,
+        ``seen_classes``, ``absent_classes``, ``version`` (of this package), ``torch_version`` and
+        ``lightning_version``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, needs ``weights_only=False``, or tells of a calibration what cannot
-            be true.
+        FileNotFoundError: If ``path`` does not exist.
+        ValueError: If the file is not a checkpoint, needs ``weights_only=False``, or stores an impossible calibration.
 
     Example::
 
@@ -57,7 +56,7 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
 
 
 def _inspect_folder(folder: Path, weights_only: bool) -> dict[str, Any]:
-    """Look into the weights of a folder, and into its ``config.json`` where they hold no gamma."""
+    """Look into the weights of a folder, and into its ``config.json`` if the weights hold no gamma."""
     files = sorted(folder.glob(f"*{SAFETENSORS}"))
     weights = [_inspect_safetensors(files)] if files else []
     if not files:
@@ -73,25 +72,25 @@ def _inspect_folder(folder: Path, weights_only: bool) -> dict[str, Any]:
 
 
 def _inspect_safetensors(paths: Iterable[StrPath]) -> dict[str, Any]:
-    """Read the entries of the calibration alone, of a file or of all the parts of one."""
+    """Read only the calibration's entries, from one file or from all parts of a split one."""
     from safetensors import SafetensorError, safe_open
 
     entries: dict[str, Any] = {}
-    told: dict[str, str] = {}
+    file_metadata: dict[str, str] = {}
     path: StrPath = ""
     for path in paths:
         try:
             with safe_open(path, "numpy") as file:
-                told.update(file.metadata() or {})
+                file_metadata.update(file.metadata() or {})
                 keys = [key for key in file.keys() if key.endswith((OFFSET, MASK))]  # noqa: SIM118
                 needs_torch = any(file.get_slice(key).get_dtype() == "BF16" for key in keys)
             with safe_open(path, "pt" if needs_torch else "numpy") as file:
                 entries.update({key: file.get_tensor(key) for key in keys})
-        except (SafetensorError, TypeError, ValueError) as error:  # TypeError: of a type that neither knows
+        except (SafetensorError, TypeError, ValueError) as error:  # TypeError: a dtype that neither library knows
             raise ValueError(
-                f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or no safetensors file: {error}."
+                f"Expected a checkpoint file, but {os.fspath(path)!r} is truncated or not a safetensors file: {error}."
             ) from error
-    metadata = parse_metadata(told.get(METADATA_KEY, "{}"), path)
+    metadata = parse_metadata(file_metadata.get(METADATA_KEY, "{}"), path)
     return _information(entries, check_metadata(metadata, path), path)
 
 
@@ -107,23 +106,23 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if member.filename.endswith(f"{METADATA_KEY}.json")]
                 if members and members[0].file_size > _LARGEST_JSON:
-                    raise ValueError(f"its metadata unpack to {members[0].file_size / 2**30:.1f} GiB")
+                    raise ValueError(f"its metadata unpacks to {members[0].file_size / 2**30:.1f} GiB")
                 text = archive.read(members[0]) if members else text
     except (OSError, ModuleNotFoundError):
         raise
-    except Exception as error:  # each library has its own for damaged files
+    except Exception as error:  # each library has its own errors for damaged files
         raise ValueError(f"Expected an exported model, but {os.fspath(path)!r} cannot be read: {error}.") from error
     return check_metadata(parse_metadata(text, path), path)
 
 
 def _text_of(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"Expected a small file, but {os.fspath(path)!r} has {path.stat().st_size / 2**30:.1f} GiB.")
+        raise ValueError(f"Expected a small file, but {os.fspath(path)!r} takes {path.stat().st_size / 2**30:.1f} GiB.")
     return path.read_bytes()
 
 
 def _information(entries: Mapping[str, Any], metadata: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
-    """Put together what the entries in the state dict say, which made the logits, and what is told beside them."""
+    """Merge the entries in the state dict with the metadata. The entries win, because they produce the logits."""
     information: dict[str, Any] = {"calibrated": False, "folded": False, "heads": [], **metadata}
     for prefix in dict.fromkeys(key.removesuffix(MASK).removesuffix(OFFSET) for key in entries):
         head = prefix.rstrip(".")

@@ -1,4 +1,4 @@
-"""Load calibrated checkpoints of Lightning."""
+"""Load calibrated Lightning checkpoints."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: bool = True, **kwargs: Any) -> Module:
-    """Load a calibrated Lightning checkpoint into a module class that knows nothing of the calibration.
+    """Load a calibrated Lightning checkpoint into a module class that does not know about the calibration.
 
-    ``MyModule.load_from_checkpoint(path)`` alone stops at the calibration's two keys (and drops gamma with
-    ``strict=False``); this loads the rest strictly and puts gamma into the head.
+    ``MyModule.load_from_checkpoint(path)`` alone fails because of the calibration's two keys, and with
+    ``strict=False`` it drops gamma. This function loads the other keys strictly and sets gamma at the head.
 
     Args:
         module_class: The ``LightningModule`` class that was trained.
         path: A checkpoint that :class:`~lightning_calibft.AbsentClassCalibration` has calibrated.
-        weights_only: Refuse files that hold more than tensors and plain Python values. ``False`` unpickles anything,
-            which can run code: only for files that you trust.
+        weights_only: Refuse files that hold more than tensors and plain Python values. ``False`` unpickles any object,
+            which can run code. Use it only for files that you trust.
         kwargs: Arguments of ``module_class.load_from_checkpoint``, such as ``map_location`` and hyperparameters.
 
     Returns:
         The module in eval mode, calibrated.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        TypeError: If ``module_class`` is no LightningModule class, or ``path`` no path.
-        ValueError: If the file is no checkpoint, needs ``weights_only=False``, or is not calibrated.
+        FileNotFoundError: If ``path`` does not exist.
+        TypeError: If ``module_class`` is not a LightningModule class, or ``path`` is not a path.
+        ValueError: If the file is not a checkpoint, needs ``weights_only=False``, or is not calibrated.
 
     Example::
 
@@ -55,7 +55,7 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
     heads, metadata = calibrated_heads(checkpoint, path), calibration_metadata(checkpoint, path)
     stripped = io.BytesIO()
     state = without_calibration(state_dict_of(checkpoint, path))
-    # Without a version, as in a file of weights alone, Lightning refuses to load.
+    # Lightning refuses to load a file without its version, such as one with only weights.
     torch.save({LIGHTNING_VERSION: lightning.__version__, **checkpoint, "state_dict": state}, stripped)
     stripped.seek(0)
     module = module_class.load_from_checkpoint(stripped, weights_only=weights_only, **kwargs)

@@ -1,4 +1,4 @@
-"""What a file tells of its calibration, checked: it may be damaged, or lie. Nothing here imports torch."""
+"""Check what a file says about its calibration: it may be damaged or forged. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from lightning_calibft._format import StrPath
 
 _MOST_CLASSES = 2**31 - 1
-_LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # what float32 holds
+_LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # the largest float32
 
 
 def parse_metadata(text: str | bytes, path: StrPath) -> Any:
-    """Return what is in JSON, which may not hold a name twice.
+    """Parse JSON in which no name may appear twice.
 
     Raises:
-        ValueError: If it is no JSON, or nested too deeply to be read.
+        ValueError: If the text is not JSON, holds a name twice, or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not: {error}"
         raise ValueError(
-            f"Expected the calibration metadata of {os.fspath(path)!r} to be JSON that can be read, but {reason}."
+            f"Expected the calibration metadata of {os.fspath(path)!r} to be readable JSON, but {reason}."
         ) from error
 
 
 def check_metadata(metadata: Any, path: StrPath) -> dict[str, Any]:
-    """Return the known entries of the calibration metadata; what is no mapping tells nothing.
+    """Return the known entries of the calibration metadata: none, if it is not a mapping.
 
     Raises:
-        ValueError: If one of them is not what it must be, or one is missing of a calibration that is folded.
+        ValueError: If an entry is invalid, or if the metadata of a folded calibration is incomplete.
     """
     if not isinstance(metadata, Mapping):
         return {}
@@ -45,7 +45,7 @@ def check_metadata(metadata: Any, path: StrPath) -> dict[str, Any]:
     if known.get("folded"):
         for key in ("gamma", "num_classes", "absent_classes"):
             if key not in known:
-                raise ValueError(f"{_expected(path)} hold `{key}`, for they say that gamma is folded, but they do not.")
+                raise ValueError(f"{_expected(path)} hold `{key}`, because gamma is folded, but it is missing.")
     for key in ("seen_classes", "absent_classes"):
         width = known.get("num_classes", _MOST_CLASSES)
         if any(row >= width for row in known.get(key, ())):
@@ -57,26 +57,26 @@ def check_entries(head: str, offset: Any, mask: Any, path: StrPath) -> tuple[flo
     """Return gamma and the mask of a head, given its two arrays or tensors.
 
     Raises:
-        ValueError: If gamma is not one finite number, or the mask not one number in [0, 1] for each class.
+        ValueError: If gamma is not one finite number, or the mask is not one number in [0, 1] per class.
     """
     where = f"the calibration of the head {head!r} in {os.fspath(path)!r}"
     gamma, values = _plain(offset, 0), _plain(mask, 1)
     if not _is_finite(gamma):
-        raise ValueError(f"Expected {where} to have one finite number as offset, but got {short(offset)}.")
+        raise ValueError(f"Expected {where} to have one finite number as its offset, but got {short(offset)}.")
     if not isinstance(values, list) or not values or not all(_is_finite(value) and 0 <= value <= 1 for value in values):
-        raise ValueError(f"Expected {where} to have a mask of zeros and ones, one a class, but got {short(mask)}.")
+        raise ValueError(f"Expected {where} to have a mask of zeros and ones, one per class, but got {short(mask)}.")
     return gamma, values
 
 
 def _plain(array: Any, ndim: int) -> Any:
-    """Return an array or tensor of so many dimensions as plain numbers; ``None`` if it is something else."""
+    """Return an array or tensor with ``ndim`` dimensions as plain numbers, or ``None`` for anything else."""
     if getattr(array, "ndim", None) != ndim:
         return None
     try:
         if hasattr(array, "untyped_storage") and array.nbytes > array.untyped_storage().nbytes():
-            return None  # one number, expanded to any size
+            return None  # a small storage that is expanded to a large shape
         return array.tolist()
-    except Exception:  # without values, sparse, or a stranger
+    except Exception:  # it has no values, is sparse, or is an unknown type
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a calibration: the entries in its state dict, and the metadata beside them."""
+"""The calibration in a checkpoint: entries in the state dict, and metadata next to them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_calibft.checkpoint.metadata import check_entries, check_metadata
 if TYPE_CHECKING:
     from lightning_calibft.calibration.result import CalibrationResult
 
-LIGHTNING_VERSION = "pytorch-lightning_version"  # Lightning's own key, in each of its checkpoints
+LIGHTNING_VERSION = "pytorch-lightning_version"  # Lightning writes this key into each checkpoint
 
-# Where training scripts keep the weights, in the order in which timm looks for them.
+# The keys under which training scripts save the weights, in the order in which timm looks for them.
 _STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def state_key(checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the key of the state dict in a checkpoint; ``None`` if the checkpoint is a state dict itself."""
+    """Return the key of the state dict in a checkpoint, or ``None`` if the checkpoint itself is a state dict."""
     return next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
 
 
 def warn_of_several_state_dicts(checkpoint: Mapping[str, Any], path: StrPath) -> None:
-    """Warn which of several state dicts in a checkpoint counts."""
+    """Warn if a checkpoint has several state dicts, and say which one is used."""
     keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)]
     if len(keys) > 1:
         warnings.warn(
@@ -41,7 +41,7 @@ def warn_of_several_state_dicts(checkpoint: Mapping[str, Any], path: StrPath) ->
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> OrderedDict[str, Any]:
-    """Return a copy of the state dict in a checkpoint of Lightning or timm, or of a plain state dict."""
+    """Return a copy of the state dict in a Lightning or timm checkpoint, or of a plain state dict."""
     key = state_key(checkpoint)
     state = checkpoint if key is None else checkpoint[key]
     tensors = state.values() if all(isinstance(name, str) for name in state) else ()
@@ -51,16 +51,16 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> OrderedDict[s
 
 
 def calibration_metadata(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
-    """Return what a checkpoint tells of its calibration, beside its weights.
+    """Return the calibration metadata of a checkpoint.
 
     Raises:
-        ValueError: If it cannot be true.
+        ValueError: If it is invalid.
     """
     return check_metadata(_raw_metadata(checkpoint), path)
 
 
 def is_folded(checkpoint: Mapping[str, Any]) -> bool:
-    """Return whether gamma was folded into the bias of this checkpoint."""
+    """Return whether gamma is folded into the bias of this checkpoint."""
     metadata = _raw_metadata(checkpoint)
     return isinstance(metadata, Mapping) and bool(metadata.get("folded"))
 
@@ -72,19 +72,19 @@ def _raw_metadata(checkpoint: Mapping[str, Any]) -> Any:
 
 
 def _module_versions(state: object) -> Mapping[str, Any]:
-    """Return what torch keeps beside a state dict: the versions of the modules, by their names."""
+    """Return the ``_metadata`` that torch attaches to a state dict: the versions of the modules, by name."""
     metadata = getattr(state, "_metadata", None)
     return metadata if isinstance(metadata, Mapping) else {}
 
 
 def put_calibration(checkpoint: dict[str, Any], calibration: Mapping[str, Tensor], result: CalibrationResult) -> None:
-    """Set the calibration's entries in a checkpoint and say in its metadata where they come from."""
+    """Set the calibration's entries in a checkpoint, and its metadata."""
     checkpoint["state_dict"].update(calibration)
     checkpoint[METADATA_KEY] = {**result.as_dict(), **versions()}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what calibrates, as plain strings."""
+    """Return the versions of this package and of torch, as plain strings."""
     return {"version": version("lightning-calibft"), "torch_version": str(torch.__version__)}
 
 
@@ -98,13 +98,13 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
     """Return gamma and the mask of each head, by the prefix of its keys.
 
     Raises:
-        ValueError: If there is none, if the entries cannot be true, or if gamma is folded into the bias already.
+        ValueError: If no head is calibrated, if the entries are invalid, or if gamma is already folded into the bias.
     """
     state = state_dict_of(checkpoint, path)
     if is_folded(checkpoint):
         raise ValueError(
-            f"Expected a calibrated checkpoint, but in {os.fspath(path)!r} gamma is folded into the bias already. Load"
-            " it as any other."
+            f"Expected a calibrated checkpoint, but in {os.fspath(path)!r} gamma is already folded into the bias. Load"
+            " it like any other checkpoint."
         )
     heads: dict[str, tuple[float, Any]] = {}
     for prefix in [key.removesuffix(OFFSET) for key in state if key.endswith(OFFSET)]:
@@ -113,7 +113,7 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
         heads[prefix] = gamma, mask
     if not heads or not all(mask.any() for _, mask in heads.values()):
         key = state_key(checkpoint)
-        inside = "" if key in (None, "state_dict") else f" in its {key!r}, which counts before other weights"
+        inside = "" if key in (None, "state_dict") else f" in its {key!r}, which is used before its other weights"
         raise ValueError(
             f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Calibrate its weights"
             " first, with `calibft calibrate` or, in Python, with `calibrate(model, loader)`."
@@ -122,23 +122,23 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
 
 
 def classes_of(metadata: Mapping[str, Any], mask: Tensor) -> tuple[list[int], list[int]]:
-    """Return the seen and the absent classes; without metadata, what is not absent counts as seen."""
+    """Return the seen and the absent classes. Without metadata, all classes that are not absent count as seen."""
     absent = mask.nonzero().flatten().tolist()
     return metadata.get("seen_classes") or (mask == 0).nonzero().flatten().tolist(), absent
 
 
 def folded_metadata(metadata: Mapping[str, Any], heads: Mapping[str, tuple[float, Tensor]]) -> dict[str, Any]:
-    """Return what a folded file tells: all that is known of the calibration, and that it must not be folded again.
+    """Return the metadata of a folded file: all that is known about the calibration, and that it is folded.
 
-    Where metadata and state dict differ, the state dict, which made the logits, is right.
+    Where the metadata and the state dict differ, the state dict is right, because it produces the logits.
     """
     gamma, mask = next(iter(heads.values()))
-    told = metadata.get("gamma", gamma)
+    recorded = metadata.get("gamma", gamma)
     seen, absent = classes_of(metadata, mask)
     return {
         **versions(),
         **metadata,
-        "gamma": told if math.isclose(told, gamma, rel_tol=1e-6) else gamma,  # the offset is in float32
+        "gamma": recorded if math.isclose(recorded, gamma, rel_tol=1e-6) else gamma,  # the offset is in float32
         "num_classes": len(mask),
         "seen_classes": seen,
         "absent_classes": absent,
@@ -147,7 +147,7 @@ def folded_metadata(metadata: Mapping[str, Any], heads: Mapping[str, tuple[float
 
 
 def without_calibration(state: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Drop the calibration's entries from a state dict."""
+    """Return a state dict without the calibration's entries."""
     return _like(state, {key: value for key, value in state.items() if not key.endswith((OFFSET, MASK))})
 
 
@@ -157,17 +157,17 @@ def unwrapped_state_dict(
     """Return the state dict of the model inside its wrappers.
 
     Args:
-        checkpoint: Where ``state`` comes from: one of Lightning has a wrapper, the LightningModule, of its own.
+        checkpoint: The checkpoint that ``state`` comes from. In one of Lightning, the LightningModule is a wrapper.
         state: The state dict, without calibration.
-        prefix: What the keys of the model begin with; others are left out. ``None``: what all keys begin with, of a
-            LightningModule with one child, and of compiled and distributed models.
+        prefix: The prefix of the model's keys. Other keys are left out. ``None``: the prefix that all keys share, if
+            the model is the only child of a LightningModule, or is compiled or distributed.
 
     Raises:
         ValueError: If no key begins with ``prefix``.
     """
     if prefix is not None:
         return _strip(state, prefix)
-    # A model that is one layer keeps its own name: without it nothing but "weight" would be left.
+    # A LightningModule whose only child is one layer keeps the layer's name. Otherwise just "weight" would be left.
     while (common := next(iter(state)).split(".")[0] + ".") and all(key.startswith(common) for key in state):
         lightning = LIGHTNING_VERSION in checkpoint and any(key.count(".") > 1 for key in state)
         if common not in ("_orig_mod.", "module.") and not lightning:

@@ -1,4 +1,4 @@
-"""timm's models from files of weights."""
+"""Build timm models from weight files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_calibft.checkpoint.state import (
 )
 from lightning_calibft.labels.label_names import did_you_mean
 
-# The arguments of a model that a file may name for itself: none of them names another file, or an address.
+# The model arguments that a file may set by itself. None of them can refer to another file or to a URL.
 _ARGUMENTS = {
     "act_layer",
     "attn_drop_rate",
@@ -60,24 +60,25 @@ _LARGEST_ARGUMENT = 2**16
 def load_raw(
     name: str, path: StrPath, *, num_classes: int | None = None, weights_only: bool = True, **model_args: Any
 ) -> nn.Module:
-    """Build a timm model with the weights of a file, without the gamma that the file may hold.
+    """Build a timm model with the weights of a file, and ignore a gamma that the file may hold.
 
     Args:
         name: Name of the model in timm.
-        path: A checkpoint of Lightning, of timm's training script, or a plain state dict.
-        num_classes: Number of classes; ``None``: as many as the file has.
+        path: A checkpoint from Lightning or timm's training script, or a plain state dict.
+        num_classes: Number of classes. ``None``: as many as the file has.
         weights_only: As in :func:`~lightning_calibft.load_calibrated`.
         model_args: Arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: If the file is none, is folded already, or does not fit the model, or if timm has no such model.
+        ValueError: If the file is not a checkpoint, is already folded, or does not fit the model, or if timm has no
+            such model.
     """
     check_model_name(name)
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     if is_folded(checkpoint):
         raise ValueError(
-            f"Expected weights without gamma, but in {os.fspath(path)!r} it is folded into the bias: calibrating them"
-            " would count it twice. Take the file that this one was made of."
+            f"Expected weights without gamma, but in {os.fspath(path)!r} gamma is folded into the bias. Calibrating"
+            " these weights would count it twice. Use the file that this one was made from."
         )
     warn_of_several_state_dicts(checkpoint, path)
     state = without_calibration(state_dict_of(checkpoint, path))
@@ -87,18 +88,18 @@ def load_raw(
 def load_folded(
     name: str | None, path: StrPath, *, weights_only: bool = True, **model_args: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a timm model with gamma in its bias, from a calibrated or a folded file, and return the file's metadata.
+    """Build a timm model with gamma in its bias from a calibrated or folded file, and return the file's metadata.
 
     Args:
-        name: Name of the model in timm; ``None``: the one that the file names.
+        name: Name of the model in timm. ``None``: the one that the file names.
         path: As in :func:`load_raw`.
-        weights_only: As in :func:`~lightning_calibft.load_calibrated`. If true, the file may name models of timm and a
-            few plain arguments, and no other files or addresses.
-        model_args: Arguments of ``timm.create_model``. None: those that the file names.
+        weights_only: As in :func:`~lightning_calibft.load_calibrated`. If true, the file may only name timm's own
+            models and a few plain arguments, but no other files or URLs.
+        model_args: Arguments of ``timm.create_model``. If empty: those that the file names.
 
     Raises:
-        ValueError: If the file is none, is not calibrated, does not fit the model, or names what it may not, or if timm
-            has no such model.
+        ValueError: If the file is not a checkpoint, is not calibrated, does not fit the model, or names a model or
+            arguments that are not allowed, or if timm has no such model.
     """
     if name is not None:
         check_model_name(name)
@@ -111,13 +112,13 @@ def load_folded(
     if name is None:
         if "model" not in metadata:
             raise ValueError(
-                f"Expected argument `model` to name a timm model, for {os.fspath(path)!r} does not tell it."
+                f"Expected argument `model` to name a timm model, because {os.fspath(path)!r} does not name one."
             )
         name = str(metadata["model"])
         if weights_only and not _is_known(name):
             raise ValueError(
-                f"Expected {os.fspath(path)!r} to name a model that timm has itself, but it names {name!r}. If that is"
-                " right, pass it as argument `model`."
+                f"Expected {os.fspath(path)!r} to name one of timm's own models, but it names {name!r}. If that is"
+                " correct, pass it as argument `model`."
             )
     args = model_args or metadata.get("model_args", {})
     if weights_only and not model_args:
@@ -125,28 +126,28 @@ def load_folded(
             if key not in _ARGUMENTS or not _is_plain(value):
                 raise ValueError(
                     f"Expected {os.fspath(path)!r} to name arguments of its model that cannot load other files, but it"
-                    f" names {key}={short(value)}. If that is right, pass all arguments of the model yourself, as"
+                    f" names {key}={short(value)}. If that is correct, pass all arguments of the model yourself, as"
                     " `model_args`."
                 )
     width = metadata["num_classes"]
     if not any(isinstance(value, Tensor) and value.shape[:1] == (width,) for value in state.values()):
         raise ValueError(
-            f"Expected {os.fspath(path)!r} to have a head of {width} classes, as its metadata say, but it has none."
+            f"Expected {os.fspath(path)!r} to have a head of {width} classes, as its metadata says, but it has none."
         )
     return _create(name, unwrapped_state_dict(checkpoint, state, None), path, width, args), metadata
 
 
 def check_model_name(name: str) -> None:
-    """Raise if timm has no model of this name, which may also be the address of one, as ``hf-hub:timm/resnet18``."""
+    """Raise if timm has no model of this name. The name may also be an address such as ``hf-hub:timm/resnet18``."""
     if ":" not in name and not _is_known(name):
         raise ValueError(
-            f"Expected the name of a model that timm has, but got {name!r}."
+            f"Expected the name of a timm model, but got {name!r}."
             f"{did_you_mean(name.split('.')[0], timm.list_models())}"
         )
 
 
 def _is_known(name: str) -> bool:
-    """Return whether timm has a model of this name, which may end in the tag of pre-trained weights."""
+    """Return whether timm has a model of this name, which may end in a tag for pre-trained weights."""
     return name.split(".")[0] in timm.list_models()
 
 
@@ -164,11 +165,12 @@ def _create(
     num_classes = num_classes or _width(name, state)
     if num_classes is None:
         raise ValueError(
-            f"Expected argument `num_classes` beside {name!r}: {os.fspath(path)!r} does not tell the number of classes."
+            f"Expected argument `num_classes` for {name!r}, because {os.fspath(path)!r} does not show the number of"
+            " classes."
         )
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, **model_args)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of arguments that the model does not know
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # for arguments that the model does not know
         raise ValueError(f"timm cannot build {name!r} with the arguments {dict(model_args)}: {error}") from error
     _check_fit(model.state_dict(), state, f"Expected {os.fspath(path)!r} to hold the weights of timm's {name!r},")
     model.load_state_dict(state)
@@ -176,12 +178,12 @@ def _create(
 
 
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Any], expected: str) -> None:
-    """Raise if weights have other names or shapes than those of a model, and name a few of them."""
+    """Raise if the weights do not have the names and shapes of the model, and list a few that differ."""
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
     if missing or unknown:
-        parts = {"lacks": missing, "has unknown": unknown}
-        told = ", and ".join(f"{verb} {', '.join(keys[:3])}{_more(keys)}" for verb, keys in parts.items() if keys)
-        raise ValueError(f"{expected} but it {told}.")
+        parts = {"is missing": missing, "has unknown": unknown}
+        details = ", and ".join(f"{verb} {', '.join(keys[:3])}{_more(keys)}" for verb, keys in parts.items() if keys)
+        raise ValueError(f"{expected} but it {details}.")
     for key, value in own.items():
         shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
         if shape != tuple(value.shape):
@@ -189,11 +191,11 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Any], expected: st
 
 
 def _more(keys: list[str]) -> str:
-    return f" and {len(keys) - 3} others" if len(keys) > 3 else ""
+    return f" and {len(keys) - 3} more" if len(keys) > 3 else ""
 
 
 def _width(name: str, state: Mapping[str, Any]) -> int | None:
-    """Return the width of the classifier that timm names, if ``state`` has it."""
+    """Return the number of rows of the classifier that timm names, or ``None`` if ``state`` does not have it."""
     config = timm.get_pretrained_cfg(name)
     names = getattr(config, "classifier", None) or ()
     for classifier in (names,) if isinstance(names, str) else names:

@@ -1,4 +1,4 @@
-"""The command ``calibft``."""
+"""The ``calibft`` command."""
 
 from lightning_calibft.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The command ``calibft``: inspect, fold, export and calibrate files of weights."""
+"""The ``calibft`` command: inspect, fold, export and calibrate weight files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Each command imports what it needs: `calibft --help` need not wait for torch.
-EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # 2 is that of argparse
+# Each command imports what it needs, so that `calibft --help` does not wait for torch.
+EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
 _DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
@@ -29,12 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     Args:
-        arguments: The words behind ``calibft``. ``None``: those of this process.
+        arguments: The command-line arguments after ``calibft``. ``None``: those of this process.
     """
     args = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries, about how they use each other
+            warnings.simplefilter("ignore")  # warnings of other libraries about each other
             warnings.filterwarnings("always", module="lightning_calibft")
             warnings.showwarning = _show_warning
             return cast(int, args.run(args))
@@ -50,12 +50,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _line(message: object) -> str:
-    """Return a message of the Python functions on one line, with the flags of the command."""
+    """Return a message of the Python functions on one line, with the command's flags in place of arguments."""
     return _printable(_as_flags(" ".join(str(message).split())))
 
 
 def _printable(text: str) -> str:
-    """Escape what a terminal would take as an order: files choose the names in them."""
+    """Escape control characters, which the names in a file may contain, so that a terminal does not run them."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -150,7 +150,7 @@ def _load(args: argparse.Namespace, path: Path, device: torch.device) -> nn.Modu
 
 
 def _as_flags(message: str) -> str:
-    """Replace the arguments of Python functions by the flags of the command."""
+    """Replace the arguments of Python functions with the flags of the command."""
     for argument in (
         "add_bias",
         "class_map",
@@ -178,7 +178,7 @@ def _print(args: argparse.Namespace, info: dict[str, Any], text: str) -> None:
 
 
 def _described(path: Path, info: dict[str, Any]) -> str:
-    """Return a few lines about what a file holds."""
+    """Return a few lines that describe the calibration of a file."""
     if not (info["calibrated"] or info["folded"]):
         return _printable(f"{path}: not calibrated")
     lines = {"gamma": f"{info['gamma']:.4f}"}
@@ -208,20 +208,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add_command(commands, "inspect", _inspect, "show whether a file is calibrated, and how")
     inspect.add_argument("file", type=Path)
 
-    fold = add_command(commands, "fold", _fold, "add gamma to the bias: a file that loads anywhere")
+    fold = add_command(commands, "fold", _fold, "add gamma to the bias and write a file that loads anywhere")
     add_files(fold)
-    fold.add_argument("--add-bias", action="store_true", help="give a head without bias a new one: one key more")
-    fold.add_argument("--prefix", help="what the model's keys begin with, as 'model.' (not for a .ckpt file)")
+    fold.add_argument("--add-bias", action="store_true", help="give a head without bias a new one, which adds a key")
+    fold.add_argument("--prefix", help="prefix of the model's keys, such as 'model.' (not for a .ckpt file)")
 
     export = add_command(commands, "export", _export, "write a timm model for onnxruntime, torch.export or timm itself")
     add_files(export)
-    export.add_argument("--model", help="name of the model in timm, if the file does not tell it")
+    export.add_argument("--model", help="name of the model in timm, if the file does not name it")
     add_model(export)
 
-    calibrate = add_command(commands, "calibrate", _calibrate, "find gamma of a fine-tuned timm model")
+    calibrate = add_command(commands, "calibrate", _calibrate, "find gamma for a fine-tuned timm model")
     calibrate.add_argument("model", help="name of the model in timm")
     calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
-    calibrate.add_argument("data", type=Path, help="the fine-tuning data: a folder with one folder of images a class")
+    calibrate.add_argument("data", type=Path, help="the fine-tuning data: a folder with one folder of images per class")
     calibrate.add_argument("destination", type=Path, help="the calibrated file to write, .pth or .safetensors")
     add_classes(calibrate)
     add_model(calibrate)

@@ -1,4 +1,4 @@
-"""The arguments of the command ``calibft``."""
+"""The arguments of the ``calibft`` command."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EPILOG = """exit status: 0 done; 1 refused, with the reason in one line on stderr; 2 wrong usage; 3 `inspect` found no
+EPILOG = """exit status: 0 success; 1 refused, with the reason on one stderr line; 2 usage error; 3 `inspect` found no
 gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
 
 
-# Written out, because asking for them would load torch and timm: the names of the estimators that need no samples of
-# absent classes, and the interpolations that timm knows.
+# The estimators that need no samples of absent classes, and timm's interpolations. They are written out here because
+# looking them up would import torch and timm.
 _ESTIMATORS = (
     "alg",
     "pseudo_absent",
@@ -30,7 +30,7 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"
 
 
 class _Arguments(argparse.Action):
-    """Takes words as ``name=value``, as timm's scripts do; what is none is wrong usage."""
+    """Parse ``name=value`` words, as timm's scripts do. Any other word is a usage error."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         arguments = {}
@@ -46,7 +46,7 @@ class _Arguments(argparse.Action):
 
 
 def _integer(least: int) -> Callable[[str], int]:
-    """Read an integer of at least ``least``; the largest are no number of images, workers or rows."""
+    """Return a reader of integers of at least ``least`` and below 2**31, a limit for images, workers and rows."""
 
     def read(word: str) -> int:
         if not word.lstrip("-").isdecimal() or not least <= int(word) < 2**31:
@@ -71,20 +71,20 @@ def positive_number(word: str) -> float:
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """Add a subcommand that calls ``run``, with the options that all commands have."""
+    """Add a subcommand that calls ``run``, with the options that all subcommands share."""
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=EPILOG
     )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--unsafe", action="store_true", help="unpickle any object: only for files that you trust")
+    command.add_argument("--unsafe", action="store_true", help="unpickle any object (only for files that you trust)")
     return command
 
 
 def add_files(command: argparse.ArgumentParser) -> None:
-    """Add the file to read and the one to write."""
+    """Add the source and destination files."""
     command.add_argument("source", type=Path, help="a calibrated file")
-    command.add_argument("destination", type=Path, help="what to write; its name decides the format")
+    command.add_argument("destination", type=Path, help="the file or folder to write; its name decides the format")
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -104,8 +104,8 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_classes(command: argparse.ArgumentParser) -> None:
-    """Add the options that say which row of the head each folder is."""
-    command.add_argument("--num-classes", type=_integer(2), help="rows of the head, where the weights do not tell it")
+    """Add the options that map each folder to a row of the head."""
+    command.add_argument("--num-classes", type=_integer(2), help="rows of the head, if the weights do not show it")
     command.add_argument(
         "--class-map",
         help="the head's row of each folder: a JSON file (a list in the folders' order, or folder: row),"
@@ -117,7 +117,7 @@ def add_classes(command: argparse.ArgumentParser) -> None:
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
-    """Add the options that say how gamma is found and images are read."""
+    """Add the options for finding gamma and reading images."""
     command.add_argument("--estimator", choices=_ESTIMATORS, default="alg", help="how gamma is found (%(default)s)")
     command.add_argument(
         "--estimator-kwargs", nargs="*", default={}, action=_Arguments, metavar="NAME=VALUE", help="its arguments"
@@ -134,10 +134,10 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         default=min(4, os.cpu_count() or 1),
         help="processes that read images (%(default)s)",
     )
-    command.add_argument("--device", help="where the model runs; a GPU if there is one")
+    command.add_argument("--device", help="where the model runs; by default a GPU if there is one")
     command.add_argument("--amp", action="store_true", help="run the model under autocast")
-    command.add_argument("--crop-pct", type=positive_number, help="as timm's own scripts; the model's own by default")
-    command.add_argument("--mean", type=finite_number, nargs="+", help="likewise")
-    command.add_argument("--std", type=positive_number, nargs="+", help="likewise")
-    command.add_argument("--interpolation", choices=_INTERPOLATIONS, help="likewise")
-    command.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    command.add_argument("--crop-pct", type=positive_number, help="as in timm's scripts; the model's own by default")
+    command.add_argument("--mean", type=finite_number, nargs="+", help="like --crop-pct")
+    command.add_argument("--std", type=positive_number, nargs="+", help="like --crop-pct")
+    command.add_argument("--interpolation", choices=_INTERPOLATIONS, help="like --crop-pct")
+    command.add_argument("--no-progress", dest="progress", action="store_false", help="do not show a progress bar")

@@ -47,44 +47,45 @@ def pseudo_cross_validation(
 ) -> CalibrationResult:
     r"""Find gamma by fine-tuning on halves of the seen classes, while the other halves play absent.
 
-    A copy of the model before fine-tuning is fine-tuned on a random half of :math:`S`. The other half then plays the
-    absent classes on all fine-tuning samples. Of the gammas that bring these pseudo-absent classes back to the accuracy
-    that the model had before fine-tuning, the one with the best overall accuracy is chosen. The result is the mean over
-    the splits; those without such a gamma are left out. Mai et al., "Fine-Tuning is Fine, if Calibrated",
-    NeurIPS 2024, section 5.
+    A copy of the model before fine-tuning is fine-tuned on a random half of :math:`S`. It is then evaluated on all
+    fine-tuning samples, where the other half plays the absent classes. Some gammas bring these pseudo-absent classes
+    back to the accuracy that the model had before fine-tuning. Among them, the gamma with the best overall accuracy is
+    chosen. The result is the mean over the splits; splits without such a gamma are left out. Mai et al.,
+    "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
-    It costs ``num_splits`` more trainings, on about half of the samples each. A model that is fine-tuned on half of the
-    classes, with half of the data, may need another gamma than one that is fine-tuned on all of them.
+    This takes ``num_splits`` more trainings, each on about half of the samples. A model that is fine-tuned on half of
+    the classes, with half of the data, may need a different gamma than a model that is fine-tuned on all of them.
 
     Args:
         model: The classifier before fine-tuning. It is not changed.
-        dataset: The fine-tuning data, a map-style dataset of samples as ``calibrate`` reads batches of.
-        fit_fn: Called as ``fit_fn(copy, subset)`` with a copy of the model and the samples of a split's classes:
-            fine-tunes and returns it (or returns ``None`` and has changed the copy).
-        seen_classes: Rows of the at least three fine-tuning classes. ``None``: the labels in ``dataset``.
-        absent_classes: Rows of the absent classes. ``None``: all that are not seen.
-        num_splits: Number of splits, each with a half of its own as long as there are any left.
-        candidates: Among which classes the argmax runs, as in ``SplitAccuracy``: ``"seen"``, or ``"all"``, where the
-            absent classes are shifted together with those that play absent.
-        head: Dotted name of the module that gives the logits, where it is not found by itself.
-        unpack_batch: As :func:`~lightning_calibft.calibrate` takes it.
-        class_map: Likewise.
-        label_names: Likewise.
-        batch_size: Samples a batch, for reading the data without training.
-        num_workers: Processes that read them.
-        collate_fn: Makes a batch of samples, as a ``DataLoader`` takes it.
-        seed: Of the splits; the random numbers of training follow from it as well.
-        folder: Where finished splits are kept. A run that was stopped goes on from there. It cannot know what
-            ``fit_fn`` does: name another folder when that changes.
+        dataset: The fine-tuning data, a map-style dataset. Batches of its samples are read as by ``calibrate``.
+        fit_fn: Called as ``fit_fn(copy, subset)`` with a copy of the model and the samples of a split's classes. It
+            fine-tunes the copy and returns it, or changes the copy in place and returns ``None``.
+        seen_classes: Head rows of the fine-tuning classes, at least three. ``None``: the labels in ``dataset``.
+        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        num_splits: Number of splits. They all differ, as long as there are enough different halves.
+        candidates: The classes that the argmax runs over, as in ``SplitAccuracy``: ``"seen"``, or ``"all"``, where the
+            absent classes are shifted together with the pseudo-absent classes.
+        head: Dotted name of the module that outputs the logits, if it is not found automatically.
+        unpack_batch: As in :func:`~lightning_calibft.calibrate`.
+        class_map: As in :func:`~lightning_calibft.calibrate`.
+        label_names: As in :func:`~lightning_calibft.calibrate`.
+        batch_size: Samples per batch when the data is read without training.
+        num_workers: Number of processes that read these batches.
+        collate_fn: Makes a batch from samples, as in a ``DataLoader``.
+        seed: Seed of the splits and of the random numbers in training.
+        folder: Where finished splits are stored. A run that was stopped continues from there. The stored splits do not
+            record what ``fit_fn`` does, so name another folder if you change it.
         progress: Whether to show a progress bar of the splits.
 
     Returns:
         Gamma, its standard error over the splits, the number of samples and the class split.
 
     Raises:
-        ValueError: If there are fewer than three seen classes, no split has such a gamma, ``folder`` holds the splits
-            of a run with other settings, or what ``calibrate`` refuses.
-        TypeError: If a target does not hold class ids, or ``dataset`` or what ``fit_fn`` returns is of the wrong type.
+        ValueError: If there are fewer than three seen classes, if no split has such a gamma, if ``folder`` holds the
+            splits of a run with other settings, or if ``calibrate`` would raise it.
+        TypeError: If a target does not hold class ids, or if ``dataset`` or the return value of ``fit_fn`` is of the
+            wrong type.
 
     Example:
         >>> import torch
@@ -113,7 +114,7 @@ def pseudo_cross_validation(
     plan = CrossValidationPlan(num_splits, candidates, seed, folder)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"Expected argument `dataset` to be map-style, of which a part can be taken, but got a"
+            f"Expected argument `dataset` to be map-style, so that parts of it can be taken, but got a"
             f" {type(dataset).__name__}. Read it into a list."
         )
     if collate_fn is not None and not callable(collate_fn):
@@ -167,7 +168,7 @@ def classes_of(rows: Tensor, num_classes: int) -> list[int]:
     """Return the classes of the samples.
 
     Raises:
-        ValueError: If a label is no row of the head.
+        ValueError: If a label is not a row of the head.
     """
     rows = rows[rows != IGNORE_INDEX]
     if len(outside := rows[(rows < 0) | (rows >= num_classes)]):
@@ -176,23 +177,24 @@ def classes_of(rows: Tensor, num_classes: int) -> list[int]:
 
 
 def of_classes(rows: Tensor, classes: Sequence[int]) -> list[int]:
-    """Return the positions of the samples that are of some classes."""
+    """Return the positions of the samples of some classes."""
     positions: list[int] = torch.isin(rows, torch.tensor(classes)).nonzero().flatten().tolist()
     return positions
 
 
 def cost(plan: CrossValidationPlan, split: ClassSplit, rows: Tensor) -> str:
-    """Return a line that says what the trainings cost.
+    """Return a line that says how much training the splits take.
 
     Raises:
-        ValueError: If a half has no samples.
+        ValueError: If a half of the classes has no samples.
     """
     total = len(of_classes(rows, split.seen_classes))
     parts = [len(of_classes(rows, part.seen_classes)) for part in plan.pseudo_splits(split)]
     if 0 in parts or total in parts:
         raise ValueError(
             "Expected argument `seen_classes` to name classes of which each half has samples in the fine-tuning data,"
-            f" but of {total} samples one has {'none' if 0 in parts else 'all'}. Leave out the classes without samples."
+            f" but one half has {'none' if 0 in parts else 'all'} of the {total} samples. Leave out the classes without"
+            " samples."
         )
     shares = ", ".join(f"{100 * part / max(1, total):.0f} %" for part in parts)
     return f"Pseudo cross-validation: {len(parts)} more trainings, on {shares} of the {total:,} samples."

@@ -1,4 +1,4 @@
-"""Finished splits on disk, from which a run that was stopped goes on."""
+"""Store finished splits on disk, so that a run that was stopped can continue."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from lightning_calibft.checkpoint.files import replace_atomically
 
 
 class SplitStore:
-    """Keeps one small JSON file for each finished split, or nothing without a folder.
+    """Stores one small JSON file for each finished split, or nothing if there is no folder.
 
     Args:
-        folder: Where the files are, made if need be.
-        settings: What the outcomes depend on, in plain types.
+        folder: The folder of the files. It is created if necessary.
+        settings: The settings that the outcomes depend on, in plain types.
     """
 
     def __init__(self, folder: StrPath | None, settings: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._settings = json.loads(json.dumps(settings))  # as it is when read again
+        self._settings = json.loads(json.dumps(settings))  # as it will be read again
 
     def read(self, index: int) -> dict[str, Any] | None:
-        """Return what a finished split found, or ``None``.
+        """Return the outcome of a split, or ``None`` if it is not finished.
 
         Raises:
-            ValueError: If the file is of a run with other settings.
+            ValueError: If the file is from a run with other settings.
         """
         if self._folder is None or not (path := self._path(index)).exists():
             return None
         try:
             outcome: dict[str, Any] = json.loads(path.read_text())
             settings, gamma, _ = outcome.pop("settings"), outcome["gamma"], outcome["num_samples"]
-        except (AttributeError, KeyError, TypeError, ValueError):  # not one of ours, or damaged
+        except (AttributeError, KeyError, TypeError, ValueError):  # not our file, or damaged
             return None
         if not isinstance(gamma, (float, type(None))) or not isinstance(settings, dict):
             return None
         if other := [key for key in self._settings if settings.get(key) != self._settings[key]]:
             raise ValueError(
-                f"Expected argument `folder` to be empty or of the same run, but {str(self._folder)!r} is of one with"
-                f" another `{other[0]}`. Name another folder, or remove this one."
+                f"Expected argument `folder` to be empty or from the same run, but {str(self._folder)!r} is from a run"
+                f" with another `{other[0]}`. Name another folder, or remove this one."
             )
         return outcome
 
     def write(self, index: int, outcome: Mapping[str, Any]) -> None:
-        """Keep what a split has found."""
+        """Store the outcome of a split."""
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The splits of pseudo cross-validation, and gamma from models that are trained on them."""
+"""The splits of pseudo cross-validation, and gamma from the models trained on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_calibft.functional.seen_unseen_curve import UnreachableAccuracyEr
 from lightning_calibft.metrics import SeenUnseenCurve
 from lightning_calibft.split import ClassSplit
 
-_MOST_SPLITS, _MOST_SEED = 1000, 2**32 - 1  # a training for each; numpy takes no larger seed
+_MOST_SPLITS, _MOST_SEED = 1000, 2**32 - 1  # each split is a training; numpy takes no larger seed
 
 Candidates = Literal["seen", "all"]
 
@@ -35,8 +35,9 @@ class CrossValidationPlan:
     """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
 
     Raises:
-        TypeError: If ``num_splits`` or ``seed`` is no integer, or ``folder`` no path.
-        ValueError: If ``num_splits`` or ``seed`` is out of range, or ``candidates`` neither ``"seen"`` nor ``"all"``.
+        TypeError: If ``num_splits`` or ``seed`` is not an integer, or ``folder`` is not a path.
+        ValueError: If ``num_splits`` or ``seed`` is out of range, or ``candidates`` is neither ``"seen"`` nor
+            ``"all"``.
     """
 
     num_splits: int = 3
@@ -52,7 +53,7 @@ class CrossValidationPlan:
         check_choice("candidates", self.candidates, get_args(Candidates))
 
     def pseudo_splits(self, split: ClassSplit) -> list[ClassSplit]:
-        """Draw halves of the seen classes, each another as long as there are any: one stays seen, one plays absent.
+        """Split the seen classes at random: one half stays seen, the other plays absent. Splits differ if possible.
 
         Raises:
             ValueError: If there are fewer than three seen classes.
@@ -60,7 +61,7 @@ class CrossValidationPlan:
         seen = split.seen_classes
         if len(seen) < 3:
             raise ValueError(
-                f"Expected argument `seen_classes` to hold at least 3 classes, of which a part can play absent, but got"
+                f"Expected argument `seen_classes` to hold at least 3 classes, so that some can play absent, but got"
                 f" {len(seen)}. Choose another `estimator`."
             )
         draws, size = random.Random(self.seed), math.ceil(len(seen) / 2)
@@ -84,19 +85,19 @@ def cross_validate(
     """Fine-tune once for each pseudo split, and average the gammas that bring the pseudo-absent classes back.
 
     Args:
-        plan: How many splits, and among which candidates.
+        plan: The number of splits, the candidates, the seed and the folder.
         split: The seen and the absent classes.
-        before: The model before fine-tuning, its head attached, with gamma 0.
-        fit: Fine-tunes a copy of it on the seen classes of a pseudo split and returns it, its head attached. It gets
-            the number of the split as well.
+        before: The model before fine-tuning, with its head attached and gamma 0.
+        fit: Called with the number of a pseudo split and the pseudo split. Fine-tunes a copy of the model on its seen
+            classes and returns the copy, with its head attached.
         reading: Prepares a pass of a model over samples of all seen classes.
-        settings: What else the outcome depends on, as plain types.
+        settings: Other settings that the outcome depends on, as plain types.
 
     Returns:
         The mean gamma, and its standard error over the splits.
 
     Raises:
-        ValueError: If there are too few seen classes, no split has a gamma, or ``plan.folder`` holds other runs.
+        ValueError: If there are too few seen classes, if no split has a gamma, or if ``plan.folder`` holds another run.
     """
     pseudo_splits = plan.pseudo_splits(split)
     all_settings = {
@@ -109,11 +110,11 @@ def cross_validate(
     }
     store = SplitStore(plan.folder, all_settings)
     known = [store.read(index) for index in range(plan.num_splits)]
-    _seed(plan.seed)  # the data may be augmented in the passes, too
+    _seed(plan.seed)  # the passes may augment the data, too
     needed = _accuracies_before(reading(before), split, pseudo_splits) if None in known else []
     for index, pseudo_split in enumerate(pseudo_splits):
         if known[index] is None:
-            _seed(plan.seed + index)  # so that a resumed run goes as one that was not stopped
+            _seed(plan.seed + index)  # so that a resumed run gives the same result
             curve = SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
             read = reading(fit(index, pseudo_split))
             read.feed(curve.to(read.device), split)
@@ -126,7 +127,7 @@ def cross_validate(
 def _accuracies_before(
     reading: EvaluationPass, split: ClassSplit, pseudo_splits: list[ClassSplit]
 ) -> list[dict[str, Any]]:
-    """Accuracy of the model before fine-tuning on the pseudo-absent samples of each split."""
+    """Return the accuracy of the model before fine-tuning on the pseudo-absent samples of each split."""
     curves = [
         OperatingPoint(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
         for pseudo_split in pseudo_splits
@@ -152,13 +153,13 @@ def _result(outcomes: list[dict[str, Any]], split: ClassSplit) -> CalibrationRes
     dropped = [str(index) for index, gamma in enumerate(gammas) if gamma is None]
     if not found:
         raise ValueError(
-            f"Expected pseudo cross-validation to find a gamma, but in none of {len(gammas)} splits does one bring the"
+            f"Expected pseudo cross-validation to find a gamma, but no gamma in any of {len(gammas)} splits brings the"
             " pseudo-absent classes back to the accuracy that the model had before fine-tuning. Choose another"
-            " `estimator`, or `candidates`."
+            " `estimator`, or other `candidates`."
         )
     if dropped:
         rank_zero_warn(
-            f"Pseudo cross-validation leaves out split {', '.join(dropped)} of {len(gammas)}: there, no gamma brings"
+            f"Pseudo cross-validation leaves out split {', '.join(dropped)} of {len(gammas)}, because no gamma brings"
             " the pseudo-absent classes back to the accuracy that the model had before fine-tuning."
         )
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan

@@ -1,4 +1,4 @@
-"""The estimators by name, and the check of one that a user gives."""
+"""The estimators by name, and checks of estimators that users pass."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from lightning_calibft.split import ClassSplit
 
 
 class Estimator(Protocol):
-    """What a torchmetrics ``Metric`` must offer to choose gamma: it is fed with fine-tuning samples.
+    """The interface of a torchmetrics ``Metric`` that chooses gamma from fine-tuning samples.
 
-    One with an attribute ``needs_pretrained_logits`` that is true gets a third argument in ``update``: the logits of
-    the same samples from the model before fine-tuning. One with ``needs_absent_samples`` is fed with labelled samples
-    of absent classes as well.
+    If its attribute ``needs_pretrained_logits`` is true, ``update`` gets a third argument: the logits of the same
+    samples from the model before fine-tuning. If ``needs_absent_samples`` is true, ``update`` also gets labeled samples
+    of absent classes.
     """
 
     split: ClassSplit
 
     def update(self, preds: Tensor, target: Tensor, *pretrained_preds: Tensor) -> None:
-        """Take a batch: raw logits ``(N, C)`` and class ids ``(N,)``; ids that are not seen classes do not count."""
+        """Add a batch of raw logits ``(N, C)`` and class ids ``(N,)``. Only samples of seen classes count."""
 
     def compute(self) -> Tensor:
         """Return gamma, the same on all processes."""
 
     @property
     def standard_error(self) -> Tensor:
-        """The uncertainty of the gamma last computed."""
+        """The standard error of the gamma computed last."""
 
     @property
     def num_samples(self) -> int:
-        """The number of samples behind the gamma last computed."""
+        """The number of samples used for the gamma computed last."""
 
     def reset(self) -> None:
         """Forget all samples."""
@@ -70,13 +70,13 @@ ESTIMATORS: dict[str, Any] = {
 
 
 def needs_pretrained_logits(estimator: str | Estimator) -> bool:
-    """Tell whether an estimator, or one of a known name, asks for the model before fine-tuning."""
+    """Return whether an estimator, given by name or as an object, needs the model from before fine-tuning."""
     kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_pretrained_logits", False))
 
 
 def needs_absent_samples(estimator: str | Estimator) -> bool:
-    """Tell whether an estimator, or one of a known name, asks for labelled samples of absent classes."""
+    """Return whether an estimator, given by name or as an object, needs labeled samples of absent classes."""
     kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_absent_samples", False))
 
@@ -87,26 +87,26 @@ def check_estimator(
     seen_classes: Any = None,
     absent_classes: Any = None,
 ) -> None:
-    """Refuse what is no estimator, and classes or options beside a metric that has its own.
+    """Raise if this is not an estimator, or if classes or options are passed for a metric that has its own.
 
     Raises:
-        ValueError: If a name is not in ``ESTIMATORS``, if an option is unknown, missing or out of its range, if
-            classes or options are given beside a metric, or if it maps targets.
-        TypeError: If an object is not a ``Metric`` with a ``split``, a ``standard_error`` and ``num_samples``, or the
-            options are no mapping.
+        ValueError: If a name is not in ``ESTIMATORS``; if an option is unknown, missing or out of range; if classes or
+            options are passed along with a metric; or if the metric has a ``class_map``.
+        TypeError: If an object is not a ``Metric`` with ``split``, ``standard_error`` and ``num_samples``, or the
+            options are not a mapping.
     """
     if not isinstance(estimator_kwargs, (Mapping, NoneType)):
         raise TypeError(f"Expected argument `estimator_kwargs` to be a mapping, but got {estimator_kwargs!r}.")
     if isinstance(estimator, str):
         if estimator == "pcv":
             raise ValueError(
-                "Expected argument `estimator` to read the fine-tuned model, but got 'pcv', which fine-tunes others."
-                " Call `pseudo_cross_validation`, and `set_gamma` with its result."
+                "Expected argument `estimator` to read the fine-tuned model, but got 'pcv', which fine-tunes other"
+                " models. Call `pseudo_cross_validation` and pass its result to `set_gamma`."
             )
         if estimator not in ESTIMATORS:
             raise ValueError(
-                f"Expected argument `estimator` to be one of {', '.join(map(repr, ESTIMATORS))} (of the callback also"
-                f" 'pcv') or a metric, but got {estimator!r}."
+                f"Expected argument `estimator` to be one of {', '.join(map(repr, ESTIMATORS))} (the callback also"
+                f" accepts 'pcv') or a metric, but got {estimator!r}."
             )
         _check_options(estimator, estimator_kwargs or {})
     elif not (isinstance(estimator, Metric) and _ATTRIBUTES.issubset(dir(estimator))):  # `hasattr` would compute them
@@ -116,26 +116,26 @@ def check_estimator(
         )
     elif not (seen_classes is absent_classes is None):
         raise ValueError(
-            f"Expected arguments `seen_classes` and `absent_classes` to be None beside an `estimator` that was made for"
+            f"Expected arguments `seen_classes` and `absent_classes` to be None with an `estimator` that already has"
             f" its own classes, but got {seen_classes!r} and {absent_classes!r}. Leave them out."
         )
     elif estimator_kwargs:
         raise ValueError(
-            f"Expected argument `estimator_kwargs` to be None beside an `estimator` that is a metric, but got"
-            f" {estimator_kwargs!r}. Give them to the metric."
+            f"Expected argument `estimator_kwargs` to be None with an `estimator` that is a metric, but got"
+            f" {estimator_kwargs!r}. Pass these options to the metric itself."
         )
     elif getattr(estimator, "class_map", None) is not None:
         raise ValueError(
-            "Expected argument `estimator` to take rows of the head, but got a metric with a `class_map`. Give the"
-            " `class_map` beside it instead."
+            "Expected argument `estimator` to take rows of the head, but got a metric with a `class_map`. Pass"
+            " `class_map` as its own argument instead."
         )
 
 
 def check_estimator_width(estimator: str | Estimator, num_classes: int) -> None:
-    """Refuse a metric that was made for another number of classes than the head has.
+    """Raise if a metric does not have the same number of classes as the head.
 
     Raises:
-        ValueError: If it was.
+        ValueError: If the numbers differ.
     """
     if not isinstance(estimator, str) and estimator.split.num_classes != num_classes:
         raise ValueError(
@@ -147,7 +147,7 @@ def check_estimator_width(estimator: str | Estimator, num_classes: int) -> None:
 def make_estimator(
     estimator: str | Estimator, split: ClassSplit, estimator_kwargs: Mapping[str, Any] | None = None
 ) -> Estimator:
-    """Return an estimator by its name, made for ``split``, or the given one with its state reset."""
+    """Create the estimator with this name for ``split``, or reset the given metric and return it."""
     if isinstance(estimator, str):
         made: Estimator = ESTIMATORS[estimator](
             split.num_classes, split.seen_classes, split.absent_classes, validate_args=False, **(estimator_kwargs or {})
@@ -170,4 +170,4 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             f"Expected argument `estimator_kwargs` to hold {missing[0]!r} for the estimator {name!r}, but got"
             f" {dict(options)!r}."
         )
-    ESTIMATORS[name](3, [0, 1], **options)  # refuses values that are out of range
+    ESTIMATORS[name](3, [0, 1], **options)  # raises if a value is out of range

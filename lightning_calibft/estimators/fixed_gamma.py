@@ -1,4 +1,4 @@
-"""A gamma that is known."""
+"""A gamma that is already known."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lightning_calibft.split import ClassIds
 
 
 class FixedGamma(MeanGapEstimator):
-    """A gamma that is known, from an earlier run or a sweep; the samples are only counted.
+    """A gamma that is already known, for example from an earlier run or a sweep. The samples are only counted.
 
     Input and output are those of :class:`~lightning_calibft.metrics.AverageLogitGap`. The standard error is 0.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        gamma: The number, in logits.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        gamma: The number to add to the logits of the absent classes.
         kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Raises:
@@ -64,5 +64,5 @@ class FixedGamma(MeanGapEstimator):
 
     @property
     def standard_error(self) -> Tensor:
-        """Zero."""
+        """Standard error of gamma, always 0."""
         return torch.zeros_like(self.compute())

@@ -17,25 +17,25 @@ from lightning_calibft.split import ClassIds
 
 
 class LogSumExpGap(MeanGapEstimator):
-    r"""How far the soft maximum of the absent logits lies below that of the seen ones, both per class.
+    r"""The gap between the soft maximum of the seen logits and that of the absent ones, both per class.
 
     .. math::
         \gamma = \frac{T}{n} \sum_{i=1}^n \Big[
         \log \frac{1}{|S| - 1} \sum_{c \in S, c \neq y_i} e^{z_{ic} / T}
         - \log \frac{1}{|U|} \sum_{c \in U} e^{z_{ic} / T} \Big]
 
-    With it a wrong seen class and an absent one get the same softmax probability on (geometric) average. A high
-    temperature :math:`T` makes it the average logit gap, a low one the gap of the maxima. This estimator is the
-    project's own, with the limits of the average logit gap: it looks at no sample of an absent class.
+    With this gamma, a wrong seen class and an absent class get the same softmax probability on (geometric) average. A
+    high temperature :math:`T` approaches the average logit gap, and a low one the gap of the maxima. This estimator is
+    original to this project. It has the same limitation as the average logit gap: it uses no samples of absent classes.
 
     The state is three numbers; an update needs all logits of its batch at once. Input and output are those of
     :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        temperature: By what the logits are divided; 1 is that of the softmax.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        temperature: The number that the logits are divided by; 1 is that of the softmax.
         kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Raises:
@@ -71,7 +71,7 @@ class LogSumExpGap(MeanGapEstimator):
 
 
 def log_sum_exp_gaps(preds: Tensor, target: Tensor, groups: Groups, temperature: float) -> Tensor:
-    """Soft maximum of the other seen logits less that of the absent ones, both per class, ``(N,)``."""
+    """Return the soft maximum of the other seen logits minus that of the absent ones, both per class, ``(N,)``."""
     dtype = real_dtype(preds.device)
 
     def soft_maximum(values: Tensor, count: int) -> Tensor:

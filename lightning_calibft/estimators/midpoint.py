@@ -9,20 +9,20 @@ from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 
 
 class Midpoint(MeanGapEstimator):
-    r"""Halfway between the margins of seen samples and those of pseudo-absent copies of them.
+    r"""The midpoint between the margins of seen samples and those of pseudo-absent copies of them.
 
     .. math:: \gamma = \frac{1}{2n} \sum_{i=1}^n (m_i + m'_i)
 
-    with the margins of :func:`~lightning_calibft.functional.pseudo_absent_gamma`, of which this is the simpler
-    relative: it needs the model from before fine-tuning as well, but only the means of the two margins count, not how
-    they spread nor how many classes there are. This estimator is the project's own.
+    The margins are those of :func:`~lightning_calibft.functional.pseudo_absent_gamma`, of which this is a simpler
+    variant. It also needs the model from before fine-tuning, but it uses only the means of the two margins, not their
+    spread or the numbers of classes. This estimator is original to this project.
 
     The state is three numbers. Input and output are those of :class:`~lightning_calibft.estimators.PseudoAbsent`.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
         kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Raises:

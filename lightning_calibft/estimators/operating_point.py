@@ -1,4 +1,4 @@
-"""The gamma of an operating point of one's choice, from labelled samples of seen and absent classes."""
+"""The gamma of a chosen operating point, from labeled samples of seen and absent classes."""
 
 from __future__ import annotations
 
@@ -25,54 +25,54 @@ from lightning_calibft.split import ClassIds
 
 
 class OperatingPoint(SeenUnseenCurve):
-    r"""The best gamma on labelled validation samples that hold absent classes too.
+    r"""The best gamma on labeled validation samples of seen and absent classes.
 
     .. math::
         \hat\gamma = \arg\max_\gamma f\big(Acc_{S/Y}(\gamma), Acc_{U/Y}(\gamma)\big) \quad \text{subject to} \quad
         Acc_{S/Y}(\gamma) \ge a_S, \; Acc_{U/Y}(\gamma) \ge a_U
 
     over the points of the seen-unseen curve (Chao et al., "An Empirical Study and Analysis of Generalized Zero-Shot
-    Learning for Object Recognition in the Wild", ECCV 2016). With :math:`f` the accuracy of all samples and no
-    constraint this is the :math:`\gamma^\star` of Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024.
-    See :func:`lightning_calibft.functional.best_gamma` for the exact rule.
+    Learning for Object Recognition in the Wild", ECCV 2016). If :math:`f` is the accuracy of all samples and
+    there is no constraint, this is the :math:`\gamma^\star` of Mai et al., "Fine-Tuning is Fine, if Calibrated",
+    NeurIPS 2024. See :func:`lightning_calibft.functional.best_gamma` for the exact rule.
 
-    Its limits: it needs labels of absent classes, of the very classes that it is to bring back. Under
-    ``criterion="accuracy"`` it also fits the mix of seen and absent samples, so they should be mixed as in use; with
-    ``average="macro"``, the other criteria and the constraints only the mix within a group matters. Accuracies on the
-    samples that gamma was chosen on are a little too good.
+    Limitations: it needs labeled samples of the absent classes, the very classes that it should recover. With
+    ``criterion="accuracy"``, gamma also depends on the ratio of seen to absent samples, so that should be the ratio in
+    use. With ``average="macro"``, the other criteria, or constraints, only the mix within each group matters.
+    Accuracies on the samples used to choose gamma are slightly optimistic.
 
-    The standard error is the standard deviation over 200 bootstrap samples; those without a gamma that has the
-    accuracies asked for are left out, and it is NaN if fewer than two remain. Where gamma sits at a constraint or where
-    two accuracies meet it is a good figure. At the top of a flat curve, which jumps from one interval to another, it is
-    a rough one.
+    The standard error is the standard deviation over 200 bootstrap samples. Those where no gamma reaches the required
+    accuracies are left out, and it is NaN if fewer than two remain. It is reliable if a constraint or the point of
+    equal accuracies determines gamma. It is rough at the top of a flat curve, where gamma jumps between intervals.
 
-    The state is 8 bytes a sample, whatever the number of classes, and once more after ``compute``. It is shared with a
+    The state is 8 bytes per sample for any number of classes, and twice that after ``compute``. It is shared with a
     :class:`~lightning_calibft.metrics.SeenUnseenCurve` of the same split in a :class:`torchmetrics.MetricCollection`.
     After ``compute`` on all processes, :attr:`standard_error`, :attr:`num_samples` and :meth:`accuracies` need no
-    further communication. Feed it by ``update``: ``forward`` asks each batch alone for the accuracies.
+    further communication. Use ``update`` instead of ``forward``, which requires the accuracies of each
+    batch alone.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids, of seen and of absent classes.
 
-    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if a group
-    has no samples. ``compute`` raises a ``ValueError`` if no gamma has the accuracies asked for.
+    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, or NaN with a warning if a
+    group has no samples. ``compute`` raises a ``ValueError`` if no gamma reaches the required accuracies.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
         criterion: ``"accuracy"`` of all samples, the ``"harmonic_mean"`` of both groups' accuracies, or
-            ``"equal_accuracies"``, where those differ least.
-        min_seen_accuracy: Only gammas with at least this accuracy of the seen samples, among all classes, count.
-        min_absent_accuracy: The same for the absent samples.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+            ``"equal_accuracies"``, the smallest difference between those two.
+        min_seen_accuracy: Consider only gammas with at least this accuracy of seen samples among all classes.
+        min_absent_accuracy: The same for absent samples.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the criterion is unknown or an accuracy leaves [0, 1].
+        ValueError: If the criterion is unknown or an accuracy is not in [0, 1].
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ class OperatingPoint(SeenUnseenCurve):
         >>> target = torch.tensor([0, 0, 2, 2])
         >>> metric = OperatingPoint(3, seen_classes=[0, 1])
         >>> metric.update(logits, target)
-        >>> metric.compute()  # of the intervals up to 1 and from 2 to 3 and from 4 on, the first that is best
+        >>> metric.compute()  # the first best interval: up to 1, which ties with 2 to 3 and with 4 and up
         tensor(0., dtype=torch.float64)
         >>> metric = OperatingPoint(3, seen_classes=[0, 1], min_absent_accuracy=0.5)
         >>> metric.update(logits, target)
@@ -110,15 +110,15 @@ class OperatingPoint(SeenUnseenCurve):
         self._samples: tuple[Tensor, Tensor] | None = None
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """Return gamma of all samples so far."""
+        """Return gamma for all samples so far."""
         super().compute()
         assert self._curve is not None
-        # Kept because here, and only here, the states are those of all processes.
+        # Kept here because only here do the states include all processes.
         self._samples = counted_samples(dim_zero_cat(self.margin), dim_zero_cat(self.code))
         try:
             return to_real(curve_best_gamma(self._curve, self._goal), self.device)
         except UnreachableAccuracyError:
-            with suppress(TorchMetricsUserError):  # torchmetrics would leave the samples of all processes to each
+            with suppress(TorchMetricsUserError):  # else each process would keep the samples of all processes
                 self.unsync()
             raise
 
@@ -129,7 +129,7 @@ class OperatingPoint(SeenUnseenCurve):
 
     @property
     def standard_error(self) -> Tensor:
-        """Standard error of gamma by the bootstrap, drawn anew, and alike, at each reading. NaN if gamma is."""
+        """Bootstrap standard error of gamma, computed with the same draws at each access. NaN if gamma is NaN."""
         gamma, (margin, code) = self.compute(), self._gathered()
         if gamma.isnan():
             return gamma
@@ -138,7 +138,7 @@ class OperatingPoint(SeenUnseenCurve):
 
     @property
     def num_samples(self) -> int:
-        """Number of samples of seen and absent classes that gamma rests on."""
+        """Number of samples of seen and absent classes used for gamma."""
         return len(self._gathered()[1])
 
     def _gathered(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Gamma that best tells seen samples from pseudo-absent copies of them, over many batches."""
+"""The gamma that best separates seen samples from pseudo-absent copies of them, over many batches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_calibft.functional.pseudo_absent_gamma import pseudo_absent_compu
 
 
 class PseudoAbsent(SampleEstimator):
-    r"""Where seen samples part from copies of themselves whose class plays an absent one.
+    r"""The gamma that best separates seen samples from copies of them whose class is treated as absent.
 
     .. math:: |S| \, \operatorname{mean} \sigma(\gamma - m) = |U| \, \operatorname{mean} \sigma(m' - \gamma)
 
-    with :math:`m` the margins of the samples and :math:`m'` those of their copies. See
-    :func:`lightning_calibft.functional.pseudo_absent_gamma` for both, and for the limits. It needs the model from
-    before fine-tuning as well, and trains none. The state is 8 bytes a sample. After ``compute`` on all processes,
-    :attr:`standard_error` and :attr:`num_samples` need no further communication.
+    where :math:`m` are the margins of the samples and :math:`m'` those of their copies. See
+    :func:`lightning_calibft.functional.pseudo_absent_gamma` for their definitions and the limitations. It also needs
+    the model from before fine-tuning, but trains no model. The state is 8 bytes per sample. After ``compute`` on all
+    processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -25,18 +25,18 @@ class PseudoAbsent(SampleEstimator):
     - ``target``: An integer tensor of shape ``(N,)`` with class ids. Samples of classes that are not seen are left out.
     - ``pretrained_preds``: The logits of the same samples from the model before fine-tuning, ``(N, C)``.
 
-    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if no sample
-    counts.
+    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, or NaN with a warning if no
+    sample counts.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:

@@ -16,14 +16,14 @@ from lightning_calibft.split import ClassIds
 
 
 class QuantileGap(MeanGapEstimator):
-    r"""How far a quantile of the absent logits lies below that of the seen ones.
+    r"""The gap between a quantile of the seen logits and that of the absent ones.
 
     .. math::
         \gamma = \frac{1}{n} \sum_{i=1}^n \Big[ Q_q\big(z_{ic} : c \in S, c \neq y_i\big)
         - Q_q\big(z_{ic} : c \in U\big) \Big]
 
-    with quantiles :math:`Q_q` that interpolate linearly. This estimator is the project's own. Among few classes a high
-    quantile is the maximum, and the maxima of groups of different sizes do not compare: see
+    The quantiles :math:`Q_q` interpolate linearly. This estimator is original to this project. With few classes, a high
+    quantile is close to the maximum, and maxima of groups of different sizes are not comparable: see
     :class:`~lightning_calibft.estimators.MatchedMaxima`.
 
     The state is three numbers; an update sorts the logits of its batch. Input and output are those of
@@ -31,9 +31,9 @@ class QuantileGap(MeanGapEstimator):
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        quantile: Which quantile, in [0, 1].
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        quantile: The quantile to compare, in [0, 1].
         kwargs: The other arguments of :class:`~lightning_calibft.metrics.AverageLogitGap`.
 
     Raises:
@@ -44,7 +44,7 @@ class QuantileGap(MeanGapEstimator):
         >>> from lightning_calibft.estimators import QuantileGap
         >>> metric = QuantileGap(6, seen_classes=[0, 1, 2], quantile=0.5)
         >>> metric.update(torch.tensor([[9.0, 2.0, 4.0, 0.0, -1.0, 1.0]]), torch.tensor([0]))
-        >>> metric.compute()  # the medians: 3 less 0
+        >>> metric.compute()  # the medians: 3 minus 0
         tensor(3., dtype=torch.float64)
     """
 
@@ -69,7 +69,7 @@ class QuantileGap(MeanGapEstimator):
 
 
 def quantile_gaps(preds: Tensor, target: Tensor, groups: Groups, quantile: float) -> Tensor:
-    """Quantile of the other seen logits less that of the absent ones, ``(N,)``."""
+    """Return the quantile of the other seen logits minus that of the absent ones, ``(N,)``."""
 
     def gaps(others: Tensor, absent: Tensor) -> Tensor:
         return _quantile(others, quantile) - _quantile(absent, quantile)
@@ -78,8 +78,8 @@ def quantile_gaps(preds: Tensor, target: Tensor, groups: Groups, quantile: float
 
 
 def _quantile(values: Tensor, quantile: float) -> Tensor:
-    """Interpolate linearly between the columns of ``values (N, n)``, which increase along the row."""
-    # `torch.quantile` would sort again, and takes 16 million numbers at most.
+    """Return a quantile of each row of ``values (N, n)``, which increase along the row, by linear interpolation."""
+    # `torch.quantile` would sort again, and it accepts at most 16 million numbers.
     place = quantile * (values.shape[1] - 1)
     below = math.floor(place)
     above = min(below + 1, values.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""What the estimators share that need all samples at once: two numbers of each are kept."""
+"""The base class of estimators that need all samples at once, and keep two numbers for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_calibft.split import ClassIds
 
 
 class SampleEstimator(GammaEstimator):
-    """Base of the estimators that keep two numbers, 8 bytes, of each sample of a seen class.
+    """Base class of the estimators that keep two numbers (8 bytes) for each sample of a seen class.
 
     After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need no further communication.
     """
@@ -35,30 +35,30 @@ class SampleEstimator(GammaEstimator):
         self.add_state("samples", [], dist_reduce_fx="cat")
 
     def _gamma(self, samples: Tensor) -> Tensor:
-        """Return gamma of finite ``samples (N, 2)``, N > 0, in ``real_dtype``."""
+        """Return gamma for finite ``samples (N, 2)``, N > 0, in ``real_dtype``."""
         raise NotImplementedError
 
     def _gamma_error(self, samples: Tensor) -> Tensor:
-        """Return the standard error of gamma of finite ``samples (N, 2)``, N > 1, in ``real_dtype``."""
+        """Return the standard error of gamma for finite ``samples (N, 2)``, N > 1, in ``real_dtype``."""
         raise NotImplementedError
 
     def _keep(self, samples: Tensor, rows: Tensor) -> None:
-        # Marked instead of left out: no host synchronization. A NaN of a sample that counts must not look like a mark.
+        # Samples that do not count become NaN, which needs no host synchronization. NaN in counted ones becomes inf.
         samples = samples.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         samples = torch.where(self._counted(rows).unsqueeze(1), samples, torch.nan).float()
         append_part(cast("list[Tensor]", self.samples), samples)
 
     def compute(self) -> Tensor:
-        """Return gamma of all samples so far."""
+        """Return gamma for all samples so far."""
         self._append_nothing()
         samples = dim_zero_cat(self.samples)
         samples = samples[~samples.isnan().any(1)].to(real_dtype(samples.device))
-        # Kept because here, and only here, the states are those of all processes.
+        # Kept here because only here do the states include all processes.
         self._samples = samples
         if not len(samples):
-            rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
+            rank_zero_warn("The estimate of gamma received no samples of seen classes, so gamma is NaN.")
         elif not samples.isfinite().all():
-            rank_zero_warn("The estimate of gamma met logits that are NaN or infinite, so gamma is NaN.")
+            rank_zero_warn("The estimate of gamma received logits that are NaN or infinite, so gamma is NaN.")
         else:
             return self._gamma(samples)
         return samples.new_tensor(torch.nan)
@@ -83,7 +83,7 @@ class SampleEstimator(GammaEstimator):
 
     @property
     def num_samples(self) -> int:
-        """Number of samples that gamma rests on."""
+        """Number of samples used for gamma."""
         return len(self._gathered())
 
     def _gathered(self) -> Tensor:
@@ -92,6 +92,6 @@ class SampleEstimator(GammaEstimator):
         return self._samples
 
     def _append_nothing(self) -> None:
-        # A process without samples has an empty tensor to share, of the right shape. Gathered, it is no list.
+        # A process without samples must share an empty tensor of the right shape. After gathering, it is not a list.
         if isinstance(self.samples, list) and not self.samples:
             self.samples.append(torch.empty(0, 2, device=self.device))

@@ -1,4 +1,4 @@
-"""Pure functions on logits and labels: no state, no model."""
+"""Pure functions on logits and labels, without state or a model."""
 
 from lightning_calibft.functional.accuracy import calibrate_logits, harmonic_mean_accuracy, split_accuracy
 from lightning_calibft.functional.average_logit_gap import average_logit_gap

@@ -1,4 +1,4 @@
-"""What the logits of a batch say about each group of classes, some rows at a time."""
+"""Reductions of a batch of logits to values for each group of classes, computed in chunks of rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_calibft.functional._inputs import _SEEN, Groups
 
 
 class BatchReduction(NamedTuple):
-    """What the accuracies and the curve need of a batch, one value a sample ``(N,)``.
+    """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
-    The largest logit of the seen and of the absent classes, the group of the label (-1 where the sample does not
-    count), and whether the class of the label wins among its group and among both groups. Equal logits are decided as
-    :func:`torch.max` does, for the lower class. The maxima of samples that do not count mean nothing.
+    They are the largest logits of the seen and of the absent classes, the group of the label (-1 if the sample does not
+    count), and whether the true class wins within its group and within both groups. Ties go to the lower class id, as
+    in :func:`torch.max`. The maxima of samples that do not count are meaningless.
     """
 
     top_seen: Tensor
@@ -27,7 +27,7 @@ class BatchReduction(NamedTuple):
 
 
 def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> BatchReduction:
-    """Reduce a batch of logits ``(N, C)`` by one pass over them."""
+    """Reduce a batch of logits ``(N, C)`` in one pass."""
     preds, target = preds.detach(), target.long()
     group = groups.of_samples(target, ignore_index)
     label = target.clamp(0, preds.shape[1] - 1)
@@ -36,7 +36,7 @@ def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: in
     num_seen = len(groups.seen)
 
     def others(preds: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        # To find a maximum costs a fraction of finding whose it is. So the label's own logit competes from outside.
+        # A maximum costs a fraction of an argmax. So the true class's logit is masked here and compared separately.
         copy = (preds.clone() if groups.order is None else preds.index_select(1, groups.order)).scatter_(
             1, place, -torch.inf
         )
@@ -49,12 +49,12 @@ def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: in
     right = right_in_group & (own > outside)
     tied = (own == rival) | (own == outside)
     on_cpu = preds.device.type == "cpu"
-    if not on_cpu or tied.any():  # elsewhere than on a CPU to ask would make the host wait
+    if not on_cpu or tied.any():  # elsewhere, asking would make the host wait
         rows = tied.nonzero().squeeze(1) if on_cpu else slice(None)
         mine = own[rows].unsqueeze(1)
         column = torch.arange(preds.shape[1], device=preds.device)
         lower = (preds[rows] == mine) & (column < label[rows].unsqueeze(1))
-        of_class, finite = groups.of_class[:-1], own[rows] > -torch.inf  # -inf names no class
+        of_class, finite = groups.of_class[:-1], own[rows] > -torch.inf  # -inf never wins
         lower_in_group = (lower & (of_class == group[rows].unsqueeze(1))).any(1)
         in_group = (own >= rival)[rows] & finite & ~lower_in_group
         right_in_group[rows] = in_group
@@ -66,7 +66,7 @@ def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: in
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
-    """Largest logits among ``classes`` (sorted ids) and whose they are, both of shape ``(N, top_k)``."""
+    """Return the largest logits among ``classes`` (sorted ids) and their class ids, both of shape ``(N, top_k)``."""
     values, indices = [], []
     for chunk in torch.split(preds.detach(), _rows_at_a_time(preds, 2**26)):
         if len(classes) < preds.shape[1]:
@@ -78,7 +78,7 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 
 
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply a function of ``(N, C)`` tensors that gives ``(N, ...)`` tensors, some rows at a time: bounded copies."""
+    """Apply a function from ``(N, C)`` to ``(N, ...)`` tensors to chunks of rows, which bounds the size of copies."""
     rows = _rows_at_a_time(tensors[0], 2**22)
     if len(tensors[0]) <= rows:
         return function(*(tensor.detach() for tensor in tensors))
@@ -89,18 +89,18 @@ def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
 
 
 def _rows_at_a_time(preds: Tensor, elements: int) -> int:
-    # On a CPU as many as stay in its cache: copies of all rows at once take two to three times as long.
+    # On a CPU, the chunk fits in the cache: copying all rows at once takes two to three times as long.
     return max(1, (2**18 if preds.device.type == "cpu" else elements) // preds.shape[1])
 
 
 def other_seen_logits(preds: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:
-    """A copy of the seen logits ``(N, |S|)`` with ``fill`` at the true class; at any of them if that is not seen."""
+    """Copy the seen logits ``(N, |S|)`` with ``fill`` at the true class, or at any class if that is not seen."""
     place = torch.searchsorted(groups.seen, target.long()).clamp(max=len(groups.seen) - 1)
     return preds.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)
 
 
 def sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
-    """Apply a function of the other seen and the absent logits, each sorted along the row, to each sample, ``(N,)``."""
+    """Apply ``gaps`` to the other seen and the absent logits, both sorted within each row; return shape ``(N,)``."""
 
     def of_rows(preds: Tensor, target: Tensor) -> tuple[Tensor]:
         others = _sorted_rows(other_seen_logits(preds, target, groups, torch.inf))[:, :-1]
@@ -114,5 +114,5 @@ def _sorted_rows(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values.sort(1).values
     values = values.to(torch.promote_types(values.dtype, torch.float32))  # NumPy has no bfloat16
-    values.numpy().sort(1)  # many times as fast as torch's sort, which gives the order as well
+    values.numpy().sort(1)  # many times as fast as torch's sort, which also returns the order
     return values

@@ -1,4 +1,4 @@
-"""What every function on logits shares: checked inputs and the split as tensors."""
+"""Code shared by all functions on logits: input checks and the split as tensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _OTHER, _SEEN, _ABSENT = -1, 0, 1
 
 
 class Groups(NamedTuple):
-    """The classes of a split as tensors on one device, made once.
+    """The classes of a split as tensors on one device, built once.
 
-    ``of_class (C + 1,)`` is the group of each class, and last of a label that is no class. ``order`` lists the classes
-    with the seen ones first, or is ``None`` where they stand so already, and ``place (C,)`` says where each class is
-    then. ``gap_weights`` makes means of the absent and of all but one of the seen, in this order.
+    ``of_class (C + 1,)`` is the group of each class; its last entry is for labels that are not classes. ``order`` lists
+    the seen classes and then the absent ones, or is ``None`` if the classes are already in this order. ``place (C,)``
+    is the position of each class in that order. ``gap_weights`` has one weight per class in that order: its product
+    with the logits is the sum over seen classes divided by ``|S| - 1``, minus the mean over absent classes.
     """
 
     seen: Tensor
@@ -34,7 +35,7 @@ class Groups(NamedTuple):
 
     @classmethod
     def from_split(cls, split: ClassSplit, device: torch.device) -> Groups:
-        """Read a validated split."""
+        """Build the tensors from a validated split."""
         of_class = torch.full((split.num_classes + 1,), _OTHER)
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
@@ -59,13 +60,13 @@ class Groups(NamedTuple):
         )
 
     def classes(self, group: Group) -> Tensor:
-        """Sorted ids of the classes of a group; ``"all"`` leaves out those that are neither seen nor absent."""
+        """Return the sorted class ids of a group; ``"all"`` omits classes that are neither seen nor absent."""
         if group == "all":
             return torch.cat([self.seen, self.absent]).sort().values
         return self.seen if group == "seen" else self.absent
 
     def of_samples(self, target: Tensor, ignore_index: int | None) -> Tensor:
-        """Group of each label, or -1 where the sample does not count. Masks instead of selecting: no host sync."""
+        """Return the group of each label, or -1 if the sample does not count, without a host synchronization."""
         target = target.long()
         group = self.of_class[target.clamp(-1, len(self.of_class) - 1)]
         return group if ignore_index is None else group.masked_fill_(target == ignore_index, _OTHER)
@@ -95,7 +96,7 @@ def prepare(
 def check_inputs(
     preds: Tensor, target: Tensor, num_classes: int, ignore_index: int | None, name: str = "preds"
 ) -> None:
-    """Raise if a batch of logits, the argument ``name``, and labels is not one."""
+    """Raise if logits (the argument ``name``) and labels do not form a valid batch."""
     check_matrix(name, preds)
     if preds.shape[1] != num_classes:
         raise ValueError(
@@ -119,7 +120,7 @@ def check_floating(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise TypeError(
             f"Expected argument `{name}` to be a floating point tensor, but got {value.dtype}."
-            f" Give the raw outputs of the model, not predicted classes."
+            f" Pass the raw outputs of the model, not predicted classes."
         )
 
 
@@ -150,27 +151,27 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
 
 
 def check_ignore_index(ignore_index: int | None) -> None:
-    """Raise if a label to leave out is none."""
+    """Raise if ``ignore_index`` is neither ``None`` nor an integer."""
     if ignore_index is not None:
         check_integer("ignore_index", ignore_index)
 
 
 def warn_if_probabilities(preds: Tensor) -> None:
-    """Warn if the first rows look like the output of a softmax; a margin between probabilities means nothing."""
+    """Warn if the first rows look like the output of a softmax: margins between probabilities are meaningless."""
     rows = preds[:64].float()
     if len(rows) and bool(((rows >= 0) & (rows <= 1)).all() & ((rows.sum(1) - 1).abs() < 1e-2).all()):
         rank_zero_warn(
-            "Argument `preds` holds values in [0, 1] that sum to 1 in each row, as probabilities do. Gamma is defined"
-            " on logits: give the output of the classification head from before the softmax."
+            "Argument `preds` holds values in [0, 1] that sum to 1 in each row, so they look like probabilities. Gamma"
+            " is defined on logits: pass the output of the classification head from before the softmax."
         )
 
 
 def warn_if_empty(seen: bool, absent: bool) -> None:
-    """Warn once about the groups that have no sample to count."""
+    """Warn once about the groups that have no samples."""
     if groups := " and no ".join(["seen"] * seen + ["absent"] * absent):
-        rank_zero_warn(f"The metric met no {groups} samples, so what depends on them is NaN.")
+        rank_zero_warn(f"The metric received no {groups} samples, so values that depend on them are NaN.")
 
 
 def real_dtype(device: torch.device) -> torch.dtype:
-    """Float64, or float32 on devices that lack it."""
+    """Return float64, or float32 on devices without float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Accuracies of some samples among some classes, and the calibration of logits."""
+"""Accuracies of a group of samples among a group of classes, and the calibration of logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import reduce_batch, top_classes
+from lightning_calibft.functional._group_logits import top_classes
 from lightning_calibft.functional._inputs import (
-    _ABSENT,
-    _SEEN,
     Average,
     Group,
     Groups,
@@ -32,14 +30,14 @@ def calibrate_logits(
         logits: Logits of shape ``(..., C)``.
         gamma: The number to add, usually positive.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
 
     Returns:
-        A new tensor of the shape and dtype of ``logits``, added in at least float32.
+        A new tensor with the shape and dtype of ``logits``. The sum is computed in at least float32.
 
     Raises:
-        ValueError: If ``logits`` has no axis, or the classes do not fit it.
-        TypeError: If ``logits`` is no floating point tensor, or ``gamma`` no number.
+        ValueError: If ``logits`` has no class dimension, or the classes do not match it.
+        TypeError: If ``logits`` is not a floating point tensor, or ``gamma`` is not a number.
 
     Example:
         >>> import torch
@@ -75,26 +73,26 @@ def split_accuracy(
     r"""Accuracy :math:`Acc_{samples/candidates}` of the argmax among the candidate classes.
 
     The paper's :math:`Acc_{S/Y}` is ``samples="seen", candidates="all"``. Classes that are neither seen nor absent
-    never compete, and their samples are not counted. Equal logits are decided as :func:`torch.max` does. A row with
-    a NaN among the candidates is wrong.
+    never compete, and their samples are not counted. Ties are broken as in :func:`torch.max`. A row with a NaN among
+    the candidates counts as wrong.
 
     Args:
         preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
-        candidates: Among which classes the argmax runs.
-        top_k: The true class must be among this many largest logits.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        samples: Which samples to score: those of ``"all"``, ``"seen"`` or ``"absent"`` classes.
+        candidates: The classes that the argmax chooses from.
+        top_k: A sample is right if its true class has one of the ``top_k`` largest logits.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        A float64 scalar in [0, 1], NaN with a warning if no sample counts.
+        A float64 scalar in [0, 1], or NaN with a warning if no sample counts.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of range, or shapes or labels do not match.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -129,16 +127,16 @@ def harmonic_mean_accuracy(
         preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
         A float64 scalar in [0, 1], 0 if both accuracies are 0, NaN with a warning if a group has no samples.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of range, or shapes or labels do not match.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -155,7 +153,7 @@ def harmonic_mean_accuracy(
 
 
 def check_accuracy_arguments(groups: Groups, samples: str, candidates: Group, top_k: int, average: str) -> None:
-    """Raise if an argument that chooses the accuracy is out of its range."""
+    """Raise if an argument of the accuracy is out of range."""
     check_choice("samples", samples, ("all", "seen", "absent"))
     check_choice("candidates", candidates, ("all", "seen", "absent"))
     check_choice("average", average, ("micro", "macro"))
@@ -176,16 +174,10 @@ def accuracy_update(
     average: Average,
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
-    target = target.long()  # unsigned integers of 16 bits and more compare with no others
-    if top_k == 1:
-        reduction = reduce_batch(preds, target, groups, ignore_index)
-        right = reduction.right if candidates == "all" else reduction.right_in_group
-        if candidates != "all":
-            right = right & (reduction.group == (_SEEN if candidates == "seen" else _ABSENT))
-        return count_right(right, reduction.group, target, len(groups.of_class) - 1, average)
+    """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
+    target = target.long()  # unsigned integers of 16 or more bits do not compare with other dtypes
     values, predicted = top_classes(preds, groups.classes(candidates), top_k)
-    # A logit of -inf names no class, and topk puts a NaN first.
+    # A logit of -inf never wins, and max and topk put NaN first.
     found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
     right = found.any(1) & ~values[:, 0].isnan()
     return count_right(right, groups.of_samples(target, ignore_index), target, len(groups.of_class) - 1, average)
@@ -194,7 +186,7 @@ def accuracy_update(
 def count_right(
     right: Tensor, group: Tensor, target: Tensor, num_classes: int, average: Average
 ) -> tuple[Tensor, Tensor]:
-    """Right and counted samples: of the seen and the absent group, shape ``(2,)``; for macro per class, ``(C,)``."""
+    """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     counted = group >= 0
     place, size = (group, 2) if average == "micro" else (target.long(), num_classes)
     place = place.clamp(0, size - 1)
@@ -213,7 +205,7 @@ def _mean(correct: Tensor, total: Tensor, groups: Groups, samples: Group, averag
 
 
 def accuracy_compute(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:
-    """Accuracy of a group of samples from the counts of ``accuracy_update``."""
+    """Compute the accuracy of a group of samples from the counts of ``accuracy_update``."""
     value = _mean(correct, total, groups, samples, average)
     empty = bool(value.isnan())
     warn_if_empty(seen=empty and samples != "absent", absent=empty and samples != "seen")
@@ -221,7 +213,7 @@ def accuracy_compute(correct: Tensor, total: Tensor, groups: Groups, samples: Gr
 
 
 def harmonic_compute(correct: Tensor, total: Tensor, groups: Groups, average: Average) -> Tensor:
-    """Harmonic mean of the two groups' accuracies from the counts of ``accuracy_update``."""
+    """Compute the harmonic mean of both groups' accuracies from the counts of ``accuracy_update``."""
     seen = _mean(correct, total, groups, "seen", average)
     absent = _mean(correct, total, groups, "absent", average)
     warn_if_empty(seen=bool(seen.isnan()), absent=bool(absent.isnan()))
@@ -229,5 +221,5 @@ def harmonic_compute(correct: Tensor, total: Tensor, groups: Groups, average: Av
 
 
 def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Harmonic mean of numbers of [0, 1], 0 where both are 0, NaN where one is."""
+    """Return the harmonic mean of numbers in [0, 1]: 0 if both are 0, NaN if either is NaN."""
     return torch.where(a + b > 0, 2 * a * b / (a + b), a + b)

@@ -35,7 +35,7 @@ def average_logit_gap(
     ignore_index: int | None = None,
     validate_args: bool = True,
 ) -> GammaEstimate:
-    r"""Estimate gamma by how far the absent logits lie below the seen ones on the fine-tuning data.
+    r"""Estimate gamma as the average gap between seen and absent logits on the fine-tuning data.
 
     .. math::
         \gamma = \frac{1}{n} \sum_{i=1}^n \Big[ \frac{1}{|S| - 1} \sum_{c \in S, c \neq y_i} z_{ic}
@@ -46,17 +46,17 @@ def average_logit_gap(
     Args:
         preds: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
         target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        Gamma and its standard error, the sample standard deviation of the gaps over :math:`\sqrt{n}`: float64 scalars
-        (float32 on devices without float64). Gamma is NaN with a warning if no sample counts.
+        Gamma and its standard error, the sample standard deviation of the gaps divided by :math:`\sqrt{n}`. Both are
+        float64 scalars (float32 on devices without float64). Gamma is NaN with a warning if no sample counts.
 
     Raises:
-        ValueError: If there are fewer than two seen classes, or shapes or labels do not fit.
+        ValueError: If there are fewer than two seen classes, or shapes or labels do not match.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -75,16 +75,16 @@ def average_logit_gap(
 
 
 def check_seen_classes(num_seen_classes: int) -> None:
-    """Raise if no seen class is left once the true class is taken out."""
+    """Raise if no seen class is left when the true class is left out."""
     if num_seen_classes < 2:
         raise ValueError(
-            "Expected argument `seen_classes` to hold at least 2 classes, but got 1. Gamma compares the absent classes"
-            " with the seen classes other than the true one: choose it in another way."
+            "Expected argument `seen_classes` to hold at least 2 classes, but got 1. The estimate compares the absent"
+            " classes with the seen classes other than the true one. With one seen class, set gamma by hand."
         )
 
 
 def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
-    """The gap of each sample, ``(N,)``, of seen samples the average logit gap."""
+    """Return a gap for each sample, ``(N,)``. It is the average logit gap if the sample's class is seen."""
     dtype = real_dtype(preds.device)
 
     def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
@@ -96,15 +96,15 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of samples that count, sum of their gaps and sum of the squares."""
+    """Return the number of counted samples, the sum of their gaps, and the sum of the squared gaps."""
     gaps = torch.where(counted, gaps, 0.0)
     return counted.sum(), gaps.sum(), gaps.square().sum()
 
 
 def gap_compute(count: Tensor, total: Tensor, squares: Tensor) -> GammaEstimate:
-    """Mean of the gaps and its standard error."""
+    """Compute the mean of the gaps and its standard error."""
     if not count:
-        rank_zero_warn("The estimate of gamma met no sample of a seen class, so gamma is NaN.")
+        rank_zero_warn("The estimate of gamma received no samples of seen classes, so gamma is NaN.")
     gamma = total / count
     variance = (squares - total * gamma).clamp(min=0) / (count - 1)
     return GammaEstimate(gamma, torch.where(count > 1, (variance / count).sqrt(), torch.nan))

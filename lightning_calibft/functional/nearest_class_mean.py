@@ -1,4 +1,4 @@
-"""Nearest class mean: how good the features are, whatever the head says."""
+"""Nearest class mean: a measure of the features that does not depend on the head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def class_means(
         features: Features of shape ``(N, D)``, the input of the classification head.
         target: Class ids of shape ``(N,)``.
         num_classes: Number of classes ``C``.
-        ignore_index: A label whose samples are left out.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization, and leaves
             out samples whose label is not in ``[0, C)``.
 
@@ -29,8 +29,8 @@ def class_means(
         Means of shape ``(C, D)`` in at least float32; the row of a class without samples is NaN.
 
     Raises:
-        ValueError: If shapes or labels do not fit, or ``num_classes`` is not positive.
-        TypeError: If ``features`` or ``target`` has the wrong dtype, or ``num_classes`` is no integer.
+        ValueError: If shapes or labels do not match, or ``num_classes`` is not positive.
+        TypeError: If ``features`` or ``target`` has the wrong dtype, or ``num_classes`` is not an integer.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def class_means(
     counted = (target >= 0) & (target < num_classes)
     if ignore_index is not None:
         counted &= target != ignore_index
-    label = target.where(counted, num_classes)  # one more row takes what is left out
+    label = target.where(counted, num_classes)  # an extra row collects the samples that are left out
     sums = features.new_zeros(num_classes + 1, features.shape[1]).index_add(0, label, F.normalize(features))
     counts = features.new_zeros(num_classes + 1).index_add(0, label, counted.to(features.dtype))
     return (sums / counts.unsqueeze(1))[:num_classes]
@@ -66,8 +66,8 @@ def nearest_class_mean_logits(features: Tensor, class_means: Tensor) -> Tensor:
         Similarities of shape ``(N, C)`` in at least float32; ``-inf`` for the classes whose mean is NaN.
 
     Raises:
-        ValueError: If the shapes do not fit.
-        TypeError: If ``features`` or ``class_means`` is no floating point tensor.
+        ValueError: If the shapes do not match.
+        TypeError: If ``features`` or ``class_means`` is not a floating point tensor.
 
     Example:
         >>> import torch
@@ -104,18 +104,18 @@ def nearest_class_mean_accuracy(
         target: Class ids of shape ``(N,)``.
         class_means: Means of shape ``(C, D)`` from :func:`class_means`. A class whose row is NaN is never predicted.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
-        candidates: Among which classes the nearest is sought.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        samples: Which samples to score: those of ``"all"``, ``"seen"`` or ``"absent"`` classes.
+        candidates: The classes among which to find the nearest mean.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        A float64 scalar in [0, 1], NaN with a warning if no sample counts.
+        A float64 scalar in [0, 1], or NaN with a warning if no sample counts.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of range, or shapes or labels do not match.
         TypeError: If ``features``, ``class_means`` or ``target`` has the wrong dtype.
 
     Example:

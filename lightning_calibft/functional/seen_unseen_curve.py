@@ -1,4 +1,4 @@
-"""The seen-unseen curve: every trade-off between seen and absent classes that some gamma reaches."""
+"""The seen-unseen curve: every trade-off between seen and absent accuracy that a gamma can reach."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from lightning_calibft.split import ClassIds
 
 Criterion = Literal["accuracy", "harmonic_mean", "equal_accuracies"]
 
-_TOLERANCE = 1e-12  # sums of macro weights differ in the last bits
+_TOLERANCE = 1e-12  # sums of macro weights differ in their last bits
 _RESAMPLES = 200
 
 
 class UnreachableAccuracyError(ValueError):
-    """No gamma reaches the accuracy that was asked for."""
+    """No gamma reaches the requested accuracy."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of gamma: the best criterion among those with at least these accuracies."""
+    """What gamma should achieve: the best criterion, subject to minimum accuracies."""
 
     criterion: Criterion = "accuracy"
     min_seen_accuracy: float | None = None
@@ -56,7 +56,7 @@ class Goal:
 
 
 class Curve(NamedTuple):
-    """Accuracies of both groups in each interval between the margins ``gamma``, and what the seen group weighs."""
+    """Accuracies of both groups in each interval between the margins ``gamma``, and the weight of the seen group."""
 
     seen: Tensor
     absent: Tensor
@@ -64,7 +64,7 @@ class Curve(NamedTuple):
     seen_share: Tensor
 
     def overall(self) -> Tensor:
-        """Accuracy of all samples; a group without samples weighs nothing."""
+        """Return the accuracy of all samples; a group without samples has no weight."""
         return self.seen_share * self.seen.nan_to_num() + (1 - self.seen_share) * self.absent.nan_to_num()
 
 
@@ -81,17 +81,18 @@ def seen_unseen_curve(
     r"""Accuracies :math:`(Acc_{S/Y}, Acc_{U/Y})` for every gamma added to the absent logits.
 
     The margin of a sample is :math:`m_i = \max_{c \in S} z_{ic} - \max_{c \in U} z_{ic}`. A sample that is right among
-    the classes of its own group is right among all while :math:`\gamma < m_i` (seen) or :math:`\gamma > m_i` (absent),
-    so the accuracies only change at the margins of such samples. One sort gives them all: O(N log N).
+    the classes of its own group is right among all classes while :math:`\gamma < m_i` (seen) or
+    :math:`\gamma > m_i` (absent), so the accuracies change only at the margins of such samples. One sort gives the
+    whole curve, in O(N log N).
     Chao et al., "An Empirical Study and Analysis of Generalized Zero-Shot Learning", ECCV 2016.
 
     Args:
         preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
@@ -100,7 +101,7 @@ def seen_unseen_curve(
         All float64. A group without samples is NaN, with a warning.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of range, or shapes or labels do not match.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -128,22 +129,22 @@ def ausuc(
 ) -> Tensor:
     """Area under the seen-unseen curve, by the trapezoidal rule in the order of gamma.
 
-    It judges the features apart from gamma: no calibration by one number changes it.
+    It judges the features independently of gamma: adding one number to the absent logits does not change it.
 
     Args:
         preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        A float64 scalar in [0, 1], NaN with a warning if a group has no samples.
+        A float64 scalar in [0, 1], or NaN with a warning if a group has no samples.
 
     Raises:
-        ValueError: If an argument is out of its range, or shapes or labels do not fit.
+        ValueError: If an argument is out of range, or shapes or labels do not match.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -170,7 +171,7 @@ def best_gamma(
     ignore_index: int | None = None,
     validate_args: bool = True,
 ) -> Tensor:
-    """The gamma that is best on these labelled samples, which must hold both seen and absent classes.
+    """Find the gamma that is best on these labeled samples, which must include seen and absent classes.
 
     On test data this is an oracle, not a method.
 
@@ -178,22 +179,22 @@ def best_gamma(
         preds: Logits of shape ``(N, C)``.
         target: Class ids of shape ``(N,)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
         criterion: ``"accuracy"`` of all samples, the ``"harmonic_mean"`` of both groups' accuracies, or
-            ``"equal_accuracies"``, where those differ least.
-        min_seen_accuracy: Only gammas with at least this accuracy of the seen samples, among all classes, count.
-        min_absent_accuracy: The same for the absent samples.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+            ``"equal_accuracies"``, the smallest difference between those two.
+        min_seen_accuracy: Consider only gammas with at least this accuracy of seen samples among all classes.
+        min_absent_accuracy: The same for absent samples.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
     Returns:
-        A float64 scalar: the middle of the first best interval. If that is unbounded, 0 where it holds 0, else its
-        finite end moved outwards by one logit. NaN with a warning if a group has no samples.
+        A float64 scalar: the middle of the first best interval. If that interval is unbounded, 0 if it contains 0, else
+        its finite end moved by one logit into the interval. NaN with a warning if a group has no samples.
 
     Raises:
-        ValueError: If an argument is out of its range, shapes or labels do not fit, or no gamma has the accuracies
-            asked for.
+        ValueError: If an argument is out of range, shapes or labels do not match, or no gamma reaches the requested
+            accuracies.
         TypeError: If ``preds`` or ``target`` has the wrong dtype.
 
     Example:
@@ -226,41 +227,41 @@ def _curve(
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracies of a curve at one gamma. A margin equal to gamma is right for neither group."""
+    """Return the accuracies of a curve at one gamma. A sample whose margin equals gamma is wrong in either group."""
     value = torch.as_tensor(at, dtype=gamma.dtype, device=gamma.device)
     return seen[torch.searchsorted(gamma, value, right=True)], absent[torch.searchsorted(gamma, value)]
 
 
 def to_real(value: Tensor, device: torch.device) -> Tensor:
-    """Move a float64 result of the CPU to the device of the input."""
+    """Move a float64 result from the CPU to the device of the input."""
     return value.to(device, real_dtype(device))
 
 
 def curve_update(reduction: BatchReduction, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Margins in ``dtype`` and codes, int32: 2 * class + whether right in the own group, or -1 if not counted."""
+    """Return margins in ``dtype`` and int32 codes: 2 * class + (right in its group), or -1 if not counted."""
     margin = reduction.top_seen.to(dtype) - reduction.top_absent.to(dtype)
-    right = reduction.right_in_group & ~margin.isnan()  # a NaN logit: wrong at every gamma
+    right = reduction.right_in_group & ~margin.isnan()  # a sample with a NaN logit is wrong at every gamma
     code = torch.add(right, target.long(), alpha=2).masked_fill_(reduction.group < 0, -1)
     return margin, code.int()
 
 
 def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:
-    """Build the curve, in float64 on the CPU: CUDA has no deterministic cumulative sum, and mps no float64."""
+    """Build the curve in float64 on the CPU: CUDA has no deterministic cumulative sum, and MPS has no float64."""
     curve = _build(*counted_samples(margin, code), of_class.cpu(), average, torch.unique)
     warn_if_empty(seen=bool(curve.seen[-1].isnan()), absent=bool(curve.absent[0].isnan()))
     return curve
 
 
 def counted_samples(margin: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Margins and codes of the samples that count, on the CPU."""
+    """Return the margins and codes of the counted samples, on the CPU."""
     margin, code = margin.cpu(), code.cpu()
     return margin[code >= 0], code[code >= 0]
 
 
 def _build(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, unique: Callable[..., Any]) -> Curve:
     counts = (code >> 1).long().bincount(minlength=len(of_class))
-    mass = (counts if average == "micro" else counts > 0).double()  # of a class in its group's accuracy
-    weight = mass / counts.clamp(min=1)  # of a sample
+    mass = (counts if average == "micro" else counts > 0).double()  # weight of a class in its group's accuracy
+    weight = mass / counts.clamp(min=1)  # weight of a sample
     seen_mass, absent_mass = mass[of_class == _SEEN].sum(), mass[of_class == _ABSENT].sum()
 
     right = (code & 1).bool()
@@ -277,31 +278,31 @@ def _build(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, uni
 
 
 def curve_area(seen: Tensor, absent: Tensor) -> Tensor:
-    """Trapezoidal area. The first term is 0, or NaN for an empty group, which one point alone would not show."""
+    """Compute the trapezoidal area. The first term is 0, or NaN for an empty group, which a single point would hide."""
     return seen[-1] * absent[0] + torch.trapezoid(seen, absent)
 
 
 def curve_best_gamma(curve: Curve, goal: Goal) -> Tensor:
-    """Middle of the first best interval of a curve.
+    """Return the middle of the first best interval of a curve.
 
     Raises:
-        UnreachableAccuracyError: If no gamma has the accuracies that the goal asks for.
+        UnreachableAccuracyError: If no gamma reaches the accuracies that the goal requires.
     """
     if (curve.seen + curve.absent).isnan().any():
         return torch.tensor(torch.nan, dtype=torch.float64)
     infinity = torch.tensor([torch.inf], dtype=torch.float64)
     lower, upper = torch.cat([-infinity, curve.gamma]), torch.cat([curve.gamma, infinity])
-    allowed = lower < upper  # infinite margins leave intervals without any gamma
+    allowed = lower < upper  # infinite margins leave empty intervals
     allowed = _at_least("min_seen_accuracy", goal, curve.seen, allowed)
     allowed = _at_least("min_absent_accuracy", goal, curve.absent, allowed)
     score = _score(curve, goal.criterion).masked_fill(~allowed, -torch.inf)
     first = (score >= score.max() - _TOLERANCE).nonzero()[0, 0]
     low, high = lower[first], upper[first]
     if low.isfinite() and high.isfinite():
-        return low / 2 + high / 2  # their sum might overflow
+        return low / 2 + high / 2  # adding them first could overflow
     if low < 0 < high:
         return torch.zeros_like(low)
-    # Where logits are so large that one more changes nothing, to the next number.
+    # If logits are so large that adding 1 changes nothing, move to the next representable number.
     return (
         torch.minimum(high - 1, high.nextafter(low)) if high.isfinite() else torch.maximum(low + 1, low.nextafter(high))
     )
@@ -316,28 +317,29 @@ def _score(curve: Curve, criterion: Criterion) -> Tensor:
 
 
 def _at_least(name: str, goal: Goal, accuracy: Tensor, allowed: Tensor) -> Tensor:
-    """Which of the allowed intervals have the accuracy that the goal asks for."""
+    """Return which of the allowed intervals reach the accuracy that the goal requires."""
     least = getattr(goal, name)
     if least is None:
         return allowed
     enough: Tensor = allowed & (accuracy >= least - _TOLERANCE)
     if not enough.any():
         other = goal.min_seen_accuracy if name == "min_absent_accuracy" else None
-        beside = "" if other is None else f" beside `min_seen_accuracy` {other}"
+        condition = "" if other is None else f" with `min_seen_accuracy` {other}"
         raise UnreachableAccuracyError(
             f"Expected argument `{name}` to be an accuracy that some gamma reaches, but got {least}, and the best"
-            f"{beside} is {accuracy[allowed].max().item()}. Ask for less."
+            f"{condition} is {accuracy[allowed].max().item()}. Ask for less."
         )
     return enough
 
 
 def best_gamma_error(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, goal: Goal) -> Tensor:
-    """Standard deviation of the best gamma of bootstrap samples of counted samples, one at a time in memory.
+    """Return the standard deviation of the best gamma over bootstrap resamples, held in memory one at a time.
 
-    Those that lack a group, or where no gamma has the accuracies asked for, are left out.
+    Resamples without seen or without absent samples are left out, and so are those where no gamma reaches the required
+    accuracies.
     """
     order = code.argsort()
-    order = order[margin[order].argsort(stable=True)]  # by themselves: neither batches nor processes matter
+    order = order[margin[order].argsort(stable=True)]  # sorted, so that batches and processes do not matter
     margin, code = margin[order], code[order]
     of_class, draws, gammas = of_class.cpu(), torch.Generator().manual_seed(0), []
     for _ in range(_RESAMPLES):
@@ -352,7 +354,7 @@ def best_gamma_error(margin: Tensor, code: Tensor, of_class: Tensor, average: Av
 
 
 def curve_accuracies(curve: Curve, gamma: float | Tensor) -> dict[str, Tensor]:
-    """Accuracies of the samples of each group, of all, and the harmonic mean, at one gamma."""
+    """Return the accuracies of each group and of all samples, and the harmonic mean, at one gamma."""
     seen, absent = point_at(curve.seen, curve.absent, curve.gamma, gamma)
     overall = Curve(seen, absent, curve.gamma, curve.seen_share).overall()
     return {"seen": seen, "absent": absent, "all": overall, "harmonic": harmonic_mean(seen, absent)}

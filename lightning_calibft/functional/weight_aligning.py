@@ -9,29 +9,29 @@ from lightning_calibft.split import ClassIds, ClassSplit
 
 
 def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: ClassIds | None = None) -> Tensor:
-    r"""Scale the rows of the absent classes so that their mean norm is that of the seen ones.
+    r"""Scale the rows of the absent classes so that their mean norm equals that of the seen classes.
 
     .. math:: w'_c = w_c \, \frac{\operatorname{mean}_{k \in S} \lVert w_k \rVert}
         {\operatorname{mean}_{k \in U} \lVert w_k \rVert} \quad (c \in U)
 
-    The rows of the seen classes and all biases stay. Zhao et al., "Maintaining Discrimination and Fairness in Class
-    Incremental Learning", CVPR 2020, section 4.2, where it balances classes that came early with those that came late.
+    The rows of the seen classes and all biases stay the same. Zhao et al., "Maintaining Discrimination and Fairness in
+    Class Incremental Learning", CVPR 2020, section 4.2, use it to balance classes learned early and late.
 
-    It is a rival of gamma, not an estimator of it: no one number added to the logits does the same. It uses no data.
-    Its limits: it finds a bias only where training has changed the norms. Fine-tuning lowers the absent logits and
-    hardly touches the norms, so it changes little.
+    It is an alternative to gamma, not an estimator of it: adding one number to the logits cannot have the same effect.
+    It uses no data. Limitations: it corrects a bias only if training has changed the norms. Fine-tuning lowers the
+    absent logits but hardly changes the norms, so weight aligning has little effect.
 
     Args:
-        weight: Weight of the head, one row a class, of shape ``(C, D)``.
+        weight: Weight of the head, one row per class, of shape ``(C, D)``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
 
     Returns:
         The new weight, of the same shape and dtype.
 
     Raises:
-        ValueError: If ``weight`` is not two-dimensional, the classes do not fit it, or its absent rows are all zero.
-        TypeError: If ``weight`` is no floating point tensor.
+        ValueError: If ``weight`` is not two-dimensional, the classes do not match it, or its absent rows are all zero.
+        TypeError: If ``weight`` is not a floating point tensor.
 
     Example:
         >>> import torch
@@ -46,8 +46,8 @@ def weight_aligning(weight: Tensor, seen_classes: ClassIds, absent_classes: Clas
     norms: Tensor = weight.detach().float().norm(dim=1)
     if not norms[groups.absent].any():
         raise ValueError(
-            "Expected argument `weight` to have rows of absent classes that are not all zero: no factor scales zeros to"
-            " another norm."
+            "Expected argument `weight` to have nonzero rows for absent classes, but got only zeros. Rows of zeros"
+            " cannot be scaled to another norm."
         )
     scale = norms.new_ones(len(weight), 1)
     scale[groups.absent] = norms[groups.seen].mean() / norms[groups.absent].mean()

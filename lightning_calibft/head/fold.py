@@ -1,4 +1,4 @@
-"""Fold the calibration into the bias of the head: a plain model that is calibrated for good."""
+"""Fold the calibration into the bias of the head, which makes a plain, permanently calibrated model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from lightning_calibft.head.offset import (
     offset_of,
 )
 
-# What the names in a Linear or Conv2d begin with, also in one that is pruned, reparametrized or has an adapter.
+# Prefixes of the names in a Linear or Conv2d, which may be pruned, reparametrized or have an adapter.
 _LINEAR_NAMES = ("weight", "bias", "parametrizations.weight.", "base_layer.", "lora_")
 
 
 def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
-    """Add gamma to the bias of the head at the absent classes and detach: a plain model that is calibrated for good.
+    """Add gamma to the head's bias at the absent classes and detach, which makes a plain calibrated model.
 
-    Its training mode sees the calibrated logits too, and a bias in half precision rounds gamma. A head with LoRA takes
-    gamma up in the bias of its ``base_layer``, so that merging the adapter afterwards keeps it; merging before folding
-    loses it. A folded head refuses to be calibrated again, which would count gamma twice.
+    The folded model returns calibrated logits in training mode too. A bias in half precision rounds gamma. In a head
+    with LoRA, gamma goes into the bias of the ``base_layer``, so merging the adapter afterwards keeps gamma. Merging
+    before folding loses it. A folded head cannot be calibrated again, because that would count gamma twice.
 
     Args:
         model: A calibrated model, or its head.
-        add_bias: Give a head without bias a new one. The state dict then gains the key ``bias``: the original class
-            refuses to load it strictly, and what ignores unknown keys, such as ``from_pretrained`` of transformers,
-            drops it, and with it gamma, in silence.
+        add_bias: Give a head without bias a new one. The state dict then gains the key ``bias``. The original class
+            refuses to load it strictly. Loaders that ignore unknown keys, such as ``from_pretrained`` of
+            transformers, silently drop it, and gamma with it.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: If ``model`` is not calibrated or folded already, or its head has no bias and ``add_bias`` is false
-            or shares it with another layer, or is neither ``Linear`` nor ``Conv2d`` nor one of them with LoRA.
+        ValueError: If ``model`` is not calibrated or is already folded, if its head has no bias and ``add_bias`` is
+            false, if the head shares its bias with another layer, or if it is not a ``Linear`` or ``Conv2d``, with
+            or without LoRA.
 
     Example:
         >>> from lightning_calibft.head import set_gamma
@@ -60,7 +61,7 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         raise ValueError("Expected argument `model` to be calibrated. Call `calibrate` or `set_gamma` first.")
     for name, module in heads.items():
         _check_layer(name, module)
-    # By module, so that a parameter has several names only where several modules share it.
+    # Collected by module, so that a parameter has several names only if several modules share it.
     tensors = {
         f"{name}.{key}".removeprefix("."): tensor
         for name, module in model.named_modules()
@@ -85,19 +86,19 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
 def folded_biases(
     tensors: Mapping[str, Tensor], shifts: Mapping[str, Tensor], *, add_bias: bool, where: str = ""
 ) -> dict[str, Tensor]:
-    """Return what folding changes, in a model and in a state dict alike: biases with gamma in them, by their names.
+    """Return the biases with gamma in them, by name. Folding makes these changes to a model or a state dict.
 
-    A pruned bias (``torch.nn.utils.prune``) takes up gamma at its pruned entries too: its mask changes there. Heads
-    that share one bias add gamma to it once. The sum has the precision of the bias, and at least that of float32.
+    A pruned bias (``torch.nn.utils.prune``) takes up gamma at its pruned entries too, where its mask changes. Heads
+    that share one bias add gamma to it once. The sum is computed in the precision of the bias, but at least float32.
 
     Args:
-        tensors: All parameters and buffers, without the calibration's; the same one may have several names.
-        shifts: What is added to the logits of each class, by what the names of the head begin with.
+        tensors: All parameters and buffers except the calibration's. The same tensor may have several names.
+        shifts: The shift of the logits of each class, by the prefix of the head's names.
         add_bias: Give a head without bias a new one.
-        where: What follows the name of a head in errors.
+        where: Text after the name of a head in errors.
 
     Raises:
-        ValueError: If a head is not linear, has no bias and may not get one, or shares it with another layer.
+        ValueError: If a head is not linear, has no bias and may not get one, or shares its bias with another layer.
     """
     changes: dict[str, Tensor] = {}
     biases: dict[str, tuple[str, Tensor]] = {}
@@ -109,15 +110,15 @@ def folded_biases(
         if bias is None:
             if not add_bias:
                 raise ValueError(
-                    f"{_expected(head)} but it has none. Pass `add_bias=True` to give it one, which the original"
-                    " class refuses when it loads strictly, and drops in silence when not."
+                    f"{_expected(head)} but it has none. Pass `add_bias=True` to give it one. The original class"
+                    " then refuses to load it strictly, and otherwise silently drops it."
                 )
             weight = next(tensors[prefix + name] for name in names if "weight" in name)
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             bias = torch.zeros(len(shift), dtype=dtype, device=weight.device)
         if bias.shape != shift.shape or not bias.is_floating_point():
             raise ValueError(
-                f"{_expected(head)} but its bias has the shape {tuple(bias.shape)} and the dtype {bias.dtype} beside"
+                f"{_expected(head)} but its bias has the shape {tuple(bias.shape)} and the dtype {bias.dtype} for"
                 f" {len(shift)} classes. Keep the calibration attached."
             )
         shift = shift.to(bias.device, torch.promote_types(bias.dtype, torch.float32))
@@ -133,22 +134,22 @@ def folded_biases(
         for other in _names_of_same(tensors, name):
             if other not in biases:
                 raise ValueError(
-                    f"{_expected(head)} but {other!r} is the same tensor: gamma would change that too. Give the head a"
-                    " bias of its own, or keep the calibration attached."
+                    f"{_expected(head)} but {other!r} is the same tensor, which gamma would change too. Give the head"
+                    " a bias of its own, or keep the calibration attached."
                 )
             if not torch.equal(biases[other][1], shift):
                 raise ValueError(
-                    f"{_expected(head)} but it shares it with {biases[other][0]}, which has another gamma. Keep the"
-                    " calibration attached."
+                    f"{_expected(head)} but it shares the bias with {biases[other][0]}, which has another gamma."
+                    " Keep the calibration attached."
                 )
-            changes[other] = changes[name]  # and share it still
+            changes[other] = changes[name]  # the heads still share it
     return changes
 
 
 def _layer_in(names: list[str], head: str) -> str:
-    """Return what the names of the linear layer in a head begin with: its ``base_layer`` if it has an adapter."""
+    """Return the prefix of the linear layer in a head, which is ``base_layer.`` if the head has an adapter."""
     has_adapter = any(name.startswith("base_layer.") for name in names)
-    # Of the adapters of PEFT, LoRA adds to the output of the layer; others may scale it.
+    # LoRA adds to the output of the layer. Other PEFT adapters may scale it.
     if has_adapter and not any(name.startswith("lora_") for name in names):
         raise ValueError(f"{_expected(head)} but it has an adapter. Merge the adapter and calibrate again.")
     if not names or not all(name.startswith(_LINEAR_NAMES) for name in names):
@@ -163,11 +164,11 @@ def _expected(head: str) -> str:
 
 
 def _add(bias: Tensor, shift: Tensor) -> Tensor:
-    return (bias.detach() + shift).to(bias.dtype)  # the shift has at least float32, and so has the sum
+    return (bias.detach() + shift).to(bias.dtype)  # the shift has at least float32 precision, so the sum does too
 
 
 def _names_of_same(tensors: Mapping[str, Tensor], name: str) -> list[str]:
-    """Return the other names under which the memory of a tensor is known."""
+    """Return the other names of the tensors that share memory with the named one."""
     if (tensor := tensors.get(name)) is None:
         return []
     return [
@@ -182,7 +183,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _check_layer(name: str, head: nn.Module) -> None:
-    """Raise if a head is not a layer whose bias is added to the logits as it is. Its weights are not looked at."""
+    """Raise if a head is not a layer that adds its bias to the logits unchanged. The weights are not checked."""
     name, kind, layer = name or "forward", type(head).__name__, base_layer(head)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise ValueError(f"{_expected(f'the head {name!r}')} but got a {kind}. Keep the calibration attached.")
@@ -194,7 +195,7 @@ def _check_layer(name: str, head: nn.Module) -> None:
 
 
 def _adds_bias(layer: nn.Linear | nn.Conv2d, width: int) -> bool:
-    """Return whether the bias moves the output by itself. A class with a ``forward`` of its own is tried with zeros."""
+    """Return whether the layer adds its bias to the output. A custom ``forward`` is tried with zeros as input."""
     if type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward):
         return True
     layer = copy.deepcopy(layer).eval()
@@ -203,8 +204,8 @@ def _adds_bias(layer: nn.Linear | nn.Conv2d, width: int) -> bool:
     bias = torch.linspace(-1, 1, width, dtype=old.dtype, device=old.device)
     layer.bias = nn.Parameter(bias, requires_grad=False)
     try:
-        # Not a call, which would run the hooks.
+        # Calling the layer would run its hooks.
         logits = layer.forward(torch.zeros(shape, dtype=old.dtype, device=old.device))
-    except Exception:  # It takes other inputs: what it does with its bias is unknown.
+    except Exception:  # It takes other inputs, so what it does with its bias is unknown.
         return False
     return isinstance(logits, Tensor) and logits.numel() == len(bias) and torch.allclose(logits.flatten(), bias)

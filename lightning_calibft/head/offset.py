@@ -1,4 +1,4 @@
-"""The calibration of a classification head: a child module that adds gamma to the logits of the absent classes."""
+"""A child module of a classification head that adds gamma to the logits of the absent classes."""
 
 # No postponed annotations here: `torch.jit.script` compiles the hook and the forward.
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.split import ClassSplit
 
-# `fold` sets this attribute of a head to true. It is not in the state dict.
+# `fold` sets this attribute of a head to True. It is not in the state dict.
 FOLDED_NAME = "_absent_class_calibration_folded"
 Recorder = Callable[["AbsentClassOffset", Tensor], None]
 
@@ -28,7 +28,7 @@ class AbsentClassOffset(nn.Module):
     Args:
         num_classes: Number of classes ``C``.
         channels_first: Whether the class axis of the logits is the third from the end, as after a ``Conv2d``.
-        device: Where the buffers live.
+        device: The device of the buffers.
     """
 
     offset: Tensor
@@ -39,20 +39,20 @@ class AbsentClassOffset(nn.Module):
         self.channels_first = channels_first
         # The weight of this head in the model's logits: less than 1 where heads are averaged.
         self.coefficient = 1.0
-        # A compiled model guards on what the hook reads, so it reads a flag and not the recorders.
+        # A compiled model guards on what the hook reads, so the hook reads this flag and not the recorders.
         self.recording = False
         self.recorders: tuple[Recorder, ...] = ()
-        # The structure of the model for which `probe` last found that this head gives its logits.
+        # The structure of the model for which `probe` last showed that this head produces the logits.
         self.proved_structure: tuple[Any, ...] | None = None
         # The hooks on the head, which `detach` removes.
         self.handles: tuple[RemovableHandle, ...] = ()
-        # The mask is float32, not bool: averaging weights interpolates buffers, which bool and integers do not survive.
+        # The mask is float32, because weight averaging interpolates buffers, which does not work for bool or integers.
         with torch.inference_mode(False):
             self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=device))
             self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input as it is: a head that runs its children in turn, such as a ``Sequential``, calls this."""
+        """Return the input unchanged. A head that runs its children in turn, such as a ``Sequential``, calls this."""
         return x
 
     def calibrate(self, logits: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class AbsentClassOffset(nn.Module):
         return calibrated
 
     def shift(self) -> Tensor:
-        """Return what is added to the logits, in float32 and in a shape that broadcasts with them.
+        """Return the shift that is added to the logits, in float32 and in a shape that broadcasts with them.
 
         Adding it promotes half precision logits to float32.
         """
@@ -80,7 +80,7 @@ class AbsentClassOffset(nn.Module):
         return self.offset.item() if self.mask.any() else None
 
     def set(self, gamma: float, split: ClassSplit) -> None:
-        """Set gamma in place, so that compiled code and references to the state dict see it."""
+        """Set gamma in place, so that compiled code and existing state dicts see the change."""
         with torch.no_grad():
             self.offset.fill_(gamma)
             self.mask.copy_(split.absent_mask)
@@ -90,20 +90,20 @@ class AbsentClassOffset(nn.Module):
         self.recorders, self.recording = recorders, bool(recorders)
 
     def reset_parameters(self) -> None:
-        """Be uncalibrated again, in place. Torch calls this after it has allocated a module that was on ``meta``."""
+        """Remove the calibration in place. Torch calls this after it has allocated a module that was on ``meta``."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def extra_repr(self) -> str:
-        """Return the number of classes, for the representation."""
+        """Return the number of classes for ``repr``."""
         return f"num_classes={len(self.mask)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is not being recorded, and nothing has been proved of it.
+        # A copy has no recorders, and nothing has been proved about it yet.
         return {**self.__dict__, "recording": False, "recorders": (), "proved_structure": None}
 
-    # Private in torch, and the one method through which `.half()`, `.to()`, `.cuda()` and `to_empty()` all go:
-    # only here can a buffer follow the device without following the dtype.
+    # Private in torch, but `.half()`, `.to()`, `.cuda()` and `to_empty()` all call this method. Only here can a buffer
+    # follow the device without following the dtype.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AbsentClassOffset":
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -121,12 +121,12 @@ def _record(child: AbsentClassOffset, logits: Tensor) -> None:
 
 
 def _calibrate(self: nn.Module, input: Tuple[Tensor], output: Tensor) -> Tensor:  # noqa: UP006
-    # `torch.jit.script` does not parse an ignore with an error code.
+    # `torch.jit.script` cannot parse a type-ignore comment with an error code.
     return self.absent_class_calibration.calibrate(output)  # type: ignore
 
 
 def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
-    """Calibrate the logits in the output of a module that is not a layer of torch, such as a whole model."""
+    """Calibrate the logits in the output of a module that is not a torch layer, such as a whole model."""
     child = cast(AbsentClassOffset, head.absent_class_calibration)
     if child.training and not child.recording:
         return output
@@ -140,9 +140,10 @@ def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict without the calibration load strictly.
+    """Make a state dict without the calibration load strictly.
 
-    A state dict that holds the head comes from one that is not calibrated. Otherwise the calibration stays as it is.
+    If the state dict holds the head, it comes from an uncalibrated model, and the calibration is reset. Otherwise the
+    calibration does not change.
     """
     child_prefix = f"{prefix}{CHILD_NAME}."
     if any(key.startswith(child_prefix) for key in state_dict):
@@ -154,14 +155,14 @@ def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 
 def like_dtensor(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return ``tensor``, which all processes have, so that it can be added to ``other``, which may be distributed."""
+    """Make ``tensor``, which is the same in all processes, distributed if ``other`` is, so that they can be added."""
     if isinstance(other, DTensor) and not isinstance(tensor, DTensor):
         return DTensor.from_local(tensor, other.device_mesh, run_check=False)
     return tensor
 
 
 def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> AbsentClassOffset:
-    """Give ``head`` its child and the hooks that call it."""
+    """Add the child module to ``head``, and the hooks that call it."""
     child = AbsentClassOffset(num_classes, is_channels_first(head), device).train(head.training)
     head.add_module(CHILD_NAME, child)
     # `torch.jit.script` compiles the hook of a layer, but not one that takes any output.
@@ -174,7 +175,7 @@ def add_offset(head: nn.Module, num_classes: int, device: torch.device) -> Absen
 
 
 def remove_offset(head: nn.Module) -> None:
-    """Remove the child and its hooks."""
+    """Remove the child module and its hooks."""
     for handle in offset_of(head).handles:
         handle.remove()
     delattr(head, CHILD_NAME)
@@ -182,7 +183,7 @@ def remove_offset(head: nn.Module) -> None:
 
 def is_attached(head: nn.Module) -> bool:
     """Return whether ``head`` itself carries a calibration."""
-    # Not `hasattr`: wrappers forward it to the module that they wrap.
+    # `hasattr` would be wrong: wrappers forward it to the module that they wrap.
     return isinstance(dict(head.named_children()).get(CHILD_NAME), AbsentClassOffset)
 
 
@@ -197,7 +198,7 @@ def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Return whether gamma was folded into the bias of a head of ``model``, or of ``model`` itself.
+    """Return whether gamma was folded into the bias of ``model`` or of a head in it.
 
     Example:
         >>> is_folded(nn.Linear(16, 5))
@@ -208,21 +209,21 @@ def is_folded(model: nn.Module) -> bool:
 
 
 def _is_folded_by_config(module: nn.Module) -> bool:
-    """Return whether the config of a transformers model, where exporting stores the calibration, says so."""
-    facts = getattr(vars(module).get("config"), METADATA_KEY, None)
-    return isinstance(facts, dict) and facts.get("folded") is True
+    """Return whether the config of a transformers model, in which ``export`` stores the metadata, says so."""
+    metadata = getattr(vars(module).get("config"), METADATA_KEY, None)
+    return isinstance(metadata, dict) and metadata.get("folded") is True
 
 
 def mark_head_folded(head: nn.Module) -> None:
-    """Mark a head, and the layer inside it that remains when an adapter is merged."""
+    """Mark a head as folded, and also the layer inside it that remains after merging an adapter."""
     for module in {head, base_layer(head)}:
         setattr(module, FOLDED_NAME, True)
 
 
 def check_not_folded(head: nn.Module, inside: Iterable[nn.Module] = ()) -> None:
-    """Refuse a head whose bias already holds a gamma, as its own mark or the config of a model around it says."""
+    """Raise if the bias of a head already holds a gamma, according to its mark or the config of a model around it."""
     if is_folded(head) or any(map(_is_folded_by_config, inside)):
         raise ValueError(
-            f"Expected a {type(head).__name__} into which no gamma was folded, but its bias holds one already, and"
-            " a second one would count twice. Rebuild the model and load the weights from before folding."
+            f"Expected a {type(head).__name__} without a folded gamma, but its bias already holds one, and calibrating"
+            " again would count gamma twice. Rebuild the model and load the weights from before folding."
         )

@@ -1,1 +1,1 @@
-"""From the labels of a dataset to the rows of the head."""
+"""Map the labels of a dataset to the rows of the head."""

@@ -1,4 +1,4 @@
-"""Which row of the classification head each number is that a dataset gives to a class."""
+"""Map the class numbers of a dataset to the rows of the classification head."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lightning_calibft.labels.label_names import (
 
 ClassMap = list[int] | list[str] | dict[int, int] | dict[int, str] | str | os.PathLike[str]
 
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: samples that the loss left out
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy: samples that the loss ignores
 _MOST_TARGET = 2**39
-# What a target without a row is moved by: it becomes no row of any head, and can be told later.
+# This is added to a target without a row. The sum is not a row of any head, and the target can be recovered from it.
 UNMAPPED = -2 * _MOST_TARGET
 
 
@@ -43,27 +43,28 @@ def resolve_class_map(
 ) -> dict[int, int] | None:
     """Return the row of the head of each target of a dataset.
 
-    Several targets may have the same row: their classes become one.
+    Several targets may have the same row. Their classes are then merged.
 
     Args:
         class_map: One of
 
-            - a list: the row of target 0, of target 1 and so on, or their names;
-            - a dict from targets (as integers or digits) to rows or names;
+            - a list with the row, or its name, of target 0, target 1 and so on;
+            - a dict from targets (integers, or strings of digits) to rows or names;
             - the path of a JSON file with such a list or dict;
             - a dataset whose folders are WordNet ids in alphabetical order, as ``ImageFolder`` numbers them:
               ``"imagenet-a"``, ``"imagenet-r"``, ``"mini-imagenet"``, ``"imagenette"`` or ``"imagewoof"``.
-        label_names: The names of the head's rows: a list, the path of a text file with one name a line, the path of a
-            JSON file (``.json``) with a list, or for their WordNet ids one of timm's label sets, as ``"imagenet-1k"``.
-        num_classes: Number of rows. ``None``: not checked; the known datasets then are those of a head of 1000 rows.
+        label_names: The names of the head's rows: a list, the path of a text file with one name per line, the path of a
+            JSON file (``.json``) with a list, or, for WordNet ids, one of timm's label sets, such as
+            ``"imagenet-1k"``.
+        num_classes: Number of rows. ``None``: it is not checked, and the known datasets assume a head with 1000 rows.
 
     Returns:
-        The row of each target; ``None`` for ``None``.
+        The row of each target, or ``None`` if ``class_map`` is ``None``.
 
     Raises:
-        TypeError: If a target is no integer, or a row no integer and no name (``bool`` is refused as well).
+        TypeError: If a target is not an integer, or a row is neither an integer nor a name (``bool`` is refused).
         ValueError: If a name is unknown or has several rows, if a row or a target is out of range, or if a file is
-            missing or is no such list or dict.
+            missing or does not hold such a list or dict.
 
     Example:
         >>> resolve_class_map(["cat", "dog"], label_names=["ant", "cat", "cow", "dog"])
@@ -74,8 +75,8 @@ def resolve_class_map(
     if class_map is None:
         if label_names is not None:
             raise ValueError(
-                "Expected argument `class_map` beside `label_names`, but got None. Give the name of each target, as"
-                " `class_map=dataset.classes`, or no `label_names`."
+                "Expected argument `class_map` to be given with `label_names`, but got None. Pass the name of each"
+                " target, such as `class_map=dataset.classes`, or leave out `label_names`."
             )
         return None
     targets: Any = class_map
@@ -97,17 +98,17 @@ def resolve_class_map(
 
 
 def rows_tensor(rows: Mapping[int, int]) -> Tensor:
-    """Return the targets, in increasing order, and their rows as a tensor of shape ``(2, K)`` for :func:`to_rows`."""
+    """Return the sorted targets and their rows as a tensor of shape ``(2, K)`` for :func:`to_rows`."""
     return torch.tensor([sorted(rows), [rows[target] for target in sorted(rows)]])
 
 
 def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDEX) -> Tensor:
-    """Map targets to rows of the head, on their device and without making the host wait.
+    """Map targets to rows of the head, on their device and without synchronizing with the host.
 
     Args:
         target: Integers of any shape.
-        rows: What :func:`rows_tensor` returns, on the same device.
-        ignore_index: A target that becomes ``IGNORE_INDEX``. One that has no row is moved by ``UNMAPPED``.
+        rows: The return value of :func:`rows_tensor`, on the same device.
+        ignore_index: The target that becomes ``IGNORE_INDEX``. ``UNMAPPED`` is added to a target without a row.
 
     Raises:
         TypeError: If ``target`` is not an integer tensor.
@@ -126,21 +127,21 @@ def to_rows(target: Tensor, rows: Tensor, ignore_index: int | None = IGNORE_INDE
 
 
 def is_unmapped(rows: Any) -> Any:
-    """Tell of a number, or of each in a tensor, whether it is what :func:`to_rows` makes of a target without a row."""
+    """Return whether a number, or each number in a tensor, stands for a target without a row in :func:`to_rows`."""
     return rows < UNMAPPED // 2
 
 
 def check_mapped(rows: Tensor) -> None:
-    """Raise if :func:`to_rows` met a target without a row. The host waits for it."""
+    """Raise if :func:`to_rows` found a target without a row. This synchronizes with the host."""
     if len(unmapped := rows[is_unmapped(rows)]):
         raise unmapped_error(unmapped[0].item())
 
 
 def unmapped_error(row: int | float) -> ValueError:
-    """Return the error for a target without a row, given what :func:`to_rows` made of it."""
+    """Return the error for a target without a row, given the number that :func:`to_rows` returned for it."""
     return ValueError(
-        f"Expected argument `class_map` to give the row of every target, but it lacks {row - UNMAPPED}. Add it, or"
-        " leave its samples out of the data."
+        f"Expected argument `class_map` to give the row of every target, but {row - UNMAPPED} is missing. Add it,"
+        " or leave its samples out of the data."
     )
 
 
@@ -167,8 +168,8 @@ def _target(key: Any) -> int:
         key = int(key)
     if not is_integer(key):
         raise TypeError(
-            f"Expected argument `class_map` to map the dataset's targets, which are integers, but got {key!r}. For"
-            " names of folders pass the list `dataset.classes`."
+            f"Expected argument `class_map` to map the dataset's targets, which are integers, but got {key!r}. To"
+            " use folder names, pass the list `dataset.classes`."
         )
     if key < 0:
         raise ValueError(f"Expected argument `class_map` to map targets of at least 0, but got {key}.")
@@ -184,8 +185,8 @@ def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
         raise TypeError(f"Expected argument `class_map` to hold rows of the head or their names, but got {value!r}.")
     if by_name is None:
         raise ValueError(
-            f"Expected argument `label_names` to name the rows of the head, for `class_map` holds names, but got None"
-            f" beside {value!r}. Pass the list of names, a file of them, or a label set such as 'imagenet-1k'."
+            f"Expected argument `label_names` to name the rows of the head, because `class_map` holds the name"
+            f" {value!r}, but got None. Pass the list of names, a file of them, or a label set such as 'imagenet-1k'."
         )
     rows = by_name.get(value, [])
     if not rows:
@@ -195,7 +196,7 @@ def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
         )
     if len(rows) > 1:
         raise ValueError(
-            f"Expected argument `label_names` to name one row {value!r}, which is in `class_map`, but it names the rows"
-            f" {', '.join(map(str, rows))} so. Give the row itself."
+            f"Expected argument `label_names` to give the name {value!r}, which is in `class_map`, to one row, but the"
+            f" rows {', '.join(map(str, rows))} have it. Pass the row itself."
         )
     return rows[0]

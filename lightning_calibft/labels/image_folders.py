@@ -1,4 +1,4 @@
-"""Folders of images, as timm reads them, and the rows of the head that they belong to."""
+"""Read image folders as timm does, and map them to the rows of the head."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from lightning_calibft.labels.class_map import resolve_class_map
 
 
 def data_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
-    """Return the input size, normalization and cropping that timm knows for a model, some of them replaced."""
+    """Return timm's input size, normalization and cropping for a model. Overrides other than ``None`` replace them."""
     given = {key: value for key, value in overrides.items() if value is not None}
     config: dict[str, Any] = resolve_model_data_config(model, given)
     return config
 
 
 def open_folder(root: StrPath, config: Mapping[str, Any]) -> ImageFolder:
-    """Open a folder with one folder of images a class, with timm's transforms for evaluation."""
+    """Open a folder that has one folder of images per class, with timm's evaluation transforms."""
     return ImageFolder(os.fspath(root), transform=create_transform(**config, is_training=False))
 
 
 def rows_of_folders(
     folders: Sequence[str], class_map: str | None, label_names: str | None, num_classes: int
 ) -> dict[int, int]:
-    """Return the head's row of each folder, by its number.
+    """Return the head's row of each folder, by the number of the folder.
 
     Args:
-        folders: Names of the folders, in the order in which they number the classes.
+        folders: Names of the folders, in the order of their class numbers.
         class_map: As in :func:`~lightning_calibft.calibrate`, or a JSON file that maps names of folders to rows.
-            ``None``: the folders are named by their rows, or by the names of the rows.
-        label_names: As in :func:`~lightning_calibft.calibrate`. ``None``: WordNet ids, of ImageNet heads.
+            ``None``: the name of each folder is its row, or the name of its row.
+        label_names: As in :func:`~lightning_calibft.calibrate`. ``None``: WordNet ids, for ImageNet heads.
         num_classes: Number of rows.
 
     Raises:
-        ValueError: If a folder has no row, or ``class_map`` is about another number of folders.
+        ValueError: If a folder has no row, or ``class_map`` is for a different number of folders.
     """
     targets: Any = class_map
     if class_map is None:
@@ -50,12 +50,12 @@ def rows_of_folders(
         label_names = label_names or infer_imagenet_subset({"num_classes": num_classes})
     elif os.path.isfile(class_map) and isinstance(by_name := json.loads(Path(class_map).read_text()), Mapping):
         if missing := sorted(set(folders) - by_name.keys()):
-            raise ValueError(f"Expected {class_map!r} to name every folder, but it lacks {', '.join(missing)}.")
+            raise ValueError(f"Expected {class_map!r} to name every folder, but it does not name {', '.join(missing)}.")
         targets = [by_name[name] for name in folders]
     rows: dict[int, int] = resolve_class_map(targets, label_names, num_classes)
     if len(rows) != len(folders):
         raise ValueError(
             f"Expected argument `class_map` to give the row of {len(folders)} folders, but got {len(rows)} rows. Name"
-            " the folders by WordNet ids and pass `label_names`, or map their names in a JSON file."
+            " the folders by WordNet ids and pass `label_names`, or map the folder names in a JSON file."
         )
     return rows

@@ -32,12 +32,12 @@ def wordnet_ids(name: str) -> list[str]:
     """Return the WordNet ids of the classes of a known dataset, in the order of its folders."""
     if name in _WORDNET_IDS:
         return _WORDNET_IDS[name].split()
-    # A private place: timm has these lists for its own evaluation scripts, and no function that returns them.
+    # This path is private: timm has these lists for its own evaluation scripts, but no function that returns them.
     return sorted((files("timm.data") / "_info" / f"{_OF_TIMM[name]}_synsets.txt").read_text().split())
 
 
 def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str, list[int]]:
-    """Return the rows that have each name; ``label_names`` and the errors are those of ``resolve_class_map``."""
+    """Return the rows with each name. ``label_names`` and the errors are as in ``resolve_class_map``."""
     names: Any = label_names
     if isinstance(label_names, (str, os.PathLike)):
         if label_names in LABEL_SETS:
@@ -64,36 +64,36 @@ def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str,
 
 
 def label_set_of(num_classes: int | None) -> str:
-    """Return the label set of a head of this width; ``None`` is 1000.
+    """Return the label set for a head with ``num_classes`` rows. ``None`` means 1000.
 
     Raises:
-        ValueError: If timm knows none.
+        ValueError: If timm has no such label set.
     """
     from timm.data import infer_imagenet_subset
 
     name: str | None = infer_imagenet_subset({"num_classes": 1000 if num_classes is None else num_classes})
     if name is None:
         raise ValueError(
-            f"Expected argument `label_names` to tell the WordNet ids of a head of {num_classes} rows, which is none of"
-            " the known ImageNet heads, but got None. Pass the list of ids, or the rows themselves as `class_map`."
+            f"Expected argument `label_names` to give the WordNet ids of a head of {num_classes} rows, which is not a"
+            " known ImageNet head, but got None. Pass the list of ids, or the rows themselves as `class_map`."
         )
     return name
 
 
 def read_json(argument: str, path: Any, known: Sequence[str]) -> Any:
-    """Return what a JSON file holds; where it is missing, the error names what else is ``known``."""
+    """Return the content of a JSON file. If it is missing, the error lists the ``known`` names."""
     try:
         return json.loads(_read(argument, path, known))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"Expected argument `{argument}` to be a file of JSON, but {os.fspath(path)!r} is none: {error}."
+            f"Expected argument `{argument}` to be a JSON file, but {os.fspath(path)!r} is not: {error}."
         ) from error
 
 
 def _read(argument: str, path: Any, known: Sequence[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: no text, or a null byte in the path
+    except (OSError, ValueError) as error:  # ValueError: the file is not text, or the path has a null byte
         raise ValueError(
             f"Expected argument `{argument}` to be one of {', '.join(map(repr, known))} or the path of a file, but"
             f" got {os.fspath(path)!r}: {error}.{did_you_mean(os.fspath(path), known)}"
@@ -101,6 +101,6 @@ def _read(argument: str, path: Any, known: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return the question after the names that are close to a wrong one, if any are."""
+    """Return a "Did you mean" question with the known names close to ``name``, or an empty string."""
     close = get_close_matches(name, known, n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,4 +1,4 @@
-"""What the metrics share: a validated split, checked batches, states that are not mixed up, dtypes that stay."""
+"""The base class of the metrics: a validated split, checked batches, safe compute groups, and stable dtypes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _JOINED = 32
 
 
 class MetricOptions(TypedDict, total=False):
-    """The keyword arguments that all metrics share: four of :class:`AbsentClassMetric`, the others of torchmetrics."""
+    """Keyword arguments of all metrics: four from :class:`AbsentClassMetric`, the others from torchmetrics."""
 
     ignore_index: int | None
     validate_args: bool
@@ -49,17 +49,17 @@ class MetricOptions(TypedDict, total=False):
 
 
 class AbsentClassMetric(Metric):
-    """Base of the metrics on logits of seen and absent classes.
+    """Base class of the metrics on logits of seen and absent classes.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
@@ -87,17 +87,17 @@ class AbsentClassMetric(Metric):
         self.class_map = resolve_class_map(class_map, label_names, num_classes)
         self._looked_for_probabilities = False
         self._groups = Groups.from_split(self.split, self.device)
-        # Not buffers: those are sent around by DistributedDataParallel and averaged by weight averaging.
+        # Not buffers: DistributedDataParallel broadcasts buffers, and weight averaging averages them.
         self._constants: dict[str, Tensor] = {}
         if self.class_map is not None:
             self._constants["class_map"] = rows_tensor(self.class_map).to(self.device)
         self._set_configuration()
 
     def _set_configuration(self, *options: object) -> None:
-        """Say what decides the update besides the split and the targets.
+        """Record which options affect the update, besides the split and the class map.
 
-        After the first batch :class:`torchmetrics.MetricCollection` merges metrics whose states have the same names and
-        values. So the configuration is a state as well, by its hash, and only metrics with the same update are merged.
+        After the first batch, :class:`torchmetrics.MetricCollection` merges metrics whose states have the same names
+        and values. So a hash of the configuration is a state too, and only metrics with the same update are merged.
         """
         text = repr((self.split, self.ignore_index, self.class_map, *options))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -107,7 +107,7 @@ class AbsentClassMetric(Metric):
         """Forget all samples."""
         for name, default in self._defaults.items():
             if isinstance(default, list):
-                setattr(self, name, [])  # `Metric.reset` empties the list itself, which `Running` still holds
+                setattr(self, name, [])  # `Metric.reset` clears the list in place, but `Running` still uses it
         super().reset()
 
     def _rows(self, preds: Tensor, target: Tensor, *, probabilities: bool) -> Tensor:
@@ -131,14 +131,14 @@ class AbsentClassMetric(Metric):
 
     @property
     def _ignored_row(self) -> int | None:
-        # The number of an ignored target may also be that of a row.
+        # The number of an ignored target may also be a valid row number.
         return self.ignore_index if self.class_map is None or self.ignore_index is None else IGNORE_INDEX
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Plot one value or several, as from training steps.
+        """Plot one value, or several values such as those of successive training steps.
 
         Args:
-            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: that of ``compute``.
+            val: Output of ``compute`` or ``forward``, or a list of them. ``None``: call ``compute``.
             ax: A matplotlib axis to draw on. ``None``: a new figure.
 
         Returns:
@@ -150,8 +150,8 @@ class AbsentClassMetric(Metric):
         return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        # torchmetrics guards its states against `model.half()`, but not against `model.to(torch.bfloat16)`, which
-        # Lightning calls for precision="bf16-true". Sums and class codes must keep their dtypes: only devices change.
+        # torchmetrics protects its states from `model.half()`, but not from `model.to(torch.bfloat16)`, which Lightning
+        # calls for precision="bf16-true". Sums and class codes must keep their dtypes, so only the device changes.
         device = fn(torch.empty(0, device=self._groups.seen.device)).device
         largest = real_dtype(device)
 
@@ -164,12 +164,12 @@ class AbsentClassMetric(Metric):
 
 
 def append_part(parts: list[Tensor], part: Tensor) -> None:
-    """Append to a list of tensors, and now and then join the last ones: so many small batches make no long list."""
+    """Append to a list of tensors and sometimes join the last ones, so that many small batches do not make it long."""
     parts.append(part)
     if len(parts) % _JOINED:
         return
     first, size = len(parts) - 1, len(part)
-    while first > 0 and len(parts[first - 1]) <= 2 * size:  # so each sample is copied O(log N) times
+    while first > 0 and len(parts[first - 1]) <= 2 * size:  # so that each sample is copied O(log N) times
         first -= 1
         size += len(parts[first])
     parts[first:] = [torch.cat(parts[first:])]

@@ -19,7 +19,7 @@ from lightning_calibft.split import ClassIds
 
 
 class _CountedAccuracy(AbsentClassMetric):
-    """Counts right samples of each group, or class, among some classes."""
+    """Counts right samples of each group or class among the candidate classes."""
 
     higher_is_better: bool = True
     plot_lower_bound: float = 0.0
@@ -40,7 +40,7 @@ class _CountedAccuracy(AbsentClassMetric):
         check_choice("average", average, ("micro", "macro"))
         self.average: Average = average
         self._count_among("all", top_k=1)
-        # Seen and absent samples are counted apart, so whose accuracy is asked for plays no part in the update.
+        # Seen and absent samples are counted separately, so `samples` does not affect the update.
         counts = torch.zeros(2 if average == "micro" else num_classes, dtype=torch.long)
         self.add_state("correct", counts, dist_reduce_fx="sum")
         self.add_state("total", counts.clone(), dist_reduce_fx="sum")
@@ -71,17 +71,17 @@ class SplitAccuracy(_CountedAccuracy):
     - ``preds``: A float tensor of shape ``(N, C)``.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
-    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if no
+    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], or NaN with a warning if no
     sample counts.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
-        candidates: Among which classes the argmax runs.
-        top_k: The true class must be among this many largest logits.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        samples: Which samples to score: those of ``"all"``, ``"seen"`` or ``"absent"`` classes.
+        candidates: The classes that the argmax chooses from.
+        top_k: A sample is right if its true class has one of the ``top_k`` largest logits.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
@@ -116,7 +116,7 @@ class SplitAccuracy(_CountedAccuracy):
 
 
 class HarmonicMeanAccuracy(_CountedAccuracy):
-    r"""Harmonic mean of :math:`Acc_{S/Y}` and :math:`Acc_{U/Y}`, both among all classes, as the logits are.
+    r"""Harmonic mean of :math:`Acc_{S/Y}` and :math:`Acc_{U/Y}`, both among all classes, of the logits as given.
 
     See :func:`lightning_calibft.functional.harmonic_mean_accuracy`.
 
@@ -126,13 +126,13 @@ class HarmonicMeanAccuracy(_CountedAccuracy):
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
     As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], 0 if both accuracies are 0,
-    NaN with a warning if a group has no samples.
+    or NaN with a warning if a group has no samples.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 

@@ -13,15 +13,15 @@ from lightning_calibft.metrics.seen_unseen_curve import AUSUC
 
 
 class AUSUCWithAccuracies(AUSUC):
-    """An AUSUC that also counts what the accuracies of :func:`absent_class_metrics` need: a batch is reduced once.
+    """An AUSUC that also counts what the accuracies of :func:`absent_class_metrics` need, so a batch is reduced once.
 
-    In a group of a collection the first metric is updated and the others get its states. By itself it gives all of
-    their values: see :meth:`values`.
+    In a compute group of a collection, only the first metric is updated and the others share its states. On its own,
+    this metric gives the values of the whole collection: see :meth:`values`.
 
     Args:
-        num_classes: As in :class:`AUSUC`, which has the other arguments too.
-        args: Likewise.
-        kwargs: Likewise.
+        num_classes: Number of classes ``C``, the width of the logits.
+        args: Other positional arguments of :class:`AUSUC`.
+        kwargs: Keyword arguments of :class:`AUSUC`.
     """
 
     correct: Tensor
@@ -37,7 +37,7 @@ class AUSUCWithAccuracies(AUSUC):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """Return the area under the curve of all samples so far."""
-        # The others are kept because here, and only here, the states are those of all processes.
+        # The other values are kept here because only here do the states include all processes.
         counts, area = (self.correct, self.total, self._groups), super().compute()
         of_groups = {group: accuracy_compute(*counts, group, self.average) for group in ("all", "seen", "absent")}
         self._values = {

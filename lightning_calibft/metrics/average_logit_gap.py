@@ -9,14 +9,14 @@ from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 
 
 class AverageLogitGap(MeanGapEstimator):
-    r"""How far the absent logits lie below the seen ones on the fine-tuning data: the paper's estimate of gamma.
+    r"""The average gap between seen and absent logits on the fine-tuning data: the paper's estimate of gamma.
 
     .. math::
         \gamma = \frac{1}{n} \sum_{i=1}^n \Big[ \frac{1}{|S| - 1} \sum_{c \in S, c \neq y_i} z_{ic}
         - \frac{1}{|U|} \sum_{c \in U} z_{ic} \Big]
 
-    See :func:`lightning_calibft.functional.average_logit_gap`. The state is three numbers. (For gamma alone the
-    sums of each class would do; its standard error needs the gap of each sample.) After ``compute`` on all processes,
+    See :func:`lightning_calibft.functional.average_logit_gap`. The state is three numbers. (Gamma alone needs
+    only sums for each class, but its standard error needs the gap of each sample.) After ``compute`` on all processes,
     :attr:`standard_error` and :attr:`num_samples` need no further communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
@@ -24,18 +24,18 @@ class AverageLogitGap(MeanGapEstimator):
     - ``preds``: A float tensor of shape ``(N, C)`` from the fine-tuned model in eval mode, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids. Samples of classes that are not seen are left out.
 
-    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, NaN with a warning if no sample
-    counts.
+    As output of ``forward`` and ``compute`` the metric returns gamma, a float64 scalar, or NaN with a warning if no
+    sample counts.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        ignore_index: A label whose samples are left out.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""All that is usually reported about seen and absent classes, in one call."""
+"""The metrics that are usually reported for seen and absent classes, in one call."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def absent_class_metrics(
     label_names: LabelNames | None = None,
     **kwargs: Any,
 ) -> MetricCollection:
-    """Collect the metrics of a fine-tuned classifier; all share one pass over the logits.
+    """Create the metrics of a fine-tuned classifier, which all share one pass over the logits.
 
     - ``ausuc``: area under the seen-unseen curve, which no gamma changes.
-    - ``acc``, ``acc_seen``, ``acc_absent``: accuracy of all, of the seen and of the absent samples among all classes.
+    - ``acc``, ``acc_seen``, ``acc_absent``: accuracy of all, seen, and absent samples among all classes.
     - ``acc_harmonic``: harmonic mean of the last two.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        prefix: Put before each name.
-        postfix: Put after each name.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        prefix: Text to put before each name.
+        postfix: Text to put after each name.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`, for each metric.
 
     Example:

@@ -1,4 +1,4 @@
-"""What all estimators of gamma from samples of seen classes share."""
+"""The base class of all estimators of gamma from samples of seen classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_calibft.split import ClassIds
 
 
 class GammaEstimator(AbsentClassMetric):
-    """Base of the estimators that look at samples of seen classes.
+    """Base class of the estimators that use samples of seen classes.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
-        seen_classes: Ids of the at least two classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        seen_classes: Ids of the classes in the fine-tuning data, at least two.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
@@ -39,5 +39,5 @@ class GammaEstimator(AbsentClassMetric):
         self._set_configuration(type(self).__name__)
 
     def _counted(self, rows: Tensor) -> Tensor:
-        """Return which samples are of seen classes, ``(N,)``."""
+        """Return which samples belong to seen classes, ``(N,)``."""
         return self._groups.of_samples(rows, self._ignored_row) == _SEEN

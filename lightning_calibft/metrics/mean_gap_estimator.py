@@ -1,4 +1,4 @@
-"""What the estimators share whose gamma is a mean over samples: three sums are all that is kept."""
+"""The base class of estimators whose gamma is a mean over samples, which keep only three sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_calibft.split import ClassIds
 
 
 class MeanGapEstimator(GammaEstimator):
-    """Base of the estimators whose gamma is the mean of one number for each sample of a seen class.
+    """Base class of the estimators whose gamma is the mean of one number for each sample of a seen class.
 
     The state is three numbers. After ``compute`` on all processes, :attr:`standard_error` and :attr:`num_samples` need
     no further communication.
@@ -37,7 +37,7 @@ class MeanGapEstimator(GammaEstimator):
         self.add_state("squares", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Return the gap of each sample, ``(N,)``; what it is for samples of other classes does not matter."""
+        """Return the gap of each sample, ``(N,)``. Values for samples of other classes do not matter."""
         raise NotImplementedError
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -54,7 +54,7 @@ class MeanGapEstimator(GammaEstimator):
     def compute(self) -> Tensor:
         """Return gamma, the mean gap of all samples so far."""
         gamma, standard_error = gap_compute(self.count, self.total, self.squares)
-        # Kept because here, and only here, the states are those of all processes.
+        # Kept here because only here do the states include all processes.
         self._computed_error = standard_error, self.count.clone()
         return gamma
 
@@ -65,7 +65,7 @@ class MeanGapEstimator(GammaEstimator):
 
     @property
     def num_samples(self) -> int:
-        """Number of samples that gamma is the mean of."""
+        """Number of samples in the mean."""
         return int(self._error()[1])
 
     def _error(self) -> tuple[Tensor, Tensor]:

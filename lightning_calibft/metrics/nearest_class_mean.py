@@ -18,7 +18,7 @@ from lightning_calibft.split import ClassIds
 class NearestClassMeanAccuracy(SplitAccuracy):
     """Accuracy of the class whose mean is nearest to the features in cosine similarity.
 
-    It judges the features apart from the classification head. See
+    It judges the features independently of the classification head. See
     :func:`lightning_calibft.functional.nearest_class_mean_accuracy`.
 
     As input to ``forward`` and ``update`` the metric accepts:
@@ -26,22 +26,22 @@ class NearestClassMeanAccuracy(SplitAccuracy):
     - ``features``: A float tensor of shape ``(N, D)``, the input of the classification head.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
-    The input is called ``features`` because it is not the logits that the other metrics take. In a
-    :class:`torchmetrics.MetricCollection` beside them, call ``update(preds=..., features=..., target=...)``: each
-    metric takes what it needs. Without ``features`` this one raises a ``TypeError``.
+    The input is called ``features`` because the other metrics take logits. To use them together in a
+    :class:`torchmetrics.MetricCollection`, call ``update(preds=..., features=..., target=...)``: each metric takes what
+    it needs. Without ``features`` this metric raises a ``TypeError``.
 
-    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if no
+    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], or NaN with a warning if no
     sample counts.
 
     Args:
         num_classes: Number of classes ``C``.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
         class_means: Means of shape ``(C, D)`` from :func:`lightning_calibft.functional.class_means`. A class whose row
             is NaN is never predicted.
-        samples: Whose accuracy: of the samples of ``"all"``, ``"seen"`` or ``"absent"`` classes.
-        candidates: Among which classes the nearest is sought.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
+        samples: Which samples to score: those of ``"all"``, ``"seen"`` or ``"absent"`` classes.
+        candidates: The classes among which to find the nearest mean.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
@@ -83,13 +83,13 @@ class NearestClassMeanAccuracy(SplitAccuracy):
             **kwargs,
         )
         self._constants["class_means"] = class_means.detach().clone().to(self.device)
-        # Two sets of means make two updates.
+        # Metrics with different means must not share an update.
         digest = hashlib.sha256(class_means.detach().double().cpu().numpy().tobytes()).hexdigest()
         self._set_configuration("nearest class mean", candidates, average, digest)
 
     @property
     def class_means(self) -> Tensor:
-        """Means of shape ``(C, D)``; NaN for the classes without one."""
+        """Means of shape ``(C, D)``, NaN for classes without a mean."""
         return self._constants["class_means"]
 
     def update(self, features: Tensor, target: Tensor) -> None:

@@ -33,10 +33,11 @@ from lightning_calibft.split import ClassIds
 class SeenUnseenCurve(AbsentClassMetric):
     r"""Accuracies of seen and absent classes, both among all classes, for every gamma.
 
-    The points :math:`(Acc_{S/Y}, Acc_{U/Y})` as gamma, added to the absent logits, goes from minus to plus infinity.
-    See :func:`lightning_calibft.functional.seen_unseen_curve`. The state is 8 bytes a sample, whatever the number of
-    classes. Margins are kept in float32: where that makes two equal, function and metric differ by about 1 / N^2.
-    After ``compute`` on all processes, :meth:`accuracies` and :meth:`best_gamma` need no further communication.
+    The curve consists of the points :math:`(Acc_{S/Y}, Acc_{U/Y})` as gamma, which is added to the absent logits, goes
+    from minus to plus infinity. See :func:`lightning_calibft.functional.seen_unseen_curve`. The state is 8 bytes per
+    sample for any number of classes. Margins are kept in float32. If rounding makes two margins equal, the function and
+    the metric differ by about 1 / N^2. After ``compute`` on all processes, :meth:`accuracies` and :meth:`best_gamma`
+    need no further communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -50,13 +51,13 @@ class SeenUnseenCurve(AbsentClassMetric):
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -91,7 +92,7 @@ class SeenUnseenCurve(AbsentClassMetric):
     ) -> None:
         super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
         check_choice("average", average, ("micro", "macro"))
-        self.average: Average = average  # plays no part in the update
+        self.average: Average = average  # does not affect the update
         self._curve: Curve | None = None
         self.add_state("margin", [], dist_reduce_fx="cat")
         self.add_state("code", [], dist_reduce_fx="cat")
@@ -102,7 +103,7 @@ class SeenUnseenCurve(AbsentClassMetric):
         self._append(reduce_batch(preds, rows, self._groups, self._ignored_row), rows)
 
     def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
-        # Rounded once or twice, the difference of two logits of at most float32 is the same float32.
+        # For logits of at most float32, rounding the difference once or twice gives the same float32.
         dtype = torch.promote_types(reduction.top_seen.dtype, torch.float32)
         margin, code = curve_update(reduction, rows, dtype)
         append_part(cast("list[Tensor]", self.margin), margin.float())
@@ -117,12 +118,14 @@ class SeenUnseenCurve(AbsentClassMetric):
         return seen, absent, gamma
 
     def accuracies(self, gamma: float) -> dict[str, Tensor]:
-        """Accuracies at one gamma: ``seen``, ``absent``, ``all`` (all among all classes), and their ``harmonic`` mean.
+        """Return the accuracies ``seen``, ``absent`` and ``all`` among all classes, and ``harmonic``, at one gamma.
 
-        A seen and an absent class with the same logit make the sample wrong, whichever of the two is true.
+        ``harmonic`` is the harmonic mean of the first two.
+
+        If a seen and an absent class tie for the largest logit, the sample is wrong, whichever class is true.
 
         Raises:
-            TypeError: If ``gamma`` is no number.
+            TypeError: If ``gamma`` is not a number.
             ValueError: If ``gamma`` is NaN.
         """
         gamma = check_number("gamma", gamma)
@@ -138,7 +141,7 @@ class SeenUnseenCurve(AbsentClassMetric):
         min_seen_accuracy: float | None = None,
         min_absent_accuracy: float | None = None,
     ) -> Tensor:
-        """Gamma of the best criterion, as :func:`lightning_calibft.functional.best_gamma` defines it."""
+        """Return the gamma that is best, as defined by :func:`lightning_calibft.functional.best_gamma`."""
         goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
         return to_real(curve_best_gamma(self._computed_curve(), goal), self.device)
 
@@ -159,13 +162,13 @@ class SeenUnseenCurve(AbsentClassMetric):
         ax: _AX_TYPE | None = None,
         gamma: float | None = None,
     ) -> _PLOT_OUT_TYPE:
-        """Draw the curve; without an argument ``curve`` also gamma 0 and the best gamma.
+        """Draw the curve. If ``curve`` is ``None``, also mark gamma 0 and the best gamma.
 
         Args:
-            curve: Output of ``compute`` or ``forward``. ``None``: that of ``compute``.
-            score: Area under the curve for the legend. ``True`` and no curve: computed.
+            curve: Output of ``compute`` or ``forward``. ``None``: call ``compute``.
+            score: Area under the curve for the legend. ``True``: compute it, if ``curve`` is ``None``.
             ax: A matplotlib axis to draw on. ``None``: a new figure.
-            gamma: The operating point in use, marked as well.
+            gamma: The operating point in use, to be marked too.
 
         Returns:
             Figure and axis.
@@ -202,28 +205,28 @@ class SeenUnseenCurve(AbsentClassMetric):
 class AUSUC(SeenUnseenCurve):
     r"""Area under the seen-unseen curve, by the trapezoidal rule in the order of gamma.
 
-    It judges the features apart from gamma: no calibration by one number changes it. See
-    :func:`lightning_calibft.functional.ausuc`. Shares the state of a :class:`SeenUnseenCurve` of the same split in a
-    :class:`torchmetrics.MetricCollection`, and has its :meth:`accuracies` and :meth:`best_gamma`.
+    It judges the features independently of gamma: adding one number to the absent logits does not change it. See
+    :func:`lightning_calibft.functional.ausuc`. In a :class:`torchmetrics.MetricCollection` it shares its state with a
+    :class:`SeenUnseenCurve` of the same split. It also has the methods :meth:`accuracies` and :meth:`best_gamma`.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
     - ``preds``: A float tensor of shape ``(N, C)``, not probabilities.
     - ``target``: An integer tensor of shape ``(N,)`` with class ids.
 
-    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], NaN with a warning if a
+    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [0, 1], or NaN with a warning if a
     group has no samples.
 
     Args:
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data.
-        absent_classes: Ids of the classes that it lacks. ``None``: all that are not seen.
-        average: ``"micro"`` weighs samples equally, ``"macro"`` classes that have samples.
-        ignore_index: A label whose samples are left out.
+        absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
+        ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
-        class_map: The head's row of each target, where they differ, as
-            :func:`~lightning_calibft.resolve_class_map` takes it. The ``seen_classes`` are rows all the same.
-        label_names: Names of the head's rows, for a ``class_map`` of names.
+        class_map: The head's row for each target, if targets are not row numbers. See
+            :func:`~lightning_calibft.resolve_class_map`. In either case ``seen_classes`` holds row numbers.
+        label_names: Names of the head's rows, needed if ``class_map`` contains names.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Example:

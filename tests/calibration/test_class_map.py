@@ -82,15 +82,15 @@ def test_an_estimator_that_is_a_metric():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"class_map": ROWS[:2]}, r"`class_map` to give the row of every target, but it lacks 2\. Add it"),
-        ({"class_map": ROWS[:2], "seen_classes": [0, 3]}, r"the row of every target, but it lacks 2\. Add it"),
+        ({"class_map": ROWS[:2]}, r"`class_map` to give the row of every target, but 2 is missing\. Add it"),
+        ({"class_map": ROWS[:2], "seen_classes": [0, 3]}, r"the row of every target, but 2 is missing\. Add it"),
         ({"class_map": [0, 6]}, r"rows of the classification head, in \[0, 6\), but got 6"),
         ({"class_map": ["ant"], "label_names": NAMES[:5]}, "`label_names` to name each of the 6 rows of the head, but"),
-        ({"label_names": NAMES}, "`class_map` beside `label_names`, but got None"),
+        ({"label_names": NAMES}, "`class_map` to be given with `label_names`, but got None"),
         ({"class_map": "imagenette"}, "the WordNet ids of a head of 6 rows"),
         (
             {"estimator": AverageLogitGap(6, SEEN, class_map=ROWS)},
-            "`estimator` to take rows .* with a `class_map`. Give",
+            "`estimator` to take rows .* with a `class_map`. Pass",
         ),
         (
             {"class_map": ROWS, "seen_classes": ABSENT},
@@ -114,7 +114,7 @@ HINT = (
 
 
 def test_labels_that_look_like_positions_of_folders():
-    with pytest.warns(UserWarning, match=HINT + r" If the rows are meant, pass `seen_classes=list\(range\(3\)\)`"):
+    with pytest.warns(UserWarning, match=HINT + r" If you mean these rows, pass `seen_classes=list\(range\(3\)\)`"):
         calibrate(net(Wide), batches(), progress=False)
 
 
@@ -148,7 +148,7 @@ def test_seen_classes_that_no_sample_has():
 
 
 def test_seen_classes_that_some_samples_have():
-    left_out = "15 of 45 samples .* their classes are seen ones."
+    left_out = "15 of 45 samples .* add their classes to `seen_classes`."
     with pytest.warns(UserWarning, match=f"{left_out} {HINT}"):
         calibrate(net(Wide), batches(), seen_classes=[1, 2, 5], progress=False)
     for make, target, rows in ((Net, FOLDERS, None), (Wide, Y, None), (Wide, FOLDERS, [0, 1, 2])):

@@ -37,7 +37,7 @@ def test_each(name):
 
 
 def test_options_of_a_metric_are_its_own():
-    with pytest.raises(ValueError, match="`estimator_kwargs` to be None beside an `estimator` that is a metric"):
+    with pytest.raises(ValueError, match="`estimator_kwargs` to be None with an `estimator` that is a metric"):
         calibrate(
             pretrained(), loader(), estimator=ESTIMATORS["alg"](6, SEEN), estimator_kwargs={"a": 1}, progress=False
         )
@@ -63,6 +63,6 @@ def test_an_operating_point_needs_to_know_and_to_meet_the_classes():
     model = pretrained()
     with pytest.raises(ValueError, match=r"`seen_classes` to name .* 'operating_point', whose `loader`"):
         calibrate(model, loader(VAL), estimator="operating_point", progress=False)
-    with pytest.raises(ValueError, match="to hold labelled samples of the absent classes"):
+    with pytest.raises(ValueError, match="to hold labeled samples of the absent classes"):
         calibrate(model, loader(TRAIN), SEEN, estimator="operating_point", progress=False)
     assert get_gamma(model) is None

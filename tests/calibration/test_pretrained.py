@@ -69,8 +69,8 @@ def test_an_estimator_object():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"estimator": "pseudo_absent"}, "`pretrained` to be the model before fine-tuning beside .*'pseudo_absent'"),
-        ({"pretrained": nn.Linear(2, 3)}, "`pretrained` to be None beside the estimator 'alg', but got weights"),
+        ({"estimator": "pseudo_absent"}, "`pretrained` to be the model before fine-tuning for .*'pseudo_absent'"),
+        ({"pretrained": nn.Linear(2, 3)}, "`pretrained` to be None for the estimator 'alg', but got weights"),
         ({"estimator": "pseudo_absent", "pretrained": nn.Linear(2, 3)}, "the same model .*'.*' is missing or has anot"),
     ],
 )

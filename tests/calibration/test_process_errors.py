@@ -165,7 +165,7 @@ def test_an_error_on_one_process_ends_both(name, results):
     assert own[0] == kind
     assert text in own[1]
     assert other[0] == ("ValueError" if kind in ("ValueError", "HeadNotFoundError") else "RuntimeError")
-    assert other[1] == "The calibration pass has failed on another process, which says why. Gamma stays unset."
+    assert other[1] == "The calibration pass failed on another process. See the error there. Gamma stays unset."
     assert own[2:] == other[2:] == (0, True)
 
 

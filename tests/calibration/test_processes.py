@@ -142,4 +142,4 @@ def test_what_one_meets_while_it_looks_for_the_classes(name, error, text, of_the
     assert message.startswith(text)
     kind, message, *model = plain[0][f"classes_{name}"]
     assert (kind, model) == (of_the_first, [0, True])
-    assert message == "The calibration pass has failed on another process, which says why. Gamma stays unset."
+    assert message == "The calibration pass failed on another process. See the error there. Gamma stays unset."

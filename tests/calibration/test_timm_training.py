@@ -127,7 +127,7 @@ def test_mixed_labels_are_refused_with_a_remedy(enabled, photos):
     loader.mixup_enabled = enabled  # as after `--mixup-off-epoch`: the labels stay soft
     model = make()
     keys = list(model.state_dict())
-    with pytest.raises(TypeError, match=r"soft .* name no single class. If the training loader mixes labels \(mixup"):
+    with pytest.raises(TypeError, match=r"Soft .* do not name a single class. If the .* mixes labels \(mixup"):
         calibrate(model, loader, progress=False)
     assert list(model.state_dict()) == keys
     calibrate(model, make_loader(photos), progress=False)

@@ -111,7 +111,7 @@ def test_no_warning_of_what_the_first_batches_lack():
     """The first batches hold no sample of a seen class."""
     data = TensorDataset(torch.randn(600, 8), torch.arange(600) % 40)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*met no")
+        warnings.filterwarnings("error", ".*received no")
         warnings.filterwarnings("ignore", ".*samples in the calibration pass are not of")
         result = calibrate(nn.Linear(8, 40), DataLoader(data, 4), [0, 1], tolerance=0.05, progress=False)
     assert result.num_samples == 30

@@ -28,7 +28,7 @@ def test_stochastic_averaging_without_batch_norm_and_with_a_late_head(tmp_path):
 def test_the_wrong_order_is_an_error(tmp_path, make):
     module, averages = Plain(), make()
     trainer = trainer_of(tmp_path, averages, AbsentClassCalibration())
-    remedy = rf"{type(averages).__name__} stands before AbsentClassCalibration .* Put AbsentClassCalibration first"
+    remedy = rf"{type(averages).__name__} comes before AbsentClassCalibration .* Put AbsentClassCalibration first"
     with pytest.raises(RuntimeError, match=remedy):
         trainer.fit(module, loader())
     assert not attached_heads(module)

@@ -114,7 +114,7 @@ def test_ignored_labels(tmp_path):
         ({"class_map": 3}, TypeError, "`class_map` to be a list or dict of rows or names"),
         ({"class_map": ["ant", "bat"], "label_names": NAMES}, ValueError, "but got 'bat'. Did you mean 'cat'"),
         ({"class_map": "imagenet-x"}, ValueError, "but got 'imagenet-x'"),
-        ({"label_names": NAMES}, ValueError, "`class_map` beside `label_names`, but got None"),
+        ({"label_names": NAMES}, ValueError, "`class_map` to be given with `label_names`, but got None"),
     ],
 )
 def test_arguments(arguments, error, text):
@@ -128,8 +128,8 @@ def test_arguments(arguments, error, text):
         ({"class_map": [0, 6]}, r"rows of the classification head, in \[0, 6\), but got 6"),
         ({"class_map": "imagenette"}, "the WordNet ids of a head of 6 rows"),
         ({"class_map": ["ant"], "label_names": NAMES[:3]}, "name each of the 6 rows of the head, but got 3 names"),
-        ({"class_map": ROWS[:2]}, r"to give the row of every target, but it lacks 2\. Add it"),
-        ({"class_map": ROWS[:2], "seen_classes": SEEN}, r"to give the row of every target, but it lacks 2\. Add it"),
+        ({"class_map": ROWS[:2]}, r"to give the row of every target, but 2 is missing\. Add it"),
+        ({"class_map": ROWS[:2], "seen_classes": SEEN}, r"to give the row of every target, but 2 is missing\. Add it"),
     ],
 )
 def test_what_does_not_fit_is_told_before_training(arguments, text, tmp_path):
@@ -145,14 +145,14 @@ def test_a_target_without_a_row_in_a_later_batch(seen, tmp_path):
     x, y = folders(TRAIN).tensors
     order = y.argsort()
     data = TensorDataset(x[order], y[order])
-    with pytest.raises(ValueError, match=r"to give the row of every target, but it lacks 2\. Add it"):
+    with pytest.raises(ValueError, match=r"to give the row of every target, but 2 is missing\. Add it"):
         fit(tmp_path, pretrained(Folders), data, class_map=ROWS[:2], seen_classes=seen)
 
 
 def test_evaluation_targets_without_a_row_are_not_counted(tmp_path):
-    with pytest.warns(UserWarning, match="no metrics for some samples. .* row of every target, but it lacks 5") as met:
+    with pytest.warns(UserWarning, match="no metrics for some samples. .* of every target, but 5 is missing") as met:
         trainer, _ = fit(tmp_path, pretrained(Folders), folders(TRAIN), folders(VAL), class_map=ROWS[:5])
-    assert sum("it lacks 5" in str(warning.message) for warning in met) == 1
+    assert sum("5 is missing" in str(warning.message) for warning in met) == 1
     keep = VAL.tensors[1] != ROWS[5]
     kept = TensorDataset(*(part[keep] for part in VAL.tensors))
     expected, _ = fit(tmp_path, pretrained(), TRAIN, kept)

@@ -35,7 +35,11 @@ pytestmark = quiet
     [
         ({"estimator": "platt"}, ValueError, "one of 'alg', 'pseudo_absent', .* or a metric, but got 'platt'"),
         ({"estimator": 3}, TypeError, "`estimator` to be a name or a torchmetrics Metric"),
-        ({"absent_classes": ABSENT}, ValueError, "`seen_classes` beside `absent_classes`, but got None. Give both"),
+        (
+            {"absent_classes": ABSENT},
+            ValueError,
+            "`seen_classes` to be given with `absent_classes`, but got None. Give both",
+        ),
         ({"max_samples": 0}, ValueError, "`max_samples` to be an integer of at least 1, but got 0"),
         ({"unpack_batch": "no.such.function"}, ValueError, "`unpack_batch` to be the import path of a function"),
         ({"unpack_batch": "function"}, ValueError, "`unpack_batch` to be the import path of a function"),
@@ -43,7 +47,7 @@ pytestmark = quiet
         (
             {"estimator": AverageLogitGap(6, SEEN), "seen_classes": SEEN},
             ValueError,
-            "`absent_classes` to be None beside an `estimator`",
+            "`absent_classes` to be None with an `estimator`",
         ),
     ],
 )
@@ -69,7 +73,7 @@ def assert_refused(folder, callback, error, text, make=Plain, data=None):
     [
         ({"seen_classes": [0, 6]}, ValueError, r"`seen_classes` to hold class ids in \[0, 6\), but got 6"),
         ({"seen_classes": [0, -1]}, ValueError, r"`seen_classes` to hold class ids in \[0, 6\), but got -1"),
-        ({"seen_classes": [0, 2, 0]}, ValueError, "`seen_classes` to hold each class once, but 0 repeat"),
+        ({"seen_classes": [0, 2, 0]}, ValueError, "`seen_classes` to hold each class once, but got 0 more than once"),
         ({"seen_classes": [True, False]}, TypeError, "`seen_classes` to hold integers, but got True"),
         ({"seen_classes": [0.0, 1.0]}, TypeError, "`seen_classes` to hold integers, but got 0.0"),
         ({"seen_classes": list(range(6))}, ValueError, "`seen_classes` to leave out at least one of the 6 classes"),

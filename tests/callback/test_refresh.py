@@ -167,8 +167,8 @@ def test_a_validation_apart_leaves_gamma_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "training_steps"}, "`refresh_on_validation` to be False beside `source='training_steps'`"),
-        ({"estimator": "pcv"}, "`refresh_on_validation` to be False beside `estimator='pcv'`"),
+        ({"source": "training_steps"}, "`refresh_on_validation` to be False with `source='training_steps'`"),
+        ({"estimator": "pcv"}, "`refresh_on_validation` to be False with `estimator='pcv'`"),
     ],
 )
 def test_what_does_not_go_together(arguments, message):
@@ -183,7 +183,7 @@ def test_it_is_a_switch():
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
 def test_averaged_weights_are_refused(tmp_path, averaging):
-    with pytest.raises(RuntimeError, match=r"`refresh_on_validation=True` is not supported beside .*Averaging"):
+    with pytest.raises(RuntimeError, match=r"`refresh_on_validation=True` is not supported with .*Averaging"):
         trainer_of(tmp_path, refreshing(), averaging()).fit(pretrained(), loader(), val())
 
 

@@ -69,7 +69,7 @@ def test_finished_splits_are_kept(tmp_path, fits):
     trainer_of(tmp_path, again).fit(pretrained(Watched), loader(DATA))
     assert len(fits) == 5
     assert again.result == callback.result
-    with pytest.raises(ValueError, match=r"`folder` to be empty or of the same run, but .* another `max_epochs`"):
+    with pytest.raises(ValueError, match=r"`folder` to be empty or from the same run, but .* another `max_epochs`"):
         trainer_of(tmp_path, pcv(folder=str(tmp_path / "splits")), max_epochs=1).fit(pretrained(), loader(DATA))
 
 
@@ -138,13 +138,14 @@ def test_what_it_will_cost_is_said(tmp_path, caplog, capsys):
     trainer = trainer_of(tmp_path, pcv(), enable_progress_bar=True)
     trainer.fit(pretrained(), loader(DATA))
     assert (
-        "3 more trainings, on 50 %, 50 %, 50 % of the 48 samples. Each trains for 2 epochs of its part" in caplog.text
+        "3 more trainings, on 50 %, 50 %, 50 % of the 48 samples. Each trains for 2 epochs of its samples"
+        in caplog.text
     )
     assert "/18 [" in capsys.readouterr().err  # three fits of two epochs of three batches
     assert caplog.text.count("GPU available") == 1
     before, _ = caplog.text.split("`Trainer.fit` stopped")
-    assert "'pcv') will train 3 more models when this fit has ended" in before
-    assert "about 1.5 times as long as this fit again" in before
+    assert "'pcv') will train 3 more models after this fit" in before
+    assert "about 1.5 times as long as this fit" in before
 
 
 class SetUpOnce(Watched):

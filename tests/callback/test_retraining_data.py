@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from lightning_calibft import AbsentClassCalibration, attach
 from lightning_calibft.calibration.batch_reader import BatchReader
-from lightning_calibft.callback.restricted import RestrictedData
+from lightning_calibft.callback.class_subset import ClassSubset
 from tests.callback.retraining import DATA, SEEN, pcv
 from tests.helpers.runs import (
     VAL,
@@ -92,7 +92,7 @@ def test_a_scheduler_that_watches_what_the_callback_logs(tmp_path):
             schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_ausuc"}}
 
-    with pytest.raises(ValueError, match=r"to watch what the module logs by itself .* but got 'val_ausuc'"):
+    with pytest.raises(ValueError, match=r"to monitor values that the module itself logs .* but got 'val_ausuc'"):
         trainer_of(tmp_path, pcv()).fit(pretrained(Watching), loader(DATA), loader(VAL, shuffle=False))
 
 
@@ -122,7 +122,7 @@ WEIGHTS = torch.arange(48.0)
 )
 def test_restricted_loaders(make, number):
     """Samples of the classes, as many and drawn as the loader draws them."""
-    data = RestrictedData({"a": make(), "b": [make()]}, BatchReader())
+    data = ClassSubset({"a": make(), "b": [make()]}, BatchReader())
     loaders, share = data.of_classes([0, 4])
     assert loaders.keys() == {"a", "b"}
     assert isinstance(loaders["b"], list)
@@ -144,5 +144,5 @@ def test_restricted_loaders(make, number):
 
 def test_batches_that_the_dataset_makes():
     pairs = [(DATA.tensors[0][k : k + 2], DATA.tensors[1][k : k + 2]) for k in range(0, 48, 2)]
-    with pytest.raises(ValueError, match=r"one sample an index .* but 24 indices give 48 labels"):
-        RestrictedData(DataLoader(pairs, None), BatchReader())
+    with pytest.raises(ValueError, match=r"one sample per index .* but 24 indices give 48 labels"):
+        ClassSubset(DataLoader(pairs, None), BatchReader())

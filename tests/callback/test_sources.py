@@ -198,7 +198,7 @@ def test_steps_that_diverge(tmp_path):
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.01)])
 def test_averaged_weights_are_in_no_step(tmp_path, averaging):
-    with pytest.raises(RuntimeError, match=r"to be 'train' or 'validation' beside .*WeightAveraging"):
+    with pytest.raises(RuntimeError, match=r"`source='training_steps'` is not supported with .*WeightAveraging"):
         trainer_of(tmp_path, steps(), averaging()).fit(pretrained(), loader())
 
 
@@ -206,7 +206,7 @@ def test_averaged_weights_are_in_no_step(tmp_path, averaging):
     ("arguments", "message"),
     [
         ({"source": "steps"}, "`source` to be one of 'train', 'validation', 'training_steps', but got 'steps'"),
-        ({"source": "training_steps"}, "`seen_classes` beside `source='training_steps'`, but got None"),
+        ({"source": "training_steps"}, "`seen_classes` to be given with `source='training_steps'`, but got None"),
         (
             {"source": "training_steps", "estimator": "pseudo_absent", "seen_classes": SEEN},
             "for the estimator 'pseudo_absent', but got 'training_steps'",
@@ -217,7 +217,7 @@ def test_averaged_weights_are_in_no_step(tmp_path, averaging):
         ({"estimator": "quantile_gap", "estimator_kwargs": {"quantile": 2}}, "`quantile` to be in .0, 1., but got 2"),
         (
             {"estimator": AverageLogitGap(6, [0, 1]), "estimator_kwargs": {"quantile": 2}},
-            "`estimator_kwargs` to be None beside an `estimator` that is a metric",
+            "`estimator_kwargs` to be None with an `estimator` that is a metric",
         ),
     ],
 )

@@ -112,7 +112,7 @@ def test_an_operating_point_without_labels_of_absent_classes(tmp_path):
     with pytest.raises(ValueError, match=r"`source` to be 'validation' for the estimator 'operating_point', but got"):
         trainer_of(tmp_path, callback).fit(pretrained(), loader())
     module = pretrained()
-    with pytest.raises(ValueError, match=r"to hold labelled samples of the absent classes, .* but got none"):
+    with pytest.raises(ValueError, match=r"to hold labeled samples of the absent classes, .* but got none"):
         trainer_of(tmp_path, operating_point()).fit(module, loader(), loader(blobs(SEEN, seed=7)))
     assert get_gamma(module) is None
 

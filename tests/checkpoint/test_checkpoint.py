@@ -177,7 +177,7 @@ def test_fold_onto_itself_is_refused(kind, best, tmp_path, monkeypatch):
 
 def test_folding_twice_is_refused(best, tmp_path):
     fold_checkpoint(best, tmp_path / "folded.ckpt")
-    text = r"gamma is folded into the bias already\. Load it as any other"
+    text = r"gamma is already folded into the bias\. Load it like any other"
     with pytest.raises(ValueError, match=text):
         fold_checkpoint(tmp_path / "folded.ckpt", tmp_path / "twice.ckpt")
     with pytest.raises(ValueError, match=text):

@@ -90,7 +90,7 @@ def test_class_maps(raw, photos, tmp_path, capsys):
     assert "--class-map" in capsys.readouterr().err
     (tmp_path / "by_name.json").write_text('{"a": 4, "b": 7}')
     assert run("calibrate", "test_resnet", raw, folders, out, *READ, *maps[2]) == 1
-    assert "to name every folder, but it lacks c" in capsys.readouterr().err
+    assert "to name every folder, but it does not name c" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -226,10 +226,10 @@ def test_a_destination_is_checked_before_anything_is_read(name, text, tmp_path, 
 def test_a_model_that_is_mistyped_or_another(raw, photos, tmp_path, capsys):
     words = [raw, photos, tmp_path / "out.pth", *READ]
     assert run("calibrate", "test_resnot", *words) == 1
-    assert "a model that timm has, but got 'test_resnot'. Did you mean 'test_resnet'" in capsys.readouterr().err
+    assert "a timm model, but got 'test_resnot'. Did you mean 'test_resnet'" in capsys.readouterr().err
     assert run("calibrate", "resnet18", *words) == 1
     error = capsys.readouterr().err
-    assert "to hold the weights of timm's 'resnet18', but it lacks " in error
+    assert "to hold the weights of timm's 'resnet18', but it is missing " in error
     assert len(error) < 600
     state = torch.load(raw, weights_only=True)
     state["conv1.0.weight"] = state["conv1.0.weight"][:1]

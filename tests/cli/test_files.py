@@ -50,7 +50,7 @@ def test_from_training_to_plain_timm(suffix, best, expected, tmp_path, capsys):
     torch.testing.assert_close(plain(folded)(X), expected, rtol=0, atol=1e-6)
     assert run("inspect", folded) == 0
     assert run("fold", folded, tmp_path / "again.pth") == 1
-    assert "gamma is folded into the bias already" in capsys.readouterr().err
+    assert "gamma is already folded into the bias" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [folded.name]
 
 
@@ -95,7 +95,7 @@ def test_export_needs_the_name_of_the_model(best, tmp_path, capsys):
     assert run("export", best, tmp_path / "model.pth") == 1
     assert "`--model` to name a timm model" in capsys.readouterr().err
     assert run("export", best, tmp_path / "model.pth", "--model", "test_vit") == 1
-    assert "to hold the weights of timm's 'test_vit', but it lacks cls_token, " in capsys.readouterr().err
+    assert "to hold the weights of timm's 'test_vit', but it is missing cls_token, " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

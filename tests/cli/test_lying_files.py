@@ -243,7 +243,7 @@ def test_a_destination_that_is_no_file(kind, best, raw, photos, tmp_path, capsys
         ["export", best, target, "--model", "test_resnet"],
         ["calibrate", "test_resnet", raw, photos, target, *READ],
     ):
-        assert "is a device, a pipe or a socket. It is left as it is" in refused(capsys, *words)
+        assert "is a device, a pipe or a socket. It was left unchanged" in refused(capsys, *words)
     if kind != "device":  # opening one to read waits for a writer
         refused(capsys, "inspect", target)
     assert (os.stat(target).st_mode, sorted(os.listdir(tmp_path))) == (mode, names)

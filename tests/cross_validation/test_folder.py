@@ -39,7 +39,7 @@ def test_finished_splits_are_read(tmp_path):
 def test_the_folder_of_another_run(tmp_path, change, name):
     arguments = {"model": pretrained(), "dataset": DATA, "fit_fn": Fit(), "folder": tmp_path, "progress": False}
     pseudo_cross_validation(**arguments)
-    with pytest.raises(ValueError, match=f"`folder` to be empty or of the same run, but .* another `{name}`"):
+    with pytest.raises(ValueError, match=f"`folder` to be empty or from the same run, but .* another `{name}`"):
         pseudo_cross_validation(**{**arguments, **change})
 
 

@@ -180,10 +180,10 @@ def test_splits_without_a_gamma_are_left_out():
         calls.append(1)
         return forgetful(model, dataset) if len(calls) == 2 else Fit()(model, dataset)
 
-    with pytest.warns(UserWarning, match="leaves out split 1 of 3: there, no gamma brings the pseudo-absent"):
+    with pytest.warns(UserWarning, match="leaves out split 1 of 3, because no gamma brings the pseudo-absent"):
         result = pseudo_cross_validation(pretrained(), DATA, fit, progress=False)
     assert math.isfinite(result.gamma)
-    with pytest.raises(ValueError, match="in none of 3 splits does one bring the pseudo-absent classes back"):
+    with pytest.raises(ValueError, match="no gamma in any of 3 splits brings the pseudo-absent classes back"):
         pseudo_cross_validation(pretrained(), DATA, forgetful, progress=False)
 
 

@@ -124,7 +124,7 @@ def test_nothing_to_count(case):
     metric = make(case, 9, SEEN, ABSENT, ignore_index=-100)
     logits, target, *before = inputs(case)
     metric.update(logits, torch.full_like(target, -100), *before)
-    with pytest.warns(UserWarning, match="met no sample of a seen class, so gamma is NaN"):
+    with pytest.warns(UserWarning, match="received no samples of seen classes, so gamma is NaN"):
         gamma = metric.compute()
     assert gamma == 2.1 if case == "fixed" else gamma.isnan()
     assert metric.num_samples == 0

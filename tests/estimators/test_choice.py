@@ -84,7 +84,7 @@ def test_what_is_no_estimator(value):
 
 @pytest.mark.parametrize(("seen", "absent"), [([0, 1], None), (None, [2]), ([0, 1], [2])])
 def test_classes_beside_a_metric(seen, absent):
-    with pytest.raises(ValueError, match=r"`absent_classes` to be None beside an `estimator` .* Leave them out"):
+    with pytest.raises(ValueError, match=r"`absent_classes` to be None with an `estimator` .* Leave them out"):
         check_estimator(AverageLogitGap(6, [0, 1]), None, seen, absent)
     check_estimator("alg", None, seen, absent)
 

@@ -97,7 +97,7 @@ def test_mapped_and_ignored_targets():
 def test_a_group_without_samples_gives_nan_with_one_warning(target, count):
     metric = OperatingPoint(4, [0, 1], [2], min_seen_accuracy=1.0, min_absent_accuracy=1.0)
     metric.update(torch.randn(len(target), 4), torch.tensor(target, dtype=torch.long))
-    with pytest.warns(UserWarning, match="met no .*samples") as caught:
+    with pytest.warns(UserWarning, match="received no .*samples") as caught:
         assert metric.compute().isnan()
     assert len(caught) == 1
     with warnings.catch_warnings():

@@ -36,7 +36,7 @@ def _reference_error(logits, target, seen, absent, **kwargs):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("config", [*POINTS.values(), {"min_seen_accuracy": 0.3, "min_absent_accuracy": 0.15}], ids=str)
-@pytest.mark.filterwarnings("ignore:The metric met no")
+@pytest.mark.filterwarnings("ignore:The metric received no")
 def test_standard_error_equals_a_plain_bootstrap(seed, config):
     case = random_case(seed, num_samples=25)
     case[0][0, case[2][0]], case[0][1, case[3][0]] = math.inf, math.inf
@@ -46,7 +46,7 @@ def test_standard_error_equals_a_plain_bootstrap(seed, config):
     assert metric.standard_error.item() == pytest.approx(_reference_error(*case, **config), rel=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:The metric met no")
+@pytest.mark.filterwarnings("ignore:The metric received no")
 def test_resamples_without_a_gamma_are_left_out():
     # One absent sample: 37 % of the resamples lack it. Nothing less than all is enough for the seen ones.
     logits = torch.tensor([[3.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, 5.0, 0.0], [0.0, 0.0, 1.0]])

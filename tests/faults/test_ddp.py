@@ -50,7 +50,7 @@ def test_the_second_fails_in_the_pass_of_a_file(folder):
     """Both give up this file alone, and go on together."""
     codes, told, calibrated, hidden = ended(folder, "second_raises")
     assert codes == "1 1"
-    texts = ("The calibration pass has failed on another process, which says why.", "the share is gone")
+    texts = ("The calibration pass failed on another process. See the error there.", "the share is gone")
     for log, text in zip(told, texts, strict=True):
         assert re.search(rf"RuntimeError: Could not calibrate the checkpoints '\S*epoch=0.ckpt': {text}", log)
         assert "epoch=1" not in log
@@ -62,7 +62,7 @@ def test_the_second_fails_in_the_pass_before_a_validation(folder):
     """Both go on with the training, and find gamma later."""
     codes, told, calibrated, hidden = ended(folder, "second_raises_while_training")
     assert codes == "0 0"
-    texts = ("The calibration pass has failed on another process, which says why.", "the share is gone")
+    texts = ("The calibration pass failed on another process. See the error there.", "the share is gone")
     for log, text in zip(told, texts, strict=True):
         assert re.search(f"leaves step [0-9]+ without gamma. {text}", log)
     assert (calibrated, hidden) == ([True, True, True], 0)

@@ -19,7 +19,7 @@ from tests.helpers.runs import SEEN, loader, pretrained, quiet, read, trainer_of
 pytestmark = [
     quiet,
     pytest.mark.filterwarnings(
-        "ignore:Found 1 module.s. in eval mode at the start of training", "ignore:The metric met no absent samples"
+        "ignore:Found 1 module.s. in eval mode at the start of training", "ignore:The metric received no absent samples"
     ),
 ]
 
@@ -48,7 +48,7 @@ def fit(folder, *callbacks, module=None, refresh=False, calibration=None):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_deleted_before_the_files_are_calibrated(epoch, tmp_path):
     path = tmp_path / f"epoch={epoch}.ckpt"
-    with pytest.warns(UserWarning, match=rf"does not find {path}, which this run has saved: moved or deleted since"):
+    with pytest.warns(UserWarning, match=rf"does not find {path}, which this run has saved. What was moved or deleted"):
         module = fit(tmp_path, AtTheEnd(path.unlink))
     assert calibrated(tmp_path) == {f"epoch={1 - epoch}.ckpt": True}
     assert_sound(module, is_calibrated=True)
@@ -122,7 +122,7 @@ def no_state_dict(path):
     ("replace", "reason"),
     [
         (another_model, "Missing key"),
-        (no_checkpoint_of_lightning, "it is no checkpoint of Lightning any more"),
+        (no_checkpoint_of_lightning, "it is no longer a Lightning checkpoint"),
         (no_state_dict, "holds no named tensors"),
     ],
 )

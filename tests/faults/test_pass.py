@@ -49,7 +49,7 @@ def assert_survived(module, data, place, folder, text):
         assert told.startswith("RuntimeError: Could not calibrate the checkpoints")
         assert "epoch=0.ckpt'" in told
         assert "epoch=1.ckpt'" not in told
-        assert "These files are as they were, and the model in memory is calibrated" in told
+        assert "These files are unchanged, and the model in memory is calibrated" in told
         assert calibrated(folder) == LATTER
     assert rest in told
     data.armed = False
@@ -98,7 +98,7 @@ def test_any_error_of_the_user_in_the_pass_of_a_file(error, tmp_path):
     callback = AbsentClassCalibration(SEEN)
     with pytest.raises(RuntimeError, match="Could not calibrate the checkpoints") as raised:
         trainer_of(tmp_path, callback, checkpoints, Arms(data, "file")).fit(module, loader())
-    assert f"epoch=0.ckpt': {type(error).__name__}: {error}. These files are as they were" in str(raised.value)
+    assert f"epoch=0.ckpt': {type(error).__name__}: {error}. These files are unchanged" in str(raised.value)
     assert raised.value.__cause__ is error
     assert "fails" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     assert [batch() for batch in held] == [None]
@@ -127,8 +127,8 @@ def test_out_of_memory(place, tmp_path):
     module = large(data)
     text = (
         "OutOfMemoryError: Out of memory in the calibration pass. Gamma stays unset. Give it smaller batches, from a"
-        " `calibration_dataloader` or as the `loader` of `calibrate`; an estimator that keeps all samples can do with"
-        " fewer: `max_samples`. The error was: CUDA out of memory. Tried to allocate 2.00 GiB."
+        " `calibration_dataloader` or as the `loader` of `calibrate`. If the estimator keeps all samples, set"
+        " `max_samples`, too. The error was: CUDA out of memory. Tried to allocate 2.00 GiB."
     )
     assert_survived(module, data, place, tmp_path, text)
     data.armed = True
@@ -182,7 +182,7 @@ def test_ctrl_c_without_lightning():
     ],
     ids=["raises", "ctrl_c"],
 )
-@pytest.mark.filterwarnings("ignore:Fitting was interrupted", "ignore:The metric met no absent samples")
+@pytest.mark.filterwarnings("ignore:Fitting was interrupted", "ignore:The metric received no absent samples")
 def test_in_the_pass_before_a_validation(fault, error, text, tmp_path):
     """The training ends with the error; what was saved before is calibrated, and so is the model as it was then."""
     data, callback = Armed(fault), AbsentClassCalibration(SEEN, refresh_on_validation=True)
@@ -195,7 +195,7 @@ def test_in_the_pass_before_a_validation(fault, error, text, tmp_path):
     assert not any(offset_of(head).recording for head in attached_heads(module).values())
 
 
-@pytest.mark.filterwarnings("ignore:The metric met no absent samples")
+@pytest.mark.filterwarnings("ignore:The metric received no absent samples")
 def test_an_error_in_a_training_step_that_gamma_is_found_on(tmp_path):
     """What was saved before has the gamma of its steps; nothing records any more."""
 

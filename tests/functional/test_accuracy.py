@@ -86,10 +86,10 @@ def test_harmonic_mean_of_two_zeros_is_zero():
 def test_groups_without_samples_are_nan_with_one_warning(average):
     logits, target = torch.randn(3, 4), torch.tensor([0, 1, 0])
     for function, kwargs in ((split_accuracy, {"samples": "absent"}), (harmonic_mean_accuracy, {})):
-        with pytest.warns(UserWarning, match="met no absent samples") as caught:
+        with pytest.warns(UserWarning, match="received no absent samples") as caught:
             assert function(logits, target, [0, 1], average=average, **kwargs).isnan()
         assert len(caught) == 1
-    with pytest.warns(UserWarning, match="met no seen and no absent samples") as caught:
+    with pytest.warns(UserWarning, match="received no seen and no absent samples") as caught:
         assert split_accuracy(logits[:0], target[:0], [0, 1], average=average).isnan()
     assert len(caught) == 1
     assert not split_accuracy(logits, target, [0, 1], average=average).isnan()

@@ -44,10 +44,10 @@ def _reference_best_gamma(
         best = max(points[k][group] for k in allowed)
         allowed = [k for k in allowed if least is None or points[k][group] > least - 1e-12]
         if not allowed:
-            beside = (
-                f" beside `min_seen_accuracy` {min_seen_accuracy}" if group and min_seen_accuracy is not None else ""
+            condition = (
+                f" with `min_seen_accuracy` {min_seen_accuracy}" if group and min_seen_accuracy is not None else ""
             )
-            return NAN, f"`{name}` to be .* but got {least}, and the best{beside} is {best:.9f}. Ask for less."
+            return NAN, f"`{name}` to be .* but got {least}, and the best{condition} is {best:.9f}. Ask for less."
     score = {
         "accuracy": lambda seen, absent, overall: overall,
         "harmonic_mean": lambda seen, absent, overall: _harmonic(seen, absent),
@@ -112,7 +112,7 @@ def test_an_accuracy_that_is_just_reached_is_enough(seed):
         found = best_gamma(*case, average="macro", min_seen_accuracy=seen, min_absent_accuracy=absent).item()
         reached = _reference_at_gamma(*case, found, "macro")
         assert reached[:2] >= (seen - 1e-12, absent - 1e-12)
-        with pytest.raises(ValueError, match=r"`min_absent_accuracy` .* beside `min_seen_accuracy`"):
+        with pytest.raises(ValueError, match=r"`min_absent_accuracy` .* with `min_seen_accuracy`"):
             best_gamma(*case, average="macro", min_seen_accuracy=seen, min_absent_accuracy=1.0)
 
 

@@ -69,11 +69,11 @@ def test_rows_that_name_no_class_are_wrong_at_every_gamma(row):
 def test_groups_without_samples_are_nan_with_one_warning(target):
     logits, target = torch.randn(len(target), 4), torch.tensor(target, dtype=torch.long)
     for function in (ausuc, best_gamma):
-        with pytest.warns(UserWarning, match="met no .*samples") as caught:
+        with pytest.warns(UserWarning, match="received no .*samples") as caught:
             value = function(logits, target, [0, 1], [2])
         assert len(caught) == 1
         assert value.isnan()
-    with pytest.warns(UserWarning, match="met no"):
+    with pytest.warns(UserWarning, match="received no"):
         seen, absent, _ = seen_unseen_curve(logits, target, [0, 1], [2])
     assert seen.isnan().all() == (not (target < 2).any())
     assert absent.isnan().all() == (not (target == 2).any())

@@ -58,7 +58,7 @@ def test_nan_logits_are_not_hidden():
 
 @pytest.mark.parametrize("target", [[], [2, 2]])
 def test_without_samples_it_is_nan_with_one_warning(target):
-    with pytest.warns(UserWarning, match="met no sample of a seen class") as caught:
+    with pytest.warns(UserWarning, match="received no samples of seen classes") as caught:
         values = average_logit_gap(torch.randn(len(target), 3), torch.tensor(target).long(), [0, 1])
     assert len(caught) == 1
     assert all(value.isnan() for value in values)

@@ -90,7 +90,7 @@ def test_one_sample_has_no_standard_error():
 
 
 def test_no_samples():
-    with pytest.warns(UserWarning, match="no sample of a seen class, so gamma is NaN"):
+    with pytest.warns(UserWarning, match="no samples of seen classes, so gamma is NaN"):
         gamma = pseudo_absent_gamma(torch.zeros(1, 4), torch.tensor([3]), torch.zeros(1, 4), [0, 1]).gamma
     assert gamma.isnan()
 

@@ -149,7 +149,7 @@ def test_a_folded_model_is_not_calibrated_again(model_class, copy_of):
     assert is_folded(model)
     for again in (attach, lambda m: set_gamma(m, GAMMA, SEEN), fold):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=r"no gamma was folded.* would count twice\. Rebuild the model and load"):
+        with pytest.raises(ValueError, match=r"without a folded gamma.* would count gamma twice\. Rebuild the model"):
             again(model)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert get_gamma(model) is None
@@ -158,7 +158,7 @@ def test_a_folded_model_is_not_calibrated_again(model_class, copy_of):
 def test_the_whole_of_a_folded_model_is_not_calibrated_either():
     model = fold(set_gamma(Plain(), GAMMA, SEEN))
     model.num_classes = NUM_CLASSES
-    with pytest.raises(ValueError, match="would count twice"):
+    with pytest.raises(ValueError, match="would count gamma twice"):
         attach(model, head="forward")
 
 

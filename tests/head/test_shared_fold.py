@@ -76,7 +76,7 @@ def shared_with_another_layer():
 def test_a_bias_shared_with_another_layer():
     model = shared_with_another_layer()
     before = copy_of(model.state_dict())
-    with pytest.raises(ValueError, match=r"but 'other\.bias' is the same tensor: gamma would change that too"):
+    with pytest.raises(ValueError, match=r"but 'other\.bias' is the same tensor, which gamma would change too"):
         fold(model)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
@@ -88,7 +88,7 @@ def test_a_file_of_a_bias_shared_with_another_layer(suffix, tmp_path):
         save_model(model, path)  # which keeps one of the two names
     else:
         save(model, path)
-    with pytest.raises(ValueError, match=r"the head 'fc' in .* is the same tensor: gamma would change that too"):
+    with pytest.raises(ValueError, match=r"the head 'fc' in .* is the same tensor, which gamma would change too"):
         fold_checkpoint(path, tmp_path / "folded.pth")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
@@ -121,7 +121,7 @@ def test_heads_that_share_their_bias_and_not_their_gamma():
     model = set_gamma(averaged(), GAMMA, SEEN)
     set_gamma(model.head_dist, 2 * GAMMA, SEEN)
     before = model.head.bias.clone()
-    with pytest.raises(ValueError, match=r"shares it with the head 'head(_dist)?', which has another gamma"):
+    with pytest.raises(ValueError, match=r"shares the bias with the head 'head(_dist)?', which has another gamma"):
         fold(model)
     assert torch.equal(model.head.bias, before)
 

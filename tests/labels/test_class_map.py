@@ -120,7 +120,7 @@ def test_known_subsets_of_other_heads(name, width):
 def test_known_subsets_with_own_label_names():
     names = ["other", *reversed(wordnet_ids("imagenette"))]
     assert resolve_class_map("imagenette", names, 11) == {target: 10 - target for target in range(10)}
-    with pytest.raises(ValueError, match=r"`label_names` to tell the WordNet ids of a head of 11 rows"):
+    with pytest.raises(ValueError, match=r"`label_names` to give the WordNet ids of a head of 11 rows"):
         resolve_class_map("imagenette", num_classes=11)
 
 
@@ -135,7 +135,7 @@ def test_known_subsets_with_own_label_names():
         ({-1: 0}, None, ValueError, "to map targets of at least 0, but got -1"),
         ({True: 0}, None, TypeError, "targets, which are integers, but got True"),
         ({0.0: 0}, None, TypeError, "targets, which are integers, but got 0.0"),
-        ({"cat": 0}, None, TypeError, "targets, which are integers, but got 'cat'. For names of folders pass the list"),
+        ({"cat": 0}, None, TypeError, "targets, which are integers, but got 'cat'. To use folder names, pass the list"),
         ({1: 0, "1": 2}, None, ValueError, "to hold each target once, but got"),
         ([], None, ValueError, "to map at least one target, but it is empty"),
         ({}, None, ValueError, "to map at least one target, but it is empty"),
@@ -144,21 +144,21 @@ def test_known_subsets_with_own_label_names():
             ["cat", "dog"],
             None,
             ValueError,
-            "`label_names` to name the rows .* but got None beside 'cat'. Pass the list",
+            "`label_names` to name the rows .* the name 'cat', but got None. Pass the list",
         ),
         (["cat", "dgo"], NAMES, ValueError, "names that are in `label_names`, but got 'dgo'. Did you mean 'dog'?"),
         (["xyz"], NAMES, ValueError, "names that are in `label_names`, but got 'xyz'.$"),
-        (["cat"], ["cat", "a", "b", "cat", "c"], ValueError, "one row 'cat', .* but it names the rows 0, 3 so"),
+        (["cat"], ["cat", "a", "b", "cat", "c"], ValueError, "'cat', .* to one row, but the rows 0, 3 have it"),
         (["cat"], NAMES[:4], ValueError, "`label_names` to name each of the 5 rows of the head, but got 4 names"),
         (["cat"], [*NAMES[:4], 4], TypeError, "`label_names` to hold the names of the head's rows, but got 4"),
         (["cat"], 3, TypeError, "`label_names` to be a list of names, but got 3"),
         (["cat"], "imagenet-2k", ValueError, "`label_names` to be one of 'imagenet-1k', .*Did you mean 'imagenet-22k'"),
         (["cat"], "no.json", ValueError, "`label_names` to be one of .* but got 'no.json': .*No such file"),
         (["cat"], "rows.json", TypeError, "`label_names` to be a list of names, but got {"),
-        (None, NAMES, ValueError, "`class_map` beside `label_names`, but got None"),
+        (None, NAMES, ValueError, "`class_map` to be given with `label_names`, but got None"),
         ("imagenet-s", None, ValueError, "'imagewoof' or the path of a file, but got 'imagenet-s': .* Did you mean"),
         ("imagenet-o", NAMES, ValueError, "but got 'imagenet-o'"),
-        ("broken.json", None, ValueError, "`class_map` to be a file of JSON, but 'broken.json' is none: Expecting"),
+        ("broken.json", None, ValueError, "`class_map` to be a JSON file, but 'broken.json' is not: Expecting"),
         ("binary.json", None, ValueError, "but got 'binary.json': 'utf-8' codec"),
         (".", None, ValueError, "but got '.': .*Is a directory"),
         ("name.json", None, TypeError, "to be a list or dict of rows or names, .* but got 'imagenette'"),
@@ -187,7 +187,7 @@ def test_targets_become_rows(rows, dtype):
     assert [None if is_unmapped(row) else row for row in mapped.tolist()] == expected
     for row, label, row_or_none in zip(mapped.tolist(), target.tolist(), expected, strict=True):
         if row_or_none is None:
-            assert f"but it lacks {label}. Add it" in str(unmapped_error(row))
+            assert f"but {label} is missing. Add it" in str(unmapped_error(row))
 
 
 def test_targets_of_any_shape():
@@ -204,7 +204,7 @@ def test_an_ignored_target_is_no_row(ignore_index):
 
 def test_targets_that_have_no_row():
     check_mapped(to_rows(torch.tensor([1, 0, IGNORE_INDEX]), rows_tensor({0: 2, 1: 0})))
-    with pytest.raises(ValueError, match=r"`class_map` to give the row of every target, but it lacks 4\. Add it"):
+    with pytest.raises(ValueError, match=r"`class_map` to give the row of every target, but 4 is missing\. Add it"):
         check_mapped(to_rows(torch.tensor([1, 4, 0]), rows_tensor({0: 2, 1: 0})))
 
 

@@ -153,7 +153,7 @@ def test_state_names_can_be_read(name):
 
 def test_empty_epoch_is_nan(name):
     metric = make(name)
-    with pytest.warns(UserWarning, match="met no") as caught:
+    with pytest.warns(UserWarning, match="received no") as caught:
         result = make(name)(torch.randn(0, 9), torch.zeros(0, dtype=torch.long))
     assert len(caught) == 1
     assert values(result)[0].isnan()

@@ -55,7 +55,7 @@ def test_targets_without_a_row(name, batch):
     logits, rows = batch
     target = TARGETS[rows]
     target[7] = 6
-    text = r"`class_map` to give the row of every target, but it lacks 6\. Add it"
+    text = r"`class_map` to give the row of every target, but 6 is missing\. Add it"
     with pytest.raises(ValueError, match=text):
         make(name, class_map=ROWS).update(logits, target)
     with pytest.raises(ValueError, match=text):

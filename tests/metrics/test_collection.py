@@ -59,7 +59,7 @@ def _group_of(metrics, name):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The metric met no")
+@pytest.mark.filterwarnings("ignore:The metric received no")
 def test_two_configurations_in_one_collection_stay_right(one, other):
     width = one().split.num_classes
     easy, hard = ((logits[:, :width], target % width) for logits, target in (EASY, HARD))

@@ -152,7 +152,7 @@ def test_plot_of_almost_nothing(target):
     pyplot.switch_backend("Agg")
     metric = SeenUnseenCurve(3, [0, 1])
     metric.update(torch.tensor([[5.0, 0.0, 1.0]] * len(target)), torch.tensor(target))
-    with pytest.warns(UserWarning, match="met no absent"):
+    with pytest.warns(UserWarning, match="received no absent"):
         figure, _ = metric.plot(score=True)
     pyplot.close(figure)
 

@@ -60,7 +60,7 @@ def _run(what, module, folder, **kwargs):
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message="The metric met no")  # in the sanity check
+        warnings.filterwarnings("ignore", message="The metric received no")  # in the sanity check
         trainer.fit(module, loader, loader) if what == "fit" else trainer.validate(module, loader, verbose=False)
     return trainer
 

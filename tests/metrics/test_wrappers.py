@@ -15,7 +15,7 @@ from tests.metrics.cases import MEANS, METRICS, make, same
 
 SEEN, ABSENT = random_case(0)[2:]
 SCALARS = sorted(METRICS.keys() - {"curve"})
-pytestmark = pytest.mark.filterwarnings("ignore:The metric met no")
+pytestmark = pytest.mark.filterwarnings("ignore:The metric received no")
 
 
 def parts(batch, size=20):

@@ -84,7 +84,7 @@ def test_what_unpack_batch_returns(returned, text):
 
 def test_targets_that_are_no_tensors():
     for function in (lambda x: ClassSplit.from_targets(x, 3), lambda x: to_rows(x, rows_tensor({0: 1}))):
-        with pytest.raises(TypeError, match=r"^Expected argument `target` to be a tensor, but got a list. Make it one"):
+        with pytest.raises(TypeError, match=r"^Expected argument `target` to be a tensor, but got a list. Convert it"):
             function([0, 1])
 
 
@@ -109,7 +109,7 @@ def test_features_and_means_of_different_width():
 
 
 def test_weights_that_no_factor_scales():
-    with pytest.raises(ValueError, match=r"^Expected argument `weight` to have rows of absent classes that are"):
+    with pytest.raises(ValueError, match=r"^Expected argument `weight` to have nonzero rows for absent classes"):
         weight_aligning(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), [0])
 
 

@@ -149,7 +149,7 @@ TOOLS = {
 
 
 class Note(NamedTuple):
-    """Why a cell has no tick, and how the tool fails there."""
+    """Why a cell has no check mark, and how the tool fails there."""
 
     letter: str
     reason: str
@@ -159,13 +159,13 @@ class Note(NamedTuple):
 
 NO_BIAS = Note(
     "a",
-    "Refused: no bias is added to these logits as it is. Keep the calibration attached.",
+    "Refused: these logits do not have a bias that is added to them directly. Keep the calibration attached.",
     ValueError,
     "to fold gamma into",
 )
 NO_LINEAR = Note(
     "b",
-    "Nothing to do: torchao quantizes `Linear` layers and this model has none.",
+    "Nothing to do: torchao quantizes `Linear` layers, and this model has none.",
     AssertionError,
     "nothing is quantized",
 )

@@ -99,7 +99,7 @@ def test_the_metadata_are_in_each_file(name, shipped):
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pth", "model.safetensors"])
 def test_folding_again_is_refused(name, shipped, tmp_path):
-    with pytest.raises(ValueError, match="gamma is folded into the bias already"):
+    with pytest.raises(ValueError, match="gamma is already folded into the bias"):
         fold_checkpoint(shipped[0] / name, tmp_path / "again.pth")
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +132,7 @@ def test_safetensors_says_that_its_tensors_are_of_torch(shipped):
         (
             "model.onnx",
             None,
-            r"`inputs` to hold tensors with at least two rows beside .*model\.onnx', but got \[None\]",
+            r"`inputs` to hold tensors with at least two rows for .*model\.onnx', but got \[None\]",
         ),
         ("model.pt2", torch.zeros(1, 3, 32, 32), r"at least two rows .* but got \[\(1, 3, 32, 32\)\]"),
         ("model.h5", None, r"model\.h5' to end in one of \.safetensors, \.pth, \.pt, \.onnx, \.pt2, or to be a folder"),
@@ -146,7 +146,7 @@ def test_wrong_destinations(destination, inputs, match, tmp_path):
 
 
 def test_a_folder_needs_a_library_that_reads_it(tmp_path):
-    with pytest.raises(ValueError, match=r"a model of timm or transformers beside the folder .* but got Linear"):
+    with pytest.raises(ValueError, match=r"a timm or transformers model to write the folder .* but got Linear"):
         export(set_gamma(nn.Linear(3, 5), 2.5, [0, 1]), tmp_path / "folder")
     model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
     (tmp_path / "full").mkdir()
@@ -170,7 +170,7 @@ def test_models_without_gamma_or_without_bias(destination, tmp_path):
 def test_a_folder_of_transformers_is_not_calibrated_again(shipped):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForImageClassification.from_pretrained(shipped[0] / "transformers_folder")
-    with pytest.raises(ValueError, match="into which no gamma was folded, but its bias holds one already"):
+    with pytest.raises(ValueError, match="without a folded gamma, but its bias already holds one"):
         set_gamma(model, 1.0, SEEN)
 
 

@@ -1,4 +1,4 @@
-"""The user's training data, restricted to some of its classes."""
+"""Take the samples of some classes from the user's training data."""
 
 from __future__ import annotations
 
@@ -28,34 +28,37 @@ _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRand
 
 
 def check_loaders(loaders: Any) -> None:
-    """Refuse loaders of which no part can be taken by class.
+    """Check that the samples of some classes can be taken from the loaders.
 
     Raises:
-        ValueError: If one is not a plain ``DataLoader`` of a map-style dataset with one of torch's samplers.
+        ValueError: If a loader is not a plain ``DataLoader`` over a map-style dataset with one of torch's samplers.
     """
     for loader in flat_loaders(loaders):
-        met = None
+        problem = None
         if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
-            met = f"a {type(getattr(loader, 'dataset', loader)).__name__}"
+            problem = f"a {type(getattr(loader, 'dataset', loader)).__name__}"
         elif type(loader.sampler) not in _SAMPLERS or type(loader.batch_sampler) not in (BatchSampler, type(None)):
-            met = f"a {type(loader.sampler).__name__} in a {type(loader.batch_sampler).__name__}"
-        if met is not None:
+            problem = f"a {type(loader.sampler).__name__} in a {type(loader.batch_sampler).__name__}"
+        if problem is not None:
             raise ValueError(
-                "Expected training data of plain `DataLoader`s over map-style datasets, with torch's own samplers, for"
-                f" the estimator 'pcv', which trains on a part of their classes, but got {met}. Choose another"
-                " `estimator`, or call `pseudo_cross_validation` with a `fit_fn` of your own."
+                "Expected the training data to be plain `DataLoader`s over map-style datasets, with torch's own"
+                " samplers, for the estimator 'pcv', which trains on a part of the classes, but got"
+                f" {problem}. Choose another `estimator`, or call `pseudo_cross_validation` with your own `fit_fn`."
             )
 
 
-class RestrictedData:
-    """The rows of all samples of the loaders of a Trainer, and such loaders for some of them.
+class ClassSubset:
+    """Makes loaders of the training samples of some classes.
 
     Args:
-        loaders: The training loaders, in whatever collection.
-        reader: Finds the labels in a batch.
+        loaders: The training loaders of a Trainer, in any collection. They do not change.
+        reader: Reads the labels of a batch.
 
     Attributes:
-        rows: The head's row of each sample, of one loader after the other.
+        rows: The head's row of each sample, one loader after another.
+
+    Raises:
+        ValueError: If the samples of a class cannot be taken from a loader.
     """
 
     def __init__(self, loaders: Any, reader: BatchReader) -> None:
@@ -66,13 +69,13 @@ class RestrictedData:
         self.rows = torch.cat(self._rows)
 
     def of_classes(self, classes: Sequence[int]) -> tuple[Any, float]:
-        """Return the same collection of loaders for the samples of some classes, and their share of all samples."""
+        """Return the collection with loaders of the samples of ``classes`` only, and their share of all samples."""
         kept = [torch.isin(rows, torch.tensor(classes)) for rows in self._rows]
         masks = iter(kept)
-        restricted = apply_to_collection(
-            self._loaders, DataLoader, lambda loader: _restricted(loader, next(masks)), wrong_dtype=(dict, list, tuple)
+        subset = apply_to_collection(
+            self._loaders, DataLoader, lambda loader: _subset(loader, next(masks)), wrong_dtype=(dict, list, tuple)
         )
-        return restricted, float(torch.cat(kept).double().mean())
+        return subset, float(torch.cat(kept).double().mean())
 
 
 def _rows(loader: DataLoader[Any], reader: BatchReader) -> Tensor:
@@ -80,13 +83,13 @@ def _rows(loader: DataLoader[Any], reader: BatchReader) -> Tensor:
     rows = torch.cat([reader.rows(batch).cpu() for batch in in_order])
     if len(rows) != (number := len(sample_indices(loader))):
         raise ValueError(
-            f"Expected training data with one sample an index for the estimator 'pcv', but {number} indices give"
+            f"Expected training data with one sample per index for the estimator 'pcv', but {number} indices give"
             f" {len(rows)} labels. Let the loader make the batches, or call `pseudo_cross_validation`."
         )
     return rows
 
 
-def _restricted(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
+def _subset(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
     subset = Subset(loader.dataset, torch.tensor(list(sample_indices(loader)))[kept].tolist())
     sampler, batches = _sampler(loader.sampler, subset, kept), cast("BatchSampler | None", loader.batch_sampler)
     drawn = len(cast(Sized, sampler))
@@ -95,7 +98,7 @@ def _restricted(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
         subset,
         batch_size=None if batches is None else batches.batch_size,
         sampler=sampler,
-        # Not if it leaves no batch at all; and no last batch of one sample, which batch normalization may refuse.
+        # Keep the only batch. Drop a last batch of one sample, which batch normalization may refuse.
         drop_last=batches is not None
         and drawn >= batches.batch_size
         and (batches.drop_last or drawn % batches.batch_size == 1),
@@ -103,7 +106,7 @@ def _restricted(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
 
 
 def _sampler(sampler: Any, subset: Subset[Any], kept: Tensor) -> Sampler[int]:
-    """Return a sampler of the same kind, which draws as often from the subset as the user's does on average."""
+    """Return a sampler of the same kind that draws from the subset as often as the user's does on average."""
     if isinstance(sampler, WeightedRandomSampler):
         weights = sampler.weights[subset.indices]
         drawn = max(1, round(sampler.num_samples * float(weights.sum() / sampler.weights.sum())))
