@@ -35,6 +35,7 @@ THOROUGH = {
     "cli/test_bad_files.py::test_a_full_disk",
     "cli/test_calibrate.py::test_interrupted",
     "cross_validation/test_folder.py::test_killed_and_resumed",
+    "test_imports.py",
     "test_readme.py::test_scripts",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class EvaluationMonitor:
         device = model.device
         for metric in self._metrics:
             metric.to(device).reset()
-        self._updates = [BatchedUpdates(metric.update) for metric in self._metrics]
+        self._updates = [BatchedUpdates(partial(_count, metric)) for metric in self._metrics]
         self._recorder = record_logits(model)
         self._gamma = get_gamma(model) or 0.0
         self._shift = self._gamma * split.absent_mask.to(device, torch.float32)
@@ -132,3 +133,8 @@ class EvaluationMonitor:
 
 def _metric_of(split: ClassSplit) -> AUSUCWithAccuracies:
     return AUSUCWithAccuracies(split.num_classes, split.seen_classes, split.absent_classes, validate_args=False)
+
+
+def _count(metric: AUSUCWithAccuracies, logits: Tensor, target: Tensor) -> None:
+    # Not `metric.update` itself, which torchmetrics wraps in each instance: that can be neither pickled nor copied.
+    metric.update(logits, target)

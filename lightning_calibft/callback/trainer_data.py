@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.data_check import empty_error
-from lightning_calibft.calibration.distributed import ShardedReading, first_batch_of_any
+from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_head
 from lightning_calibft.calibration.loaders import calibration_loaders
 from lightning_calibft.callback.lightning_package import lightning_of
@@ -100,16 +100,19 @@ def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, read
         TypeError: If its target does not hold class ids.
         ValueError: If the batch cannot be split, a target is not mapped, or the output of the head is not the logits.
             Also if the ``calibration_dataloader()`` is empty.
+        ValueError, RuntimeError: If another process has failed. Its error says why.
     """
-    with evaluation(model), trainer.precision_plugin.forward_context():
+    errors = SharedErrors()
+    with errors.shared(), evaluation(model), trainer.precision_plugin.forward_context():
         clean = _first_calibration_batch(trainer)
         batch = batch if clean is None else clean
         rows = reader.rows(batch)
         if reader.maps:
             check_mapped(rows)
         if is_model_parallel(trainer):  # all processes must run the same forwards, and these depend on the batch
-            batch = first_batch_of_any(batch, model.device)
+            batch = first_batch_of_any(batch, model.device, errors)
         check_head(model, batch, reader)
+    errors.agree()
 
 
 def calibration_pass(

@@ -44,7 +44,7 @@ def test_options_of_a_metric_are_its_own():
 
 
 def test_a_procedure_that_trains_is_no_estimator():
-    with pytest.raises(ValueError, match="Call `pseudo_cross_validation`, and `set_gamma` with its result"):
+    with pytest.raises(ValueError, match="Call `pseudo_cross_validation` and pass its result to `set_gamma`"):
         calibrate(pretrained(), loader(), estimator="pcv", progress=False)
 
 

@@ -141,8 +141,8 @@ def results(tmp_path_factory):
 
 
 OWN = {
-    "soft_labels": ("TypeError", "soft and multi-label targets"),
-    "soft_labels_while_classes_are_read": ("TypeError", "soft and multi-label targets"),
+    "soft_labels": ("TypeError", "Soft and multi-label targets"),
+    "soft_labels_while_classes_are_read": ("TypeError", "Soft and multi-label targets"),
     "a_sample_that_cannot_be_read": ("OSError", "the disk is gone"),
     "a_sample_that_cannot_be_read_with_tolerance": ("OSError", "the disk is gone"),
     "a_sampler_that_fails": ("KeyError", "no such class"),
@@ -154,7 +154,7 @@ OWN = {
     "a_class_map": ("ValueError", "99"),
     "weights_before": ("ValueError", "`pretrained` to be the model before fine-tuning"),
     "a_batch_too_large": ("OutOfMemoryError", "Give it smaller batches"),
-    "logits_of_another_shape": ("ValueError", "(9, 6)"),
+    "logits_of_another_shape": ("UnexpectedLogitsError", "(9, 6)"),
 }
 
 
@@ -164,7 +164,9 @@ def test_an_error_on_one_process_ends_both(name, results):
     own, other = results[1][name], results[0][name]
     assert own[0] == kind
     assert text in own[1]
-    assert other[0] == ("ValueError" if kind in ("ValueError", "HeadNotFoundError") else "RuntimeError")
+    assert other[0] == (
+        "ValueError" if kind in ("ValueError", "HeadNotFoundError", "UnexpectedLogitsError") else "RuntimeError"
+    )
     assert other[1] == "The calibration pass failed on another process. See the error there. Gamma stays unset."
     assert own[2:] == other[2:] == (0, True)
 

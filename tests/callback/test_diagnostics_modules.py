@@ -152,7 +152,7 @@ def test_batches_that_cannot_be_counted_are_told_once(tmp_path):
         TRAIN.tensors[0], nn.functional.one_hot(TRAIN.tensors[1], NUM_CLASSES).float()
     )
     with (
-        pytest.warns(UserWarning, match="hold class ids.*Or pass `seen_classes`"),
+        pytest.warns(UserWarning, match="tensor of class ids.*Or pass `seen_classes`"),
         pytest.warns(UserWarning, match="writes no report, because no epoch"),
     ):
         fit(tmp_path, CalibrationDiagnostics(), module=Soft(), train=loader(soft), data=val(soft))

@@ -116,7 +116,7 @@ def test_transforms_crop_and_flip_for_training_and_center_for_tests():
         (["--seen-classes", "wrong.txt"], r"--data: .*Art has no folder of Sofa\. .* --seen-classes"),
         (
             ["--weights", "wrong.pt"],
-            r"--model test_resnet --weights wrong\.pt: [\s\S]* does not fit timm's [\s\S]*fc\.bias",
+            r"--model test_resnet --weights wrong\.pt: [\s\S]* the weights of timm's [\s\S]*fc\.bias",
         ),
         (["--model", "no_such"], "Cannot load --model no_such "),
         (["--image-lists", "nowhere"], "--image-lists: .*nowhere"),

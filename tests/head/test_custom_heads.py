@@ -85,7 +85,7 @@ def test_a_custom_head_that_gives_probabilities_is_refused():
             return super().forward(x).softmax(-1)
 
     words = (
-        r"'1' of Sequential .* are probabilities.*before a softmax\. Other.*: none\. If no layer gives them, let the"
+        r"'1' of Sequential .* is probabilities.*before the softmax\. Other.*: none\. If no layer gives them, let the"
     )
     with pytest.raises(ValueError, match=words):
         _attach_and_probe(nn.Sequential(nn.Flatten(), Softmax(12, NUM_CLASSES)))

@@ -18,12 +18,12 @@ def test_a_model_that_gives_probabilities_is_refused(head):
     if head == "0.forward":
         return probe(lambda: model(x), model)
     with pytest.raises(
-        ValueError, match=r"'forward' of Then .* are probabilities.*\(2 times\)\. Let the forward return"
+        ValueError, match=r"'forward' of Then .* is probabilities.*\(2 times\)\. Let the forward return"
     ):
         probe(lambda: model(x), model)
     model, x = Then(Plain(), nn.Softmax(-1)), inputs()
     attach(model, head=head)
-    with pytest.raises(ValueError, match=r"are probabilities.* pass `head=\"0.fc\"`"):
+    with pytest.raises(ValueError, match=r"is probabilities.* pass `head=\"0.fc\"`"):
         probe(lambda: model(x), model)
 
 
