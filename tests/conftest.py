@@ -20,6 +20,7 @@ THOROUGH = {
     "shipping",
     # Files.
     "callback/test_ddp.py",
+    "callback/test_decisions_together.py",
     "callback/test_diagnostics_ddp.py",
     "callback/test_nodes.py",
     "callback/test_spawn.py",
