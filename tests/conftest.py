@@ -6,9 +6,11 @@ Python anew, kill processes, compile and export, train for many epochs, or try a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 HERE = Path(__file__).parent
 THOROUGH = {
@@ -55,3 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             name = getattr(item, "originalname", item.name)
             if not THOROUGH.isdisjoint({file.split("/")[0], file, f"{file}::{name}"}):
                 item.add_marker(pytest.mark.thorough)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_group_is_left() -> Iterator[None]:
+    """A forked process would inherit the group and could not join another."""
+    yield
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -57,7 +57,7 @@ def test_calibrate_again_and_what_is_folded(raw, photos, best, tmp_path, capsys)
     assert inspect_checkpoint(second)["gamma"] == inspect_checkpoint(first)["gamma"]
     assert run("fold", first, tmp_path / "folded.pth") == 0
     assert run("calibrate", "test_resnet", tmp_path / "folded.pth", photos, tmp_path / "third.pth", *READ) == 1
-    assert "calibrating them would count it twice" in capsys.readouterr().err
+    assert "Calibrating these weights would count it" in capsys.readouterr().err
     assert run("calibrate", "test_resnet", best, photos, tmp_path / "of_lightning.pth", *READ) == 0
 
 
