@@ -14,21 +14,24 @@ from typing import Any
 INTRODUCTION = """\
 # What it costs
 
-`make bench` measures it, and `python tests/benchmarks/page.py outputs/benchmarks.json` writes this page. A value
-without a unit is a ratio of two times, both measured in turns in one run on one thread: the median of some rounds, with
-their quartiles. The floor of a metric is one plain maximum over the logits of each group, as if the columns of a group
-already stood together; reading the logits at all costs about that. Here every other class is seen.{before}
+`make bench` measures these costs, and `python tests/benchmarks/page.py outputs/benchmarks.json` writes this page. A
+value without a unit is a ratio of two times, both measured in turns in one run on one thread: the median of several
+rounds, with their quartiles. The floor for a metric is one plain maximum over the logits of each group, as if the
+columns of a group were already next to each other. Just reading the logits costs about as much. Here, every other class
+is seen.{before}
 
 How to read it:
 
-- A batch of 256 x 10 logits is so little that its ratio is the fixed cost of calling a metric, some 0.1 ms, and not of
-  its arithmetic. Likewise AUSUC of many samples of 10 classes is in large part the sort, which the floor does not have.
-- The steps of small networks are so short that microseconds show, and Lightning alone takes more than one in a hundred
-  to call a callback that does nothing. So there our own share is measured: the microseconds beyond such a callback.
-- The pass begins with two forwards of four samples, which probe the head: some 3 % of 20 batches as small as here, and
-  nothing of a thousand.
+- A batch of 256 x 10 logits is so small that its ratio shows the fixed cost of calling a metric, about 0.1 ms, and not
+  its arithmetic. In the same way, the time of AUSUC for many samples of 10 classes is in large part the sort, which the
+  floor does not have.
+- The steps of small networks are so short that microseconds show, and Lightning alone takes more than one percent of a
+  step to call a callback that does nothing. So our own share is measured there: the microseconds beyond such a
+  callback.
+- The pass begins with two forwards of four samples, which probe the head. They are about 3 % of 20 batches as small as
+  here, and close to nothing of a thousand.
 - Wide quartiles mean that other work shared the processor's caches. A difference within them means nothing.
-- A loop over thresholds that would take hours is extrapolated from a few of them, and marked so.
+- A loop over thresholds that would take hours is extrapolated from a few of them, and marked as such.
 """
 BEFORE = """
 *Before* is the same measurement of an earlier version of the package."""

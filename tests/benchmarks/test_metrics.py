@@ -34,7 +34,7 @@ METRICS = {
     **ESTIMATORS,
 }
 
-# An update with default arguments takes at most so many times as long as reading the logits once, or as another update.
+# How many times as long as reading the logits once, or as another update, an update with default arguments may take.
 # The goals are 6 for AUSUC and 4 for alg against `amax`, and 1.2 and 1.3 for the two rows of 64 x 10. These four budgets
 # are above them: they hold what has been reached.
 BUDGETS = [
