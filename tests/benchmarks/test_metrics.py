@@ -35,8 +35,8 @@ METRICS = {
 }
 
 # How many times as long as reading the logits once, or as another update, an update with default arguments may take.
-# The goals are 6 for AUSUC and 4 for alg against `amax`, and 1.2 and 1.3 for the two rows of 64 x 10. These four budgets
-# are above them: they hold what has been reached.
+# The goals are 6 for AUSUC and 4 for alg against `amax`, and 1.2 and 1.3 for the two rows of 64 x 10. The budgets of
+# these four are above them: they hold what has been reached.
 BUDGETS = [
     ("AUSUC", (512, 1000), "amax", 14.0),
     ("AUSUC", (512, 1000), "MulticlassAccuracy", 1.0),
