@@ -6,11 +6,14 @@ Python anew, kill processes, compile and export, train for many epochs, or try a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch import distributed
+
+from tests.helpers.processes import OF_A_GROUP
 
 HERE = Path(__file__).parent
 THOROUGH = {
@@ -61,7 +64,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_process_group_is_left() -> Iterator[None]:
-    """A forked process would inherit the group and could not join another."""
+    """A forked process would inherit the group and could not join another, and a new one would look for it."""
     yield
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+    for name in OF_A_GROUP:
+        os.environ.pop(name, None)

@@ -19,11 +19,15 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
+# By these variables Lightning and torch tell a process its place in a group.
+OF_A_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
 
 
 def run_python(*words: Any, cwd: Path = ROOT, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these words and environment variables, on one thread, and see that it ends with this status."""
-    command, environment = [sys.executable, *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    # What a fit with several processes has left in this one would make the new process wait for others.
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    command, environment = [sys.executable, *map(str, words)], {**inherited, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == status, done.stderr
     return done
