@@ -61,7 +61,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         contents += [(value, copy.copy(value)) for value in own.values() if type(value) in _CONTAINERS]
         values += [
             (tensor, tensor.detach().clone())
-            for tensor in chain(own.values(), module._buffers.values())
+            for tensor in chain(own.values(), module.buffers(recurse=False))
             if isinstance(tensor, Tensor) and _can_be_copied(tensor)
         ]
     python_state, numpy_state = random.getstate(), np.random.get_state()
