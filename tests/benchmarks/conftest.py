@@ -56,12 +56,11 @@ def in_turns(ours: Callable[[], object], floor: Callable[[], object], rounds: in
 
 @pytest.fixture
 def ratio(report):
-    """Keep how many times as long as the floor something takes, and return it: the median of some rounds."""
+    """Keep how many times as long as the floor something takes: the median of some rounds."""
 
-    def measure(ours: Callable[[], object], floor: Callable[[], object], *, rounds: int, budget: str) -> float:
+    def measure(ours: Callable[[], object], floor: Callable[[], object], *, rounds: int, budget: str) -> None:
         low, median, high = statistics.quantiles((a / b for a, b in in_turns(ours, floor, rounds)), n=4)
         report(f"{median:.3f}", budget, f"{low:.3f} to {high:.3f}")
-        return median
 
     return measure
 
