@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_calibft.head.offset import AbsentClassOffset
 
 # Of what every module has, these two change with its buffers. The rest is not a forward's to write.
 _MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"_buffers", "_non_persistent_buffers_set"}
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 
@@ -48,17 +50,20 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the random state and what forwards of ``model`` write: its buffers and other attributes.
 
-    Attributes are restored by name, tensors by value, and lists, dicts and sets by what they hold.
+    Attributes are restored by name, tensors by value, lists, dicts and sets by what they hold, and random number
+    generators by their state.
     """
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     contents: list[tuple[Any, Any]] = []
     values: list[tuple[Tensor, Tensor]] = []
+    generators: list[tuple[Callable[[Any], Any], Any]] = []
     for module in model.modules():
         if isinstance(module, AbsentClassOffset):
             continue
         own = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
         attributes.append((vars(module), own))
         contents += [(value, copy.copy(value)) for value in own.values() if type(value) in _CONTAINERS]
+        generators += [_state_of(value) for value in own.values() if isinstance(value, _GENERATORS)]
         values += [
             (tensor, tensor.detach().clone())
             for tensor in chain(own.values(), module.buffers(recurse=False))
@@ -78,7 +83,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for container, content in contents:
             container.clear()
             container.update(content) if hasattr(container, "update") else container.extend(content)
+        for restore, state in generators:
+            restore(state)
         _restore(values)
+
+
+def _state_of(generator: Any) -> tuple[Callable[[Any], Any], Any]:
+    """Return how to restore a random number generator, and its state."""
+    if isinstance(generator, torch.Generator):
+        return generator.set_state, generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.set_state, generator.get_state()
+    return partial(setattr, generator.bit_generator, "state"), generator.bit_generator.state
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class AbsentClassOffset(nn.Module):
         self.recorders: tuple[Recorder, ...] = ()
         # The structure of the model for which `probe` last showed that this head produces the logits.
         self.proved_structure: tuple[Any, ...] | None = None
+        # How that model is run on a batch.
+        self.proved_call = ""
         # The hooks on the head, which `detach` removes.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, because weight averaging interpolates buffers, which does not work for bool or integers.
@@ -130,13 +132,13 @@ def _calibrate_output(head: nn.Module, args: Any, output: Any) -> Any:
     child = cast(AbsentClassOffset, head.absent_class_calibration)
     if child.training and not child.recording:
         return output
-    logits = get_logits(output)
+    logits = get_logits(output, len(child.mask))
     if logits.shape[-3 if child.channels_first else -1] != len(child.mask):
         raise ValueError(
             f"Expected the logits of {type(head).__name__} to have {len(child.mask)} classes, as the module says, but"
             f" got the shape {tuple(logits.shape)}. Correct its `out_features` or `num_classes` and attach again."
         )
-    return replace_logits(output, child.calibrate(logits))
+    return replace_logits(output, child.calibrate(logits), len(child.mask))
 
 
 def _fill_missing_keys(head: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
@@ -24,10 +24,22 @@ from lightning_calibft.head.layers import (
     width_of,
 )
 from lightning_calibft.head.offset import attached_heads, is_attached, like_dtensor, offset_of
-from lightning_calibft.head.output import get_logits, replace_logits
+from lightning_calibft.head.output import Path, get_logits, replace_logits, tensors_in
 from lightning_calibft.head.record import class_axis_last, gather_dtensor
 
 Forward = Callable[[], Any]
+
+
+# Part of an error that is not final: the output may hold another tensor that the head does reach.
+_UNREACHED = "its output does not reach them"
+
+
+class NoLogitsError(ValueError):
+    """The output of the model shows neither its logits nor a loss."""
+
+
+class HeadRefusedError(ValueError):
+    """The output of the head is not the logits."""
 
 
 class NotFiniteError(ValueError):
@@ -42,16 +54,21 @@ def probe(forward: Forward, model: nn.Module) -> None:
     The mean over the classes is subtracted first, so a softmax or log-softmax after the head is allowed. A whole model
     that gives probabilities does not pass, because gamma would be added to these.
 
+    If the output holds several tensors of the head's width, the logits are the one that passes. If it holds only
+    scalars, such as the loss of a batch, these must depend on the output of the head, and must stay the same when one
+    number is added to all logits. This is what a softmax in the loss does.
+
     The model runs as in :func:`~lightning_calibft.head.evaluation.evaluation`. A head that passes is proved:
     :func:`is_proved` is then true of the model until its structure changes.
 
     Args:
-        forward: Runs ``model`` on some inputs and returns its output: the logits ``(N, C)`` or their (log-)softmax,
-            a tuple or list with them, or an object or mapping that has them as ``logits`` or ``logits_per_image``.
+        forward: Runs ``model`` on some inputs and returns its output: the logits ``(N, C)`` or their (log-)softmax, or
+            a tuple, list, mapping or object that holds them or the loss.
         model: A model that :func:`attach` has seen.
 
     Raises:
-        ValueError: If the head does not give the logits. The message names the head that does, if there is one.
+        NoLogitsError: If the output holds neither logits nor scalars.
+        HeadRefusedError: If the head does not give the logits. The message names the head that does, if there is one.
 
     Example:
         >>> from lightning_calibft.head import attach
@@ -62,26 +79,33 @@ def probe(forward: Forward, model: nn.Module) -> None:
     if not heads:
         raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
     with evaluation(model):
-        base = _logits(forward, model)
-        effects = [_effect(forward, model, base, head) for head in heads.values()]
-        if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
-            raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
-        if base.isnan().any():
-            raise ValueError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
-        problem = _problem(effects, base)
-        if problem is None:
-            _store_proof(model, heads, effects)
-            return
-        others = {
-            name: _effect(forward, model, base, module)
-            for name, module in head_candidates(model).items()
-            if not is_attached(module) and num_classes(module) == base.shape[-1]
-        }
-        whole = _whole_remedy(forward, model, base)
+        before = _tensors(forward, model)
+        width = num_classes(next(iter(heads.values())))
+        matrices = {path: tensor for path, tensor in before.items() if tensor.ndim > 1}
+        candidates = {path: tensor for path, tensor in matrices.items() if tensor.shape[-1] == width} or matrices
+        scalars = {path: tensor for path, tensor in before.items() if tensor.numel() == 1}
+        if not candidates and not scalars:
+            raise NoLogitsError(
+                f"Expected the output of {type(model).__name__} to hold logits or a loss, but it holds no tensor of"
+                " either kind."
+            )
+        problems = []
+        for path, base in candidates.items():
+            effects = [_effect(forward, model, base, path, head) for head in heads.values()]
+            _check_finite(model, effects, base)
+            if (problem := _problem(effects, base)) is None:
+                _store_proof(model, heads, effects)
+                return
+            problems.append(problem)
+        if scalars and all(_UNREACHED in problem for problem in problems):
+            if (problem := _problem_of_scalars(forward, model, list(heads.values()), scalars)) is None:
+                _store_proof(model, heads, [_Effect([], 1 / len(heads))] * len(heads))
+                return
+            problems.append(problem)
+        remedy = _remedy(forward, model, matrices, scalars)
     names = " and ".join(repr(name or "forward") for name in heads)
-    raise ValueError(
-        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem}"
-        f" {_remedy(others, base, whole)}"
+    raise HeadRefusedError(
+        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problems[0]}{remedy}"
     )
 
 
@@ -124,17 +148,15 @@ def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
         >>> gives_output(model, records[0], output), gives_output(model, records[0], 1.5 * output)
         (True, False)
     """
-    try:
-        actual = gather_dtensor(get_logits(output).detach()).cpu()
-    except ValueError:
-        return False
-    if not actual.is_floating_point():
-        return False
     child = offset_of(next(iter(attached_heads(model).values())))
     expected = logits.cpu().double()
     if not child.training:
         expected = expected + (child.offset * child.mask).cpu()
-    return _difference(expected, actual, _epsilon(logits, actual)) is None
+    return any(
+        _difference(expected, actual, _epsilon(logits, actual)) is None
+        for actual in _float_tensors(output).values()
+        if actual.shape == expected.shape
+    )
 
 
 class _Effect(NamedTuple):
@@ -148,39 +170,64 @@ class _Effect(NamedTuple):
     adds_to_probabilities: bool = False
 
 
-def _logits(forward: Forward, model: nn.Module) -> Tensor:
-    """Return the logits of one forward. Each call sees the same random numbers and the same buffers."""
+def _tensors(forward: Forward, model: nn.Module) -> dict[Path, Tensor]:
+    """Return the tensors in the output of one forward. Each call sees the same random numbers and the same buffers."""
     with unchanged(model):
-        output = forward()
-    logits = get_logits(output)
-    if not logits.is_floating_point() or logits.ndim < 2:
-        raise ValueError(f"Expected the output of {type(model).__name__} to hold logits, but got {type(output)}.")
-    return gather_dtensor(logits.detach()).cpu()  # Some devices have no float64.
+        return _float_tensors(forward())
 
 
-def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -> _Effect:
+def _float_tensors(output: Any) -> dict[Path, Tensor]:
+    return {
+        path: gather_dtensor(tensor.detach()).cpu()  # Some devices have no float64.
+        for path, tensor in tensors_in(output)
+        if tensor.is_floating_point()
+    }
+
+
+def _check_finite(model: nn.Module, effects: list[_Effect], base: Tensor) -> None:
+    if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
+        raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
+    if base.isnan().any():
+        raise HeadRefusedError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
+
+
+@contextmanager
+def _added(heads: Iterable[nn.Module], offset: Tensor, grow: bool = False) -> Iterator[list[Tensor]]:
+    """Add an offset to the output of each head. Yield the outputs of each call, before the offset.
+
+    Args:
+        heads: The heads.
+        offset: The offset of each class, of shape ``(C,)``.
+        grow: Whether to multiply ``offset`` in place by the largest magnitude of the first output, if that is above 1.
+    """
     outputs: list[Tensor] = []
-    channels_first = is_channels_first(head)
-    offset = _random_offset(num_classes(head))
-    # Larger than the logits, so that an activation after the head is noticed, unless a softmax would underflow.
-    grow = not _are_probabilities(base)
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
-        logits = get_logits(output)
+        logits = get_logits(output, len(offset))
+        channels_first = is_channels_first(module)
         on_cpu = gather_dtensor(logits).cpu()
         if grow and not outputs:
             offset.mul_(on_cpu.abs().max().clamp(min=1))
         outputs.append(class_axis_last(on_cpu, channels_first))
         shift = offset.to(logits.device)
         shifted = logits + like_dtensor(shift[:, None, None] if channels_first else shift, logits)
-        return replace_logits(output, shifted.to(logits.dtype))
+        return replace_logits(output, shifted.to(logits.dtype), len(offset))
 
-    handle = head.register_forward_hook(add)
+    handles = [head.register_forward_hook(add) for head in heads]
     try:
-        shifted = _logits(forward, model)
+        yield outputs
     finally:
-        handle.remove()
-    if not outputs or shifted.shape != base.shape or base.shape[-1] != len(offset):
+        for handle in handles:
+            handle.remove()
+
+
+def _effect(forward: Forward, model: nn.Module, base: Tensor, path: Path, head: nn.Module) -> _Effect:
+    """Return the effect on one tensor of the output, which is ``base`` without an offset."""
+    offset = _random_offset(num_classes(head))
+    # Larger than the logits, so that an activation after the head is noticed, unless a softmax would underflow.
+    with _added([head], offset, grow=not _are_probabilities(base)) as outputs:
+        shifted = _tensors(forward, model).get(path)
+    if not outputs or shifted is None or shifted.shape != base.shape or base.shape[-1] != len(offset):
         return _Effect(outputs)
     before, after = _log_space(base), _log_space(shifted)
     valid = before.isfinite() & after.isfinite()
@@ -199,13 +246,40 @@ def _effect(forward: Forward, model: nn.Module, base: Tensor, head: nn.Module) -
     )
 
 
+def _problem_of_scalars(
+    forward: Forward, model: nn.Module, heads: list[nn.Module], scalars: dict[Path, Tensor]
+) -> str | None:
+    """Return in words why the loss does not treat the output of the heads as logits, or ``None`` if it does."""
+    width = num_classes(heads[0])
+    with _added(heads, _random_offset(width), grow=True) as outputs:
+        random = _tensors(forward, model)
+    if problem := _problem_of_calls([len(outputs) / len(heads)]):
+        return problem
+    if not all(output.isfinite().all() for output in outputs):
+        raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
+    with _added(heads, torch.ones(width), grow=True):
+        constant = _tensors(forward, model)
+    if not any(_changes(value, random.get(path)) for path, value in scalars.items()):
+        return "its output does not reach the loss. It may be an auxiliary head, or unused."
+    if any(_changes(value, constant.get(path)) for path, value in scalars.items()):
+        return (
+            "a number added to all its outputs changes the loss, which the softmax of a cross-entropy would not do."
+            " Something after it clips or replaces its output, or the loss is another one. If its output is right,"
+            " define `forward`, which maps inputs to logits."
+        )
+    return None
+
+
+def _changes(value: Tensor, other: Tensor | None) -> bool:
+    if other is None or not (value.isfinite().all() and other.isfinite().all()):
+        return False
+    return not torch.allclose(other.double(), value.double(), rtol=1e-3, atol=1e-3)
+
+
 def _problem(effects: list[_Effect], base: Tensor) -> str | None:
     """Return in words why the heads do not give the logits, or ``None`` if they do."""
-    calls = [len(effect.outputs) for effect in effects]
-    if min(calls) == 0:
-        return "the forward never calls it. Its weights may be used without it, as by `F.linear`."
-    if max(calls) > 1:
-        return f"one forward calls it {max(calls)} times, so its output is not the logits of one batch."
+    if problem := _problem_of_calls([len(effect.outputs) for effect in effects]):
+        return problem
     if any(effect.residual == math.inf for effect in effects):
         return f"the output of the model has another number of classes: its shape is {tuple(base.shape)}."
     if any(effect.adds_to_probabilities for effect in effects):
@@ -218,13 +292,21 @@ def _problem(effects: list[_Effect], base: Tensor) -> str | None:
         expected = sum((effect.coefficient * effect.outputs[0].double() for effect in effects), torch.zeros(()))
         return _difference(expected, base, _epsilon(base, *(effect.outputs[0] for effect in effects)))
     if all(effect.coefficient == effect.residual == 0 for effect in effects):
-        return "its output does not reach them (0 times). It may be an auxiliary head, or unused."
+        return f"{_UNREACHED} (0 times). It may be an auxiliary head, or unused."
     residual = max(effect.residual for effect in effects)
     coefficients = " + ".join(f"{effect.coefficient:.4g}" for effect in effects)
     return (
         f"an offset added to its output moves them by {coefficients} times that offset instead of once, with a residual"
         f" of {residual:.2g}. Something after it scales, clips or replaces its output."
     )
+
+
+def _problem_of_calls(calls: list[float]) -> str | None:
+    if min(calls) == 0:
+        return "the forward never calls it. Its weights may be used without it, as by `F.linear`."
+    if max(calls) > 1:
+        return f"one forward calls it {max(calls):g} times, so its output is not the logits of one batch."
+    return None
 
 
 def _difference(expected: Tensor, output: Tensor, resolution: float) -> str | None:
@@ -257,13 +339,36 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
     return tuple((name, type(module), ref(module)) for name, module in model.named_modules())
 
 
-def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
-    """Return a sentence that names the candidate that gives the logits, or how each changes them."""
-    if better := [name for name, effect in others.items() if _problem([effect], base) is None]:
-        return f'The head is {better[-1]!r}: pass `head="{better[-1]}"`.'
-    shown = list(others.items())[-limit:]
-    listed = ", ".join(f"{name!r} ({effect.coefficient:.4g} times)" for name, effect in shown) or "none"
-    return f"Other candidates of that width: {listed}.{whole}"
+def _remedy(forward: Forward, model: nn.Module, matrices: dict[Path, Tensor], scalars: dict[Path, Tensor]) -> str:
+    """Return a sentence that names the module that gives the logits, or how others change them.
+
+    Args:
+        forward: As in :func:`probe`.
+        model: As in :func:`probe`.
+        matrices: What could be the logits in the output of ``model``.
+        scalars: What could be the loss.
+    """
+    others = {name: module for name, module in head_candidates(model).items() if not is_attached(module)}
+    better, worse = [], []
+    for path, base in matrices.items():
+        for name, module in others.items():
+            if num_classes(module) == base.shape[-1]:
+                effect = _effect(forward, model, base, path, module)
+                better += [name] if _problem([effect], base) is None else []
+                worse.append(f"{name!r} ({effect.coefficient:.4g} times)")
+    if len(better) > 1:
+        return f' Its output holds the logits of {" and ".join(map(repr, better))}. Name one: `head="{better[-1]}"`.'
+    if better:
+        return f' The head is {better[0]!r}: pass `head="{better[0]}"`.'
+    if not matrices:
+        for name, module in others.items():
+            with suppress(NotFiniteError):
+                if _problem_of_scalars(forward, model, [module], scalars) is None:
+                    return f' The head may be {name!r}: pass `head="{name}"`.'
+        return ""
+    text = f" Other candidates of that width: {', '.join(worse[-10:]) or 'none'}."
+    # One of several matrices may hold features.
+    return text + (_whole_remedy(forward, model, *matrices.values()) if len(matrices) == 1 else "")
 
 
 def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
@@ -272,13 +377,13 @@ def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         with suppress(ValueError):
-            logits = get_logits(output).cpu()
+            logits = get_logits(output, base.shape[-1]).cpu()
             if logits.shape == base.shape and torch.allclose(logits, base):
                 found.append((name, module))
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        _logits(forward, model)
+        _tensors(forward, model)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_calibft._arguments import check_model
 from lightning_calibft.head.find import find_head
-from lightning_calibft.head.layers import as_tuple, is_channels_first
+from lightning_calibft.head.layers import as_tuple, is_channels_first, width_of
 from lightning_calibft.head.offset import AbsentClassOffset, Recorder, attached_heads, is_attached, offset_of
 from lightning_calibft.head.output import get_logits
 
@@ -121,7 +121,7 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record_output(self, module: nn.Module, output: Any) -> None:
-        self._add(module, get_logits(output), is_channels_first(module), self._share)
+        self._add(module, get_logits(output, width_of(module)), is_channels_first(module), self._share)
 
     def _record(self, child: AbsentClassOffset, logits: Tensor) -> None:
         if self._recording:
@@ -167,7 +167,7 @@ def record_logits(model: nn.Module) -> LogitRecorder:
 
 
 def one_forward(records: Sequence[Tensor], num_samples: int, num_classes: int, remedy: str = "") -> Tensor:
-    """Return the recorded logits of a batch if they come from one forward and have the shape ``(N, C)``.
+    """Return the recorded logits of a batch, ``(N, C)``, if they come from one forward with one position a sample.
 
     Args:
         records: What a :class:`LogitRecorder` gave for the batch.
@@ -183,12 +183,17 @@ def one_forward(records: Sequence[Tensor], num_samples: int, num_classes: int, r
         torch.Size([2, 5])
     """
     shapes = [tuple(logits.shape) for logits in records]
-    if shapes != [(num_samples, num_classes)]:
+    if len(shapes) != 1 or _without_ones(shapes[0]) != (*_without_ones((num_samples, 0))[:-1], num_classes):
         raise UnexpectedLogitsError(
             f"Expected one forward of the head with logits of shape {(num_samples, num_classes)} for a batch of"
             f" {num_samples} labels, but got {shapes}.{remedy and ' '}{remedy}"
         )
-    return records[0]
+    return records[0].flatten(0, -2)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop the axes of length 1 before the last one, as in the logits ``(N, 1, C)`` of a single position."""
+    return (*(length for length in shape[:-1] if length != 1), shape[-1])
 
 
 def class_axis_last(logits: Tensor, channels_first: bool) -> Tensor:

@@ -99,7 +99,7 @@ def test_a_head_under_autocast_passes():
         ("added", "the logits of the model differ from its output by up to.*cannot be measured"),
         ("pooled", r"its output has the shape \(4, 2, 5\) and the output of the model \(4, 5\)"),
         ("nan", "to be numbers, but got NaN"),
-        ("none", "to hold logits, but got <class 'NoneType'>"),
+        ("none", "to hold logits or a loss, but it holds no tensor of either kind"),
     ],
 )
 def test_a_wrong_head_is_refused(kind, words, dtype):

@@ -141,7 +141,16 @@ def test_a_model_without_a_calibration_has_no_block():
 def test_the_logits_of_one_forward():
     logits = torch.randn(3, NUM_CLASSES)
     assert one_forward([logits], 3, NUM_CLASSES) is logits
-    for records in ([], [logits, logits], [logits[:2]], [logits[:, :2]], [logits[:, None]]):
+    for one_position in (logits[:, None], logits[None], logits[:, None, None]):
+        torch.testing.assert_close(one_forward([one_position], 3, NUM_CLASSES), logits, rtol=0, atol=0)
+    for records in (
+        [],
+        [logits, logits],
+        [logits[:2]],
+        [logits[:, :2]],
+        [torch.stack([logits, logits], 1)],
+        [logits.T],
+    ):
         shapes = str([tuple(each.shape) for each in records])
         with pytest.raises(UnexpectedLogitsError) as error:
             one_forward(records, 3, NUM_CLASSES, "Do this.")
