@@ -12,9 +12,19 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_calibft._arguments import check_class_ids
-from lightning_calibft.labels.class_map import rows_tensor, to_rows
+from lightning_calibft.labels.class_map import (
+    IGNORE_INDEX,
+    is_unmapped,
+    rows_tensor,
+    to_rows,
+    unmapped_error,
+)
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+# Under these, data loaders keep what a model takes besides other tensors, in the order of preference.
+_INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "data", "x", "video", "audio", "input_ids")
+# Parts of the names of other targets, as in "coarse_label".
+_NAMES_OF_TARGETS = {*TARGET_KEYS, "class", "cls", "category", "gt"}
 UNPACK_REMEDY = (
     "Pass `unpack_batch`, a function (or its import path) that takes a batch and returns `(inputs, target)`."
 )
@@ -24,6 +34,9 @@ CLEAN_LABELS_REMEDY = (
     " class id per sample."
 )
 
+SOFT_LABEL = -(2**31)  # stands for a target that is not one class, outside every head
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 UnpackBatch = Callable[[Any], tuple[Any, Tensor]]
 
 
@@ -54,11 +67,17 @@ class BatchReader:
     Args:
         unpack_batch: The user's function, or its import path, for batches in any other format.
         rows: The head's row for each label, if they differ; see :func:`~lightning_calibft.resolve_class_map`.
+
+    Attributes:
+        own_call: How the model's own steps call ``forward``, as :class:`OwnForwardCall` says. ``None``: not known.
     """
 
     def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:
         self._unpack = resolve_unpack_batch(unpack_batch)
         self._rows = None if rows is None else rows_tensor(rows)
+        self.own_call: str | None = None
+        self._target_key: Any = None  # where the target is, if several parts of a batch could be it
+        self._one_hot = False  # whether targets are one-hot vectors
 
     @property
     def maps(self) -> bool:
@@ -69,21 +88,86 @@ class BatchReader:
         """Return the head's row of each sample in a batch, of shape ``(N,)``.
 
         The values are not read here, so that no device has to wait. A label without a row becomes a number outside the
-        head. ``IGNORE_INDEX`` is kept.
+        head, and so does a soft label. ``IGNORE_INDEX`` is kept.
 
         Raises:
-            TypeError: If the target is not a tensor of integers, or ``unpack_batch`` does not return a pair.
+            TypeError: If the target does not hold class ids, or ``unpack_batch`` does not return a pair.
             ValueError: If the batch cannot be split, or the target is not one-dimensional.
         """
-        target = check_target(_split_target(batch) if self._unpack is None else self._unpacked(batch)[1])
+        target = self._raw_target(batch)
+        if self._one_hot and isinstance(target, Tensor) and target.ndim == 2:
+            target = torch.where(_is_one_hot(target), target.to(torch.float32).argmax(1), SOFT_LABEL)
+        target = check_target(target)
         if self._rows is None:
             return target.long()  # torch does not index with smaller integers, or takes them for masks
         self._rows = self._rows.to(target.device)
-        return to_rows(target, self._rows)
+        return torch.where(target == SOFT_LABEL, SOFT_LABEL, to_rows(target, self._rows))
 
-    def inputs(self, batch: Any, forward: Callable[..., Any]) -> Any:
-        """Return the inputs of a batch, as :func:`call_forward` takes them."""
-        return _split_inputs(batch, forward) if self._unpack is None else self._unpacked(batch)[0]
+    def find_target(self, batch: Any, num_classes: int) -> None:
+        """Look at the values of a batch if they tell what its target is: one of several vectors, or one-hot vectors.
+
+        Further batches are read alike. Where there is something to look at, this makes the device wait.
+
+        Raises:
+            ValueError: If several parts of the batch hold different class ids.
+        """
+        if self._unpack is None and not _is_pair(batch):
+            found, named = _possible_targets(batch), _fields(batch) is not None
+            if len(found) > 1 and self._target_key not in found:
+                self._target_key = _only_target(found, None if named else num_classes)
+        if not self._one_hot:
+            target = self._raw_target(batch)
+            self._one_hot = isinstance(target, Tensor) and target.ndim == 2 and bool(_is_one_hot(target).all())
+
+    def arguments(self, batch: Any, forward: Callable[..., Any]) -> dict[str, Arguments]:
+        """Return the ways to call ``forward`` on a batch that its author may have meant, the most usual one first.
+
+        The keys say what is passed, for errors.
+        """
+        if self._unpack is not None:
+            return {"forward(*inputs of `unpack_batch`)": _arguments(self._unpacked(batch)[0])}
+        # The signature of a module is that of `__call__`, which accepts anything.
+        signature = inspect.signature(getattr(forward, "forward", forward))
+        fields = _fields(batch)
+        if fields is not None:
+            ways = _ways_of_fields(fields, self._key(batch), signature)
+        else:
+            ways = _ways_of_items(batch, self._key(batch))
+        if "forward(batch)" not in ways:
+            ways["forward(batch)"] = ((batch,), {})
+        return ways
+
+    def _raw_target(self, batch: Any) -> Any:
+        if self._unpack is not None:
+            return self._unpacked(batch)[1]
+        fields, key = _fields(batch), self._key(batch)
+        target = batch[key] if fields is None else fields[key]
+        return self._raw_target(target) if isinstance(target, Mapping) else target
+
+    def _key(self, batch: Any) -> Any:
+        """Return the key, index or name under which the target of a batch is."""
+        found, fields = list(_possible_targets(batch)), _fields(batch)
+        if self._target_key in found:
+            return self._target_key
+        if fields is not None:
+            usual = [key for key in TARGET_KEYS if key in fields]
+            if usual or len(found) == 1:
+                return (usual or found)[0]
+            raise ValueError(
+                f"Expected a batch with its target under one of the keys {', '.join(TARGET_KEYS)}, but got the keys"
+                f" {', '.join(map(str, fields))}. {UNPACK_REMEDY}"
+            )
+        if _is_pair(batch) and (1 in found or len(found) != 1):
+            return 1
+        if isinstance(batch, (tuple, list)) and len(batch) > 1 and found:
+            found = [index for index in found if index > 0] or found  # inputs come first
+            if len(found) > 1:
+                raise _several_targets(found)
+            return found[0]
+        raise ValueError(
+            f"Expected a batch to be a pair (inputs, target), a longer tuple with one vector of class ids, a mapping or"
+            f" an object with a target, but got {_kind(batch)}. {UNPACK_REMEDY}"
+        )
 
     def _unpacked(self, batch: Any) -> Sequence[Any]:
         assert self._unpack is not None
@@ -93,40 +177,120 @@ class BatchReader:
         return pair
 
 
-def _split_target(batch: Any) -> Any:
-    """Return the target of a batch: the second item of a pair, or a mapping's value for one of ``TARGET_KEYS``."""
+def _fields(batch: Any) -> dict[Any, Any] | None:
+    """Return the parts of a mapping, a named tuple or an object with attributes, or ``None`` for other batches."""
     if isinstance(batch, Mapping):
-        for key in TARGET_KEYS:
-            if key in batch:
-                return batch[key]
-        raise ValueError(
-            f"Expected a batch with its target under one of the keys {', '.join(TARGET_KEYS)}, but got the keys"
-            f" {', '.join(map(str, batch))}. {UNPACK_REMEDY}"
-        )
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[1]
-    raise ValueError(
-        f"Expected a batch to be a pair (inputs, target) or a mapping, but got {_kind(batch)}. {UNPACK_REMEDY}"
+        return dict(batch)
+    if isinstance(batch, tuple) and not _NAMES_OF_TARGETS.isdisjoint(getattr(batch, "_fields", ())):
+        return dict(zip(batch._fields, batch, strict=True))  # type: ignore[attr-defined]
+    if isinstance(batch, (Tensor, tuple, list, str, bytes)) or batch is None:
+        return None
+    keys = getattr(batch, "keys", None)
+    names = list(keys() if callable(keys) else keys if isinstance(keys, list) else getattr(batch, "__dict__", ()))
+    return {name: getattr(batch, name) for name in names if isinstance(name, str) and hasattr(batch, name)} or None
+
+
+def _possible_targets(batch: Any) -> dict[Any, Tensor]:
+    """Return the vectors of integers in a batch that could be its target, by key, name or index."""
+    fields = _fields(batch)
+    if fields is not None:
+        named = {
+            key: value for key, value in fields.items() if _NAMES_OF_TARGETS.intersection(str(key).lower().split("_"))
+        }
+        return {key: value.flatten() for key, value in named.items() if _is_vector_of_ids(value)}
+    if not isinstance(batch, (tuple, list)):
+        return {}
+    return {index: item.flatten() for index, item in enumerate(batch) if _is_vector_of_ids(item)}
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and _fields(batch) is None
+
+
+def _only_target(found: dict[Any, Tensor], num_classes: int | None) -> Any:
+    """Return the key of the target among vectors of integers. Those beyond ``num_classes`` are not class ids."""
+    if num_classes is not None:
+        found = {key: ids for key, ids in found.items() if bool(((ids >= -1) & (ids < num_classes)).all())} or found
+        found = {key: ids for key, ids in found.items() if key > 0} or found  # inputs come first
+    first, *others = found
+    if different := [key for key in others if not torch.equal(found[key], found[first])]:
+        raise _several_targets([first, *different])
+    return first
+
+
+def _is_one_hot(target: Tensor) -> Tensor:
+    """Return for each row of ``target`` whether it is one-hot."""
+    one_hot: Tensor = ((target == 0) | (target == 1)).all(1) & (target.sum(1) == 1)
+    return one_hot if target.shape[1] > 1 else torch.zeros_like(one_hot)
+
+
+def _is_vector_of_ids(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return False
+    return value.ndim == 1 or (value.ndim == 2 and value.shape[1] == 1)
+
+
+def _several_targets(keys: Sequence[Any]) -> ValueError:
+    names = " and ".join(f"batch[{key!r}]" for key in keys)
+    return ValueError(
+        f"Expected a batch with one target, but {names} hold different class ids, and either could be it."
+        f" {UNPACK_REMEDY}"
     )
 
 
-def _split_inputs(batch: Any, forward: Callable[..., Any]) -> Any:
-    """Return the first item of a pair, the only other tensor of a mapping, or its items that ``forward`` names."""
-    if not isinstance(batch, Mapping):
-        return batch[0]
-    rest = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
-    tensors = [value for value in rest.values() if isinstance(value, Tensor)]
+def _ways_of_fields(fields: dict[Any, Any], target_key: Any, signature: inspect.Signature) -> dict[str, Arguments]:
+    names = list(signature.parameters)
+    targets = {target_key, *(key for key in fields if key in TARGET_KEYS)}
+    rest = {key: value for key, value in fields.items() if key not in targets}
+    required = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    tensors = [key for key, value in rest.items() if isinstance(value, Tensor)]
+    ways: dict[str, Arguments] = {}
+
+    def add(arguments: Arguments, *keys: Any) -> None:
+        passed = [f"batch[{key!r}]" for key in keys]
+        ways.setdefault(f"forward({', '.join(passed)})", arguments)
+
     if len(tensors) == 1:
-        return tensors[0]
-    # The signature of a module is that of `__call__`, which accepts anything.
-    names = inspect.signature(getattr(forward, "forward", forward)).parameters
-    named = {key: rest[key] for key in names if key in rest}
-    if not named:
-        raise ValueError(
-            f"Expected a batch with one input, or with inputs under the names of the arguments of `forward`, but got"
-            f" the keys {', '.join(map(str, batch))}. {UNPACK_REMEDY}"
-        )
-    return named
+        add(((rest[tensors[0]],), {}), *tensors)
+    if named := {name: rest[name] for name in names if name in rest}:
+        add(((), named), *named)
+    if preferred := [key for key in _INPUT_KEYS if key in rest]:
+        add(((rest[preferred[0]],), {}), preferred[0])
+    with_target = {name: fields[name] for name in names if name in fields}
+    with_target.update({name: fields[target_key] for name in required if name in TARGET_KEYS and name not in fields})
+    if with_target:
+        add(((), with_target), *with_target)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        ways["forward(**batch)"] = ((), {str(key): value for key, value in fields.items()})
+        ways["forward(**batch without its target)"] = ((), {str(key): value for key, value in rest.items()})
+    return ways
+
+
+def _ways_of_items(batch: Any, target_index: int) -> dict[str, Arguments]:
+    rest = [index for index in range(len(batch)) if index != target_index]
+    first = batch[rest[0]]
+    ways = {f"forward(batch[{rest[0]}])": _arguments(first)}
+    if isinstance(first, Mapping):
+        inputs = next((first[key] for key in _INPUT_KEYS if key in first), first)
+        ways["forward(one tensor of batch[0])"] = ((inputs,), {})
+    if isinstance(first, (Mapping, tuple, list)):
+        ways["forward(batch[0] as one argument)"] = ((first,), {})
+    if len(rest) > 1:
+        ways["forward(*batch without its target)"] = (tuple(batch[index] for index in rest), {})
+    ways["forward(*batch)"] = (tuple(batch), {})
+    return ways
+
+
+def _arguments(inputs: Any) -> Arguments:
+    """Return a mapping as keywords, a tuple or list as positional arguments, or else one argument."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 @runtime_checkable
@@ -147,32 +311,57 @@ def batch_to_device(batch: Any, device: torch.device) -> Any:
     return apply_to_collection(batch, _Movable, move)
 
 
-def call_forward(forward: Callable[..., Any], inputs: Any) -> Any:
-    """Call ``forward`` with a mapping as keywords, a tuple or list as positional arguments, or else one argument."""
-    if isinstance(inputs, Mapping):
-        return forward(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return forward(*inputs)
-    return forward(inputs)
-
-
-def check_target(target: Any) -> Tensor:
-    """Return ``target`` if it is a vector of class ids. Its values are not read, so that no device has to wait.
+def check_target(target: object) -> Tensor:
+    """Return the class id of each sample, ``(N,)`` or ``(N, 1)``, as ``(N,)``. No device has to wait for the values.
 
     Raises:
         TypeError: If ``target`` is not a tensor of integers.
-        ValueError: If ``target`` is not one-dimensional.
+        ValueError: If it has another shape.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"Expected the target of a batch to be a tensor, but got {_kind(target)}. {UNPACK_REMEDY}")
     if target.dtype != torch.long:
         check_class_ids("the target of a batch", target, CLEAN_LABELS_REMEDY)
+    if target.ndim == 2 and target.shape[1] == 1:
+        target = target[:, 0]
     if target.ndim != 1:
         raise ValueError(
             f"Expected the target of a batch to have shape (N,), one class id per sample, but got"
             f" {tuple(target.shape)}. {UNPACK_REMEDY}"
         )
     return target
+
+
+def check_rows(rows: Tensor, num_classes: int) -> None:
+    """Check the values of rows, which makes their device wait.
+
+    Raises:
+        ValueError: If one is not a row of a head with ``num_classes`` rows.
+    """
+    outside = rows[((rows < 0) | (rows >= num_classes)) & (rows != IGNORE_INDEX)]
+    if len(outside):
+        raise target_error(num_classes, int(outside[0]))
+
+
+def target_error(num_classes: int, label: int, found: str = "got") -> ValueError:
+    """Return the error for labels that are not rows of the head, such as ``label``."""
+    if is_unmapped(label):
+        return unmapped_error(label)
+    if label == SOFT_LABEL:
+        return ValueError(
+            f"Expected one class id per sample, but {found} soft or multi-label targets, which do not name a single"
+            f" class. {CLEAN_LABELS_REMEDY}"
+        )
+    hint = CLEAN_LABELS_REMEDY
+    if label == -1:
+        hint = (
+            "Samples without a label are often marked -1. Leave them out, or return -100, the usual `ignore_index`, for"
+            " them in `unpack_batch`."
+        )
+    return ValueError(
+        f"Expected targets to be class ids in [0, {num_classes}), rows of the classification head, but {found} {label}."
+        f" {hint}"
+    )
 
 
 def _kind(value: Any) -> str:

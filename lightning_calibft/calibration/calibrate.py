@@ -58,8 +58,9 @@ def calibrate(
     Args:
         model: A classifier. It stays on its device, and batches are moved there.
         loader: The fine-tuning data: a ``DataLoader``, a collection of them, or any iterable of batches. A batch is a
-            pair ``(inputs, target)`` or a mapping with its target under ``label``, ``labels``, ``target``, ``targets``
-            or ``y``. A plain ``DataLoader`` is read in order and completely: no shuffling, no dropped last batch.
+            pair ``(inputs, target)``, a longer tuple with one vector of class ids, or a mapping or object with its
+            target under ``label``, ``labels``, ``target``, ``targets``, ``y`` or the like. One-hot vectors are class
+            ids, too. A plain ``DataLoader`` is read in order and completely: no shuffling, no dropped last batch.
         seen_classes: Head rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read
             twice.
         absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_calibft.calibration.batch_reader import CLEAN_LABELS_REMEDY
+from lightning_calibft.calibration.batch_reader import target_error
 from lightning_calibft.calibration.distributed import SharedErrors, all_reduce, rank_and_world_size
-from lightning_calibft.labels.class_map import IGNORE_INDEX, is_unmapped, unmapped_error
+from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit, shorten
 
 AbsentSamples = Literal["accident", "expected", "needed"]
@@ -114,16 +114,6 @@ def largest_outside(before: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Return the largest label in ``target`` that is not a class, or ``before`` if it is larger."""
     labels = torch.where(label_bins(target, num_classes) == num_classes, target.long(), NO_LABEL)
     return torch.cat([before[None], labels]).amax()
-
-
-def target_error(num_classes: int, label: int, found: str = "got") -> ValueError:
-    """Return the error for labels that are not rows of the head, such as ``label``."""
-    if is_unmapped(label):
-        return unmapped_error(label)
-    return ValueError(
-        f"Expected targets to be class ids in [0, {num_classes}), rows of the classification head, but {found} {label}."
-        f" {CLEAN_LABELS_REMEDY}"
-    )
 
 
 def empty_error(present: Sequence[int] = (), hint: str = "") -> ValueError:

@@ -6,9 +6,8 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, wraps
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -20,13 +19,13 @@ from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from lightning_calibft._format import CHILD_NAME
-from lightning_calibft.calibration.batch_reader import BatchReader, batch_to_device, call_forward
+from lightning_calibft.calibration.batch_calls import REMEDY, BatchCall, logits_of_first_batch
+from lightning_calibft.calibration.batch_reader import BatchReader, batch_to_device, check_rows
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import (
     AbsentSamples,
     DataCheck,
     empty_error,
-    target_error,
     warn_if_positions,
 )
 from lightning_calibft.calibration.distributed import (
@@ -45,16 +44,13 @@ from lightning_calibft.estimators import (
     needs_pretrained_logits,
 )
 from lightning_calibft.head.evaluation import evaluation
-from lightning_calibft.head.layers import is_layer, num_classes
+from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.offset import attached_heads
-from lightning_calibft.head.probe import NotFiniteError, gives_output, is_proved, probe
 from lightning_calibft.head.record import one_forward, record_logits
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.split import ClassSplit
 
-PROBE_ROWS = 4
 LEAST_SAMPLES = 100  # from fewer samples, the standard error itself is a guess
-_REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
 _LAST_LOOK = torch.iinfo(torch.long).max  # the last batch, if a loader does not know its length
 
 _LabelledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
@@ -115,8 +111,7 @@ class EvaluationPass:
         with errors.shared(), evaluation(self.model):  # in train mode, transfer hooks may mix labels
             for _, _, target in self._batches("Reading labels"):
                 target = target[target != IGNORE_INDEX].cpu()
-                if len(outside := target[(target < 0) | (target >= self.num_classes)]):
-                    raise target_error(self.num_classes, int(outside[0]))
+                check_rows(target, self.num_classes)
                 present[target] = 1
         errors.agree()
         present = all_reduce(present.to(self.device))
@@ -186,19 +181,21 @@ class EvaluationPass:
             ValueError: If a batch cannot be split, or the output of the head is not the logits.
             TypeError: If a target does not hold class ids.
         """
-        forward, recorder, checked = forward_of(self.model), record_logits(self.model), False
-        pretrained = [self._pretrained_forward(forward)] if needs_pretrained_logits(self.estimator) else []
+        recorder, call = record_logits(self.model), None
+        pretrained: list[Callable[[Any], Any]] = []
         batches: Iterator[tuple[_LabelledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
         if self.sharded is not None:
             errors = errors or SharedErrors()
             batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors)
         with evaluation(self.model), recorder as records:
             for (number, batch, target), counts in batches:
-                if checked:
-                    logits, _ = self._run(records, forward, batch, target)
+                if call is not None:
+                    logits = self._run(records, call, batch, target)
                 else:
-                    logits, checked = self._checked_logits(records, forward, batch, target), True
-                rows = [target, logits, *(self._run(records, each, batch, target)[0] for each in pretrained)]
+                    call, logits = logits_of_first_batch(self.model, batch, target, self.reader, self.context)
+                    if needs_pretrained_logits(self.estimator):
+                        pretrained = [self._with_pretrained_weights(call)]
+                rows = [target, logits, *(self._run(records, each, batch, target) for each in pretrained)]
                 target, logits, *pretrained_logits = rows if counts else [each[:0] for each in rows]
                 yield EvaluatedBatch(number, logits, target, pretrained_logits)
 
@@ -215,6 +212,7 @@ class EvaluationPass:
                     if read >= share:
                         break
                     batch = batch_to_device(batch, self.device) if self.transfer is None else self.transfer(batch)
+                    self.reader.find_target(batch, self.num_classes)
                     target = self.reader.rows(batch).clone()  # the loader may overwrite it
                     read += len(target)
                     number = next(numbers)
@@ -242,75 +240,22 @@ class EvaluationPass:
             return "needed"
         return "expected" if self.validation else "accident"
 
-    def _pretrained_forward(self, forward: nn.Module) -> Callable[..., Any]:
-        """Return the forward with the weights before fine-tuning."""
+    def _with_pretrained_weights(self, call: BatchCall) -> Callable[[Any], Any]:
+        """Return the call with the weights before fine-tuning."""
         assert self.pretrained is not None
-        prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is forward)
         weights = {
-            key.removeprefix(prefix): value.to(self.device)
+            f"model.{key}": value.to(self.device)
             for key, value in self.pretrained.items()
-            if key.startswith(prefix) and CHILD_NAME not in key and isinstance(value, Tensor)
+            if CHILD_NAME not in key and isinstance(value, Tensor)
         }
+        return lambda batch: functional_call(call, weights, (batch,))
 
-        @wraps(forward.forward)  # keeps the names of its arguments, which select the inputs of a batch
-        def pretrained_forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(forward, weights, args, kwargs)
-
-        return pretrained_forward
-
-    def _run(
-        self, records: list[Tensor], forward: Callable[..., Any], batch: Any, target: Tensor
-    ) -> tuple[Tensor, Any]:
-        """Return the raw logits of a batch and the output of the model."""
+    def _run(self, records: list[Tensor], call: Callable[[Any], Any], batch: Any, target: Tensor) -> Tensor:
+        """Return the raw logits of a batch."""
         records.clear()  # something else may have run the model in the meantime
         with self.context():
-            output = call_forward(forward, self.reader.inputs(batch, forward))
-        return one_forward(records, len(target), self.num_classes, _REMEDY), output
-
-    def _checked_logits(self, records: list[Tensor], forward: nn.Module, batch: Any, target: Tensor) -> Tensor:
-        """Return the raw logits of a batch. Probe the head first, unless it is proved and still gives the output."""
-        if is_proved(self.model):
-            logits, output = self._run(records, forward, batch, target)
-            if gives_output(self.model, logits, output):
-                return logits
-        with self.context():
-            check_head(self.model, batch, self.reader)
-        return self._run(records, forward, batch, target)[0]  # the probe may have changed the weights of the heads
-
-
-def forward_of(model: nn.Module) -> nn.Module:
-    """Return the module that maps inputs to logits.
-
-    This is the model, or, for a LightningModule without its own ``forward``, the part of it that contains the head.
-
-    Raises:
-        ValueError: If a LightningModule has no ``forward`` and its head is not inside a module that has one.
-    """
-    # Compare by name: each package of Lightning has its own LightningModule class.
-    package, name = (getattr(model.forward, key, "") for key in ("__module__", "__qualname__"))
-    if not (package.startswith(("lightning.", "pytorch_lightning.")) and name == "LightningModule.forward"):
-        return model
-    name, head = next(iter(attached_heads(model).items()))
-    part = model.get_submodule(name.split(".")[0])
-    if part is head and (part is model or is_layer(part)):
-        raise ValueError(
-            f"Expected {type(model).__name__} to define `forward`, which maps inputs to logits: its head"
-            f" {name!r} does not see the inputs. Add `forward` and call `self(inputs)` in `training_step`."
-        )
-    return part
-
-
-def check_head(model: nn.Module, batch: Any, reader: BatchReader) -> None:
-    """Probe the attached head of ``model`` with a few samples of a batch. Both are on one device, in eval mode.
-
-    Raises:
-        ValueError: If the output of the head does not determine the logits.
-    """
-    forward = forward_of(model)
-    inputs = reader.inputs(batch, forward)
-    run = partial(call_forward, forward, inputs[:PROBE_ROWS] if isinstance(inputs, Tensor) else inputs)
-    with suppress(NotFiniteError):  # the probe cannot judge a model that has diverged; the pass reports the batch
-        probe(run, model)
+            call(batch)
+        return one_forward(records, len(target), self.num_classes, REMEDY)
 
 
 def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
+from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
@@ -34,7 +35,7 @@ from lightning_calibft.callback.trainer_data import (
     check_first_batch,
     is_model_parallel,
 )
-from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
+from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.head.attach import reset_gamma, set_attached_gamma
@@ -60,8 +61,9 @@ class AbsentClassCalibration(Callback):
 
         The hooks run after those of all other callbacks, except for those that save checkpoints.
 
-        The module must map inputs to logits (or to their softmax) in ``forward``. A module without ``forward`` works if
-        one attribute maps inputs to logits alone, as in ``self.net(x)``.
+        Modules run as they are: a module's ``forward`` is called as its own steps call it, and a module whose
+        ``forward`` does not map inputs to logits is run through its ``validation_step`` or ``training_step``, with
+        logging and optimizers muted. The page "Which modules work" (``examples/modules.md``) lists the forms.
 
         If the datamodule or the module has a method ``calibration_dataloader()``, its data is read instead of the
         training data. Use it for clean transforms, or for labels that are not mixed.
@@ -95,8 +97,9 @@ class AbsentClassCalibration(Callback):
             absent classes. ``"training_steps"``: the logits of the training steps themselves, if a pass would take too
             long. Validation and checkpoints then have the gamma of the epoch's steps so far. This needs
             ``seen_classes`` and training steps that run the head once. Steps that return ``None`` are left out.
-        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. Needed if
-            batches are neither such pairs nor mappings with the target under ``label(s)``, ``target(s)`` or ``y``.
+        unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. Needed if the
+            target is not the second item of a pair, the only vector of class ids in a longer tuple, or what a mapping
+            or an object has under ``label(s)``, ``target(s)``, ``y`` or the like.
         class_map: The head's row for each target in the batches, if they differ, as with image folders, which number
             their classes from 0. The loss must map the targets itself. See
             :func:`~lightning_calibft.resolve_class_map`.
@@ -190,6 +193,7 @@ class AbsentClassCalibration(Callback):
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
+        self._own_call: OwnForwardCall | None = None
         self._finished = False
         self._failure: Exception | None = None
 
@@ -259,9 +263,7 @@ class AbsentClassCalibration(Callback):
         if self._files.forgetful:
             self._files.note()
         if not self._batch_checked:
-            for part in training_batches(batch, trainer.train_dataloader)[:1]:
-                check_first_batch(trainer, pl_module, part, self._reader)
-                self._batch_checked = True
+            self._check_first_batch(trainer, pl_module, batch)
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
         if self._search.steps is not None:
@@ -276,6 +278,8 @@ class AbsentClassCalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._own_call is not None:
+            self._reader.own_call, self._own_call = self._own_call.stop(), None
         if self._search.steps is not None:
             # If there are no outputs, the step returned None.
             self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
@@ -385,6 +389,8 @@ class AbsentClassCalibration(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._attachment.stop_waiting()
         self._monitor.stop()
+        if self._own_call is not None:
+            self._own_call.stop()
         self._search.forget()
         if not isinstance(exception, KeyboardInterrupt):
             return
@@ -416,10 +422,16 @@ class AbsentClassCalibration(Callback):
     def _make_reader(self, num_classes: int | None) -> BatchReader:
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
 
+    def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
+        part, self._search.unlabeled = check_first_batch(trainer, model, batch, self._reader)
+        self._batch_checked = True
+        if part is not None:
+            self._own_call = OwnForwardCall(model, self._reader, part)
+
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None
         try:
-            self._labels.add_batch(batch, trainer.train_dataloader, self._reader)
+            self._labels.add_batch(batch, trainer.train_dataloader, self._reader, self._search.unlabeled)
         except (TypeError, ValueError):
             if calibration_dataloader(trainer) is None:
                 raise

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.batch_reader import BatchReader, target_error
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
-from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
+from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
@@ -72,6 +72,7 @@ class EvaluationMonitor:
             return
         assert self._recorder is not None
         try:
+            self._reader.find_target(batch, self.split.num_classes)
             self._target = self._reader.rows(batch).clone()  # now, since the step may change the batch
         except (TypeError, ValueError) as error:
             self._warn_once(str(error))

@@ -50,6 +50,7 @@ class GammaSearch:
         pretrained: The weights before the fit, for estimators that need them.
         steps: The training steps of the current epoch, for ``source="training_steps"`` during a fit. Otherwise
             ``None``.
+        unlabeled: The training loaders without labels, which are not read.
 
     Raises:
         ValueError: If an argument is out of range, or if arguments do not fit together.
@@ -77,6 +78,7 @@ class GammaSearch:
         check_type("refresh_on_validation", refresh_on_validation, bool)
         self.pretrained = PretrainedWeights()
         self.steps: TrainingSteps | None = None
+        self.unlabeled: list[Any] = []
         self._estimator = estimator
         self._estimator_kwargs = estimator_kwargs
         self._source = source
@@ -166,6 +168,7 @@ class GammaSearch:
             self._max_samples,
             self._tolerance,
             None if self.retraining is not None else self.pretrained.weights,
+            self.unlabeled,
         )
 
     def run(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
@@ -230,6 +233,7 @@ class GammaSearch:
         """Free the memory that was used for the fit."""
         self.stop()
         self.steps = None
+        self.unlabeled = []
         self.pretrained.forget()
         if self.retraining is not None:
             self.retraining.forget()

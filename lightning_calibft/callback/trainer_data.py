@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -12,15 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.batch_calls import logits_of_first_batch
+from lightning_calibft.calibration.batch_reader import BatchReader, check_rows
 from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_head
-from lightning_calibft.calibration.loaders import calibration_loaders
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
+from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
-from lightning_calibft.labels.class_map import check_mapped
+from lightning_calibft.labels.class_map import IGNORE_INDEX
 
 Source = Literal["train", "validation", "training_steps"]
 
@@ -93,26 +95,94 @@ def _first_calibration_batch(trainer: Trainer) -> Any:
     raise empty_error()  # a `StopIteration` would end the training as if it were complete
 
 
-def check_first_batch(trainer: Trainer, model: LightningModule, batch: Any, reader: BatchReader) -> None:
+def check_first_batch(
+    trainer: Trainer, model: LightningModule, batch: Any, reader: BatchReader
+) -> tuple[Any, list[Any]]:
     """Check at the first training batch that the pass at the end will be able to read its first batch.
 
+    Args:
+        trainer: The Trainer.
+        model: The module, whose head is attached.
+        batch: The first batch, which may combine the batches of a collection of loaders.
+        reader: Splits batches.
+
+    Returns:
+        The labeled part of the batch, or ``None`` if there is a ``calibration_dataloader()``, and the training loaders
+        whose batches have no labels, as in semi-supervised learning. They are not read.
+
     Raises:
-        TypeError: If its target does not hold class ids.
-        ValueError: If the batch cannot be split, a target is not mapped, or the output of the head is not the logits.
-            Also if the ``calibration_dataloader()`` is empty.
+        TypeError: If a target does not hold class ids.
+        ValueError: If the batch cannot be split, a label is not a row of the head, or the output of the head is not the
+            logits. Also if the ``calibration_dataloader()`` is empty.
         ValueError, RuntimeError: If another process has failed. Its error says why.
     """
-    errors = SharedErrors()
-    with errors.shared(), evaluation(model), trainer.precision_plugin.forward_context():
+    errors, unlabeled = SharedErrors(), _called_unlabeled(trainer.train_dataloader)
+    with errors.shared(), evaluation(model):
         clean = _first_calibration_batch(trainer)
-        batch = batch if clean is None else clean
-        rows = reader.rows(batch)
-        if reader.maps:
-            check_mapped(rows)
-        if is_model_parallel(trainer):  # all processes must run the same forwards, and these depend on the batch
-            batch = first_batch_of_any(batch, model.device, errors)
-        check_head(model, batch, reader)
+        if clean is not None:
+            batches = {-1: clean}
+        else:
+            batches = dict(enumerate(training_batches(batch, trainer.train_dataloader, unlabeled)))
+        labeled = _labeled(batches, reader, head_width(model)) if batches else {}
+        if clean is None and len(batches) > 1:
+            loaders = _without(flat_loaders(trainer.train_dataloader), unlabeled)
+            known = errors.gather(lambda: list(labeled))
+            unlabeled += [loader for index, loader in enumerate(loaders) if all(index not in each for each in known)]
+        part = next(iter(labeled.values()), None)
+        if part is not None:
+            first = part
+            if is_model_parallel(trainer):  # all processes must run the same forwards, and these depend on the batch
+                first = first_batch_of_any(first, model.device, errors)
+            logits_of_first_batch(model, first, reader.rows(first), reader, partial(quiet_forward, trainer))
     errors.agree()
+    return (part if clean is None else None), unlabeled
+
+
+def _called_unlabeled(loaders: Any) -> list[Any]:
+    """Return the loaders of a dictionary whose names say that they have no labels. Their datasets may have some."""
+    if not isinstance(loaders, Mapping):
+        return []
+    named = [loader for name, loader in loaders.items() if "unlabel" in str(name).lower()]
+    return flat_loaders(named) if len(named) < len(loaders) else []
+
+
+def _without(loaders: list[Any], others: Sequence[Any]) -> list[Any]:
+    return [loader for loader in loaders if all(loader is not other for other in others)]
+
+
+def _labeled(batches: Mapping[int, Any], reader: BatchReader, num_classes: int) -> dict[int, Any]:
+    """Return the batches that have labels, of those of several loaders.
+
+    Raises:
+        TypeError: If none has a target, and that of the first one does not hold class ids.
+        ValueError: If none has a target, or if a label is not a row of the head.
+    """
+    labeled, failure = dict[int, Any](), None
+    for index, batch in batches.items():
+        try:
+            reader.find_target(batch, num_classes)
+            rows = reader.rows(batch)
+        except (TypeError, ValueError) as error:
+            failure = failure or error
+            continue
+        if len(batches) == 1 or not ((rows == -1) | (rows == IGNORE_INDEX)).all():
+            check_rows(rows, num_classes)
+            labeled[index] = batch
+    if not labeled and failure is not None:
+        raise failure
+    return labeled
+
+
+@contextmanager
+def quiet_forward(trainer: Any) -> Iterator[None]:
+    """Run a forward with the precision of the Trainer and without its loggers, which the module may call."""
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    trainer.loggers = [lightning_of(trainer).loggers.logger.DummyLogger() for _ in loggers]
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        trainer.loggers, trainer.should_stop = loggers, should_stop
 
 
 def calibration_pass(
@@ -125,14 +195,20 @@ def calibration_pass(
     max_samples: int | None,
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
+    unlabeled: Sequence[Any] = (),
 ) -> EvaluationPass | None:
-    """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
+    """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data.
+
+    The training loaders in ``unlabeled`` are left out.
+    """
     clean = None if source == "validation" else calibration_dataloader(trainer)
     if source == "validation":
         loaders, max_batches = trainer.val_dataloaders, _max_validation_batches(trainer)
     else:
         loaders = trainer.train_dataloader if clean is None else clean
         max_batches = _max_batches(trainer, of_training=clean is None)
+    if unlabeled and clean is None and source != "validation":
+        loaders = _without(flat_loaders(loaders), unlabeled)
     if loaders is None:
         data = "validation" if source == "validation" else "training"
         rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
@@ -153,7 +229,7 @@ def calibration_pass(
         progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
-        context=trainer.precision_plugin.forward_context,
+        context=partial(quiet_forward, trainer),
         sharded=sharded,
     )
 
@@ -173,3 +249,22 @@ def _max_validation_batches(trainer: Trainer) -> int | None:
         return None
     numbers = [number for number in trainer.num_val_batches if math.isfinite(number)]
     return int(max(numbers, default=0)) or None
+
+
+def training_batches(batch: Any, loaders: Any, unlabeled: Sequence[Any] = ()) -> list[Any]:
+    """Return the batches in a training batch: with a list or dict of loaders, one from each that is not exhausted.
+
+    Batches of the loaders in ``unlabeled`` are left out.
+    """
+    if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and loaders.keys() == batch.keys():
+        pairs = [(batch[key], loaders[key]) for key in loaders]
+    elif (
+        isinstance(loaders, (list, tuple))
+        and isinstance(batch, (list, tuple))
+        and len(loaders) == len(batch)
+        and not any(isinstance(part, Tensor) for part in batch)
+    ):
+        pairs = list(zip(batch, loaders, strict=True))
+    else:
+        return [] if batch is None or any(loaders is other for other in unlabeled) else [batch]
+    return [leaf for part, loader in pairs for leaf in training_batches(part, loader, unlabeled)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,15 @@ from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.batch_reader import SOFT_LABEL, BatchReader, target_error
 from lightning_calibft.calibration.data_check import (
     NO_LABEL,
     label_bins,
     largest_outside,
-    target_error,
     warn_if_positions,
 )
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
+from lightning_calibft.callback.trainer_data import training_batches
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
 
@@ -47,14 +47,14 @@ class TrainingLabels:
         self._pending: list[Tensor] = []
         self._split: ClassSplit | None = None
 
-    def add_batch(self, batch: Any, loaders: Any, reader: BatchReader) -> None:
+    def add_batch(self, batch: Any, loaders: Any, reader: BatchReader, unlabeled: Sequence[Any] = ()) -> None:
         """Add the labels of a training batch, which may combine the batches of a collection of loaders.
 
         Raises:
             TypeError: As in :meth:`BatchReader.rows`.
             ValueError: As in :meth:`BatchReader.rows`.
         """
-        for part in training_batches(batch, loaders):
+        for part in training_batches(batch, loaders, unlabeled):
             self._pending.append(reader.rows(part).clone())  # the step may overwrite it
         if len(self._pending) >= self.flush_every:
             self._flush()
@@ -123,7 +123,8 @@ class TrainingLabels:
             return
         target = torch.cat(self._pending)
         self._pending = []
-        self._found = self._found.to(target.device).index_fill(0, label_bins(target, self.num_classes), 1)
+        bins = torch.where(target == SOFT_LABEL, len(self._found) - 1, label_bins(target, self.num_classes))
+        self._found = self._found.to(target.device).index_fill(0, bins, 1)
         self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
@@ -157,19 +158,3 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
         " least two seen classes and one absent one, so the model is not calibrated."
     )
     return None
-
-
-def training_batches(batch: Any, loaders: Any) -> list[Any]:
-    """Return the batches in a training batch: with a list or dict of loaders, one from each that is not exhausted."""
-    if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and loaders.keys() == batch.keys():
-        pairs = [(batch[key], loaders[key]) for key in loaders]
-    elif (
-        isinstance(loaders, (list, tuple))
-        and isinstance(batch, (list, tuple))
-        and len(loaders) == len(batch)
-        and not any(isinstance(part, Tensor) for part in batch)
-    ):
-        pairs = list(zip(batch, loaders, strict=True))
-    else:
-        return [] if batch is None else [batch]
-    return [leaf for part, loader in pairs for leaf in training_batches(part, loader)]

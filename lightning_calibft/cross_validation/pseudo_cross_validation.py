@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from lightning_calibft._arguments import check_integer, check_model
 from lightning_calibft._format import StrPath
-from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
-from lightning_calibft.calibration.data_check import empty_error, target_error
+from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch, check_rows
+from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.cross_validation.splits import Candidates, CrossValidationPlan, cross_validate
@@ -171,8 +171,7 @@ def classes_of(rows: Tensor, num_classes: int) -> list[int]:
         ValueError: If a label is not a row of the head.
     """
     rows = rows[rows != IGNORE_INDEX]
-    if len(outside := rows[(rows < 0) | (rows >= num_classes)]):
-        raise target_error(num_classes, int(outside[0]))
+    check_rows(rows, num_classes)
     return sorted(set(rows.tolist()))
 
 

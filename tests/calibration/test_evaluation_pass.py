@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_calibft import ClassSplit, attach, calibrate
 from lightning_calibft.analysis import collect_outputs
+from lightning_calibft.calibration.batch_calls import _part_with_forward
 from lightning_calibft.calibration.batch_reader import BatchReader
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, forward_of
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from tests.calibration.nets import ALL, X, Y, net, raw
 from tests.helpers.runs import SEEN, loader, quiet
 
@@ -109,4 +110,4 @@ def test_the_forward_of_a_module_of_either_package(package):
     for make, part in ((Without, "model"), (With, ""), (LightningModule, "")):
         module = make()
         attach(module, "model.fc")
-        assert forward_of(module) is module.get_submodule(part)
+        assert _part_with_forward(module) == part

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -112,15 +113,6 @@ class Scaled(Plain):
         return super().forward(x) / 2
 
 
-class InTheModule(Plain):
-    """Neither ``forward`` nor one part of it maps inputs to logits."""
-
-    forward = LightningModule.forward
-
-    def loss(self, batch):
-        return F.cross_entropy(self.fc(self.body(batch[0])), batch[1])
-
-
 class NoHead(Plain):
     def build(self, dropout):
         self.body = nn.Conv1d(1, 6, 5)
@@ -136,7 +128,6 @@ class NoHead(Plain):
         (TwoHeads, {}, "several modules that could be the classification head: .*'head'"),
         (TwoHeads, {"head": "fc"}, r"The head is 'head': pass `head=\"head\"`"),
         (Scaled, {}, "moves them by 0.5 times"),
-        (InTheModule, {}, "Expected InTheModule to define `forward`"),
         (NoHead, {}, "Found no classification head in NoHead"),
         (Plain, {"head": "net.fc"}, "`head` to name a module of Plain, but got 'net.fc'"),
         (Plain, {"head": "body.1"}, "`head` to be a Linear, a 1x1 Conv2d"),
@@ -151,15 +142,15 @@ def test_the_head(make, arguments, text, tmp_path):
     ("data", "error", "text"),
     [
         (
-            TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6).float()),
+            TensorDataset(TRAIN.tensors[0], 0.9 * F.one_hot(TRAIN.tensors[1], 6).float()),
             TypeError,
             r"class ids, but got dtype torch.float32 with shape \(8, 6\)\. Soft .*calibration_dataloader\(\)",
         ),
-        (TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6) > 0), TypeError, "got dtype torch.bool"),
-        (TensorDataset(TRAIN.tensors[0], F.one_hot(TRAIN.tensors[1], 6)), ValueError, r"shape \(N,\), .* got \(8, 6\)"),
-        (TensorDataset(*TRAIN.tensors, TRAIN.tensors[1]), ValueError, "got a list of 3 items. Pass `unpack_batch`"),
-        (TRAIN.tensors[0], ValueError, "a pair .inputs, target. or a mapping, but got a Tensor. Pass `unpack_batch`"),
-        ([{"x": x, "class": y} for x, y in TRAIN], ValueError, "under one of the keys label, labels, .* keys x, class"),
+        (TensorDataset(TRAIN.tensors[0], torch.ones(len(TRAIN), 6) > 0), TypeError, "got dtype torch.bool"),
+        (TensorDataset(TRAIN.tensors[0], torch.ones(len(TRAIN), 6).long()), ValueError, r"\(N,\), .* got \(8, 6\)"),
+        (TensorDataset(*TRAIN.tensors, TRAIN.tensors[1] // 2), ValueError, "either could be it. Pass `unpack_batch`"),
+        (TRAIN.tensors[0], ValueError, "a pair .inputs, target., .* but got a Tensor. Pass `unpack_batch`"),
+        ([{"x": x, "kind": y} for x, y in TRAIN], ValueError, "under one of the keys label, labels, .* keys x, kind"),
         ([(x, str(y)) for x, y in TRAIN], TypeError, "target of a batch to be a tensor, but got a"),
     ],
     ids=["soft", "multi_label", "one_hot", "triple", "no_pair", "no_target_key", "strings"],

@@ -41,7 +41,7 @@ def test_labels_outside_of_the_head(label, arguments, tmp_path):
     data = loader(TensorDataset(x, torch.where(y == 3, label, y)))
     with pytest.raises(ValueError, match=r"class ids in \[0, 6\), rows of the classification head, but") as error:
         trainer_of(tmp_path, AbsentClassCalibration(**arguments), max_epochs=1).fit(module := pretrained(Hinge), data)
-    assert "calibration_dataloader()" in str(error.value)
+    assert ("calibration_dataloader()" if label == 6 else "-100") in str(error.value)
     assert get_gamma(module) is None
 
 

@@ -131,7 +131,7 @@ class Triples(Plain):
     [
         (Twice, HARD, "Run the model once on a batch, or log `lightning_calibft.metrics.absent_class_metrics`"),
         (Crops, HARD, "Run the model once on a batch, or log `lightning_calibft.metrics.absent_class_metrics`"),
-        (Triples, TensorDataset(*HARD.tensors, HARD.tensors[1]), "Pass `unpack_batch`"),
+        (Triples, TensorDataset(*HARD.tensors, HARD.tensors[1] // 2), "Pass `unpack_batch`"),
     ],
 )
 def test_one_warning_where_rows_and_labels_do_not_match(make, data, says, tmp_path):
@@ -183,7 +183,7 @@ def test_a_batch_of_an_evaluation_that_failed_is_not_counted_in_the_next(tmp_pat
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", self.loss(batch[:2]))
 
-    data = TensorDataset(*HARD.tensors, torch.zeros(len(HARD)))
+    data = TensorDataset(*HARD.tensors, HARD.tensors[1] // 2)
     trainer = trainer_of(tmp_path, callback)
     with pytest.warns(UserWarning, match="logs no metrics for some batches"):
         trainer.validate(pretrained(Triples), loader(data), verbose=False)

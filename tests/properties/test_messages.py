@@ -77,7 +77,7 @@ def test_options_that_are_no_mapping():
 )
 def test_what_unpack_batch_returns(returned, text):
     reader = BatchReader(lambda batch: returned)
-    for split in (reader.rows, lambda batch: reader.inputs(batch, None)):
+    for split in (reader.rows, lambda batch: reader.arguments(batch, None)):
         with pytest.raises(TypeError, match=rf"`unpack_batch` to return `\(inputs, target\)`, but got {text}"):
             split(LOGITS)
 
