@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,6 +19,7 @@ from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibra
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.lightning_package import LightningCallback
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -42,8 +42,11 @@ from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
-class AbsentClassCalibration(Callback):
+
+class AbsentClassCalibration(LightningCallback):
     r"""Makes a fine-tuned model predict the classes that its fine-tuning data does not contain.
 
     At the end of a fit, the callback finds one number, gamma, in one eval-mode pass over the training data, and stores

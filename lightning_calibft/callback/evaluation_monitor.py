@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import BatchReader
@@ -17,6 +16,9 @@ from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 _REMEDY = (
     "Run the model once on a batch, or log `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."

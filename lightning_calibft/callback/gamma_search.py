@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_calibft._arguments import check_choice, check_type
@@ -30,6 +29,9 @@ from lightning_calibft.estimators import (
 )
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class GammaSearch:

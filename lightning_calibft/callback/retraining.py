@@ -6,10 +6,8 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,6 +21,9 @@ from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_
 from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
 from lightning_calibft.head.attach import reset_gamma
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Retraining:
         def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
             module = copy_of(before)
             parts, share = data.of_classes(pseudo_split.seen_classes)
-            loaders = CombinedLoader(parts, trainer.fit_loop._combined_loader._mode)  # private in Lightning
+            mode = trainer.fit_loop._combined_loader._mode  # private in Lightning
+            loaders = lightning_of(trainer).utilities.CombinedLoader(parts, mode)
             shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
             return module.to(device)

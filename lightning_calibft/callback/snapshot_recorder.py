@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_calibft.analysis.history import History, evaluation_of
@@ -18,6 +17,9 @@ from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 
 class SnapshotRecorder:

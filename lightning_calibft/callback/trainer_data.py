@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -21,6 +20,9 @@ from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.labels.class_map import check_mapped
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Source = Literal["train", "validation", "training_steps"]
 

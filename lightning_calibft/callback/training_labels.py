@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -21,6 +20,9 @@ from lightning_calibft.calibration.data_check import (
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 
 class TrainingLabels:

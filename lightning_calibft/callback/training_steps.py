@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
@@ -13,6 +12,9 @@ from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.split import ClassSplit
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 class TrainingSteps:

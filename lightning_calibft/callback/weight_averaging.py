@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule
+from typing import TYPE_CHECKING, Any
 
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.head.offset import attached_heads
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule
 
 
 def check_averaging_order(trainer: Any, model: LightningModule, callback: Callback) -> None:
