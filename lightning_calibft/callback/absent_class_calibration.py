@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibra
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
-from lightning_calibft.callback.lightning_package import LightningCallback
+from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -41,9 +41,6 @@ from lightning_calibft.head.attach import reset_gamma, set_attached_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 class AbsentClassCalibration(LightningCallback):

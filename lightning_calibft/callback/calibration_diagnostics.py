@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -15,7 +15,7 @@ from lightning_calibft.analysis import calibration_report
 from lightning_calibft.analysis.history import History, Snapshot
 from lightning_calibft.analysis.report import Format
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
-from lightning_calibft.callback.lightning_package import LightningCallback
+from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
 from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
 from lightning_calibft.callback.trainer_data import is_model_parallel
@@ -26,9 +26,6 @@ from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.plotting import check_matplotlib
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 _FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,11 @@ from torch import Tensor
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside, target_error
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 _REMEDY = (
     "Run the model once on a batch, or log `lightning_calibft.metrics.absent_class_metrics` in the LightningModule."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -13,6 +13,7 @@ from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance
 from lightning_calibft.calibration.loaders import check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.lightning_package import LightningModule, Trainer
 from lightning_calibft.callback.pretrained_weights import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.callback.trainer_checks import check_estimator_of_parts
@@ -29,9 +30,6 @@ from lightning_calibft.estimators import (
 )
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 class GammaSearch:

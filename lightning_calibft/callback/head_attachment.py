@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft.callback.checkpoint_files import restore_calibration
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.head.attach import attach
 from lightning_calibft.head.find import HeadNotFoundError, find_head
 from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.offset import attached_heads
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 
 class HeadAttachment:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback as Callback, LightningModule as LightningModule, Trainer as Trainer
+    from lightning.pytorch.strategies import Strategy as Strategy
 else:
+    # For hints only. They come from here because LightningCLI executes such a block in the file of a callback.
+    LightningModule = Strategy = Trainer = Any
 
     class Callback:
         """The base until a package is imported. It cannot be ``object``, which Python does not replace."""

@@ -8,15 +8,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_calibft.callback.lightning_package import LightningCallback, lightning_of
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_calibft.callback.lightning_package import (
+    Callback,
+    LightningCallback,
+    LightningModule,
+    Trainer,
+    lightning_of,
+)
 
 
 def fit_nested(

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -15,15 +15,12 @@ from tqdm.auto import tqdm
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.class_subset import ClassSubset, check_loaders
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import Callback, LightningModule, Trainer, lightning_of
 from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, no_op
 from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_classes
 from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
 from lightning_calibft.head.attach import reset_gamma
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 @dataclass(frozen=True)

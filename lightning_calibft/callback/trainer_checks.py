@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import Callback, LightningModule, lightning_of
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import is_folded
 from lightning_calibft.head.find import HeadNotFoundError, find_head
 from lightning_calibft.head.offset import attached_heads
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule
 
 
 def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:

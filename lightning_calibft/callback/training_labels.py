@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -18,11 +18,9 @@ from lightning_calibft.calibration.data_check import (
     warn_if_positions,
 )
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
+from lightning_calibft.callback.lightning_package import Strategy
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
 
 
 class TrainingLabels:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.result import CalibrationResult, result_of
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.split import ClassSplit
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 
 class TrainingSteps:
