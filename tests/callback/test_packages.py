@@ -9,6 +9,7 @@ import re
 import pytest
 
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, load_calibrated
+from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.trainer_checks import check_trainer
 from tests.helpers.processes import run_script
 from tests.helpers.runs import SEEN, VAL, Plain, assert_calibrated, loader, quiet, read
@@ -56,6 +57,23 @@ def fit(package, folder, callbacks, module=None, **options):
     module = module or module_class(package)()
     trainer.fit(module, loader(), loader(VAL, shuffle=False))
     return trainer, module
+
+
+def test_the_package_of_a_trainer(package):
+    class Own(package.Trainer):
+        pass
+
+    for kind in (package.Trainer, Own):
+        assert lightning_of(kind(logger=False, accelerator="cpu", enable_checkpointing=False)) is package
+    assert lightning_of(package.callbacks.ModelCheckpoint()) is package
+
+
+def test_what_is_of_no_package():
+    remedy = (
+        r"a Trainer of `lightning\.pytorch` or `pytorch_lightning`, but got a list\. .* call `lightning_calibft\.ca"
+    )
+    with pytest.raises(TypeError, match=remedy):
+        lightning_of([])
 
 
 @pytest.mark.parametrize("estimator", ["alg", "pcv"])
