@@ -11,7 +11,7 @@ import pytest
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, load_calibrated
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.trainer_checks import check_trainer
-from tests.helpers.processes import run_script
+from tests.helpers.processes import run_python, run_script
 from tests.helpers.runs import SEEN, VAL, Plain, assert_calibrated, loader, quiet, read
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
@@ -179,3 +179,12 @@ def test_a_script_that_imports_one(tmp_path, name, refused):
     (other,) = {*PACKAGES} - {name}
     missing = other.split(".")[0] if refused == "the other" else refused
     run_script("tests.callback.package_script", name, missing, tmp_path)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_script_that_imports_lightning_first(name):
+    run_python(
+        "-c",
+        f"import {name} as pl; from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics\n"
+        "assert issubclass(AbsentClassCalibration, pl.Callback) and issubclass(CalibrationDiagnostics, pl.Callback)",
+    )
