@@ -37,7 +37,7 @@ test-pytorch-lightning: install  ## Run tests of the callback and of its files w
 	rm $(COPY)/tests/callback/*package*  # these use both packages
 	grep -rlE 'lightning\.(pytorch|fabric)' $(COPY)/tests | xargs sed -i.orig -E \
 		's/lightning\.pytorch/pytorch_lightning/g; s/lightning\.fabric/lightning_fabric/g'
-	cd $(COPY) && $(PYTEST) tests/callback tests/checkpoint
+	cd $(COPY) && $(PYTEST) tests/callback tests/checkpoint/test_checkpoint.py
 
 slow: install  ## Run the tests that take minutes, such as the survey of timm
 	$(BIN)/python -m pytest -m slow
