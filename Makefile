@@ -1,8 +1,8 @@
 VENV ?= .venv
 PYTHON ?= python3
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 
-.PHONY: help install test test-all slow lint demo bench benchmark-digits benchmark-glyphs clean
+.PHONY: help install test test-all test-pytorch-lightning slow lint demo bench benchmark-digits benchmark-glyphs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -28,6 +28,16 @@ test: install  ## Run the quick tests: all but those that tests/conftest.py mark
 
 test-all: install  ## Run all tests, as continuous integration does: thorough ones start processes, kill and export too
 	$(PYTEST)
+
+test-pytorch-lightning: COPY = outputs/pytorch_lightning
+test-pytorch-lightning: install  ## Run tests of the callback and of its files with the other package of Lightning
+	rm -rf $(COPY)
+	mkdir -p $(COPY)
+	cp -R tests pyproject.toml $(COPY)
+	rm $(COPY)/tests/callback/*package*  # these use both packages
+	grep -rlE 'lightning\.(pytorch|fabric)' $(COPY)/tests | xargs sed -i.orig -E \
+		's/lightning\.pytorch/pytorch_lightning/g; s/lightning\.fabric/lightning_fabric/g'
+	cd $(COPY) && $(PYTEST) tests/callback tests/checkpoint/test_checkpoint.py
 
 slow: install  ## Run the tests that take minutes, such as the survey of timm
 	$(BIN)/python -m pytest -m slow

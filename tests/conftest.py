@@ -37,6 +37,8 @@ THOROUGH = {
     "head/test_zoo.py",
     # Tests.
     "callback/test_file_errors.py::test_a_full_disk",
+    "callback/test_packages.py::test_a_script_that_imports_lightning_first",
+    "callback/test_packages.py::test_a_script_that_imports_one",
     "callback/test_retraining_apart.py::test_killed_and_resumed",
     "cli/test_bad_files.py::test_a_full_disk",
     "cli/test_calibrate.py::test_interrupted",

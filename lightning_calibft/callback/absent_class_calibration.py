@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -21,6 +20,7 @@ from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibra
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -44,7 +44,7 @@ from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
 
 
-class AbsentClassCalibration(Callback):
+class AbsentClassCalibration(LightningCallback):
     r"""Makes a fine-tuned model predict the classes that its fine-tuning data does not contain.
 
     At the end of a fit, the callback finds one number, gamma, in one eval-mode pass over the training data, and stores

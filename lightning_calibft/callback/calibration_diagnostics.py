@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -17,8 +15,10 @@ from lightning_calibft.analysis import calibration_report
 from lightning_calibft.analysis.history import History, Snapshot
 from lightning_calibft.analysis.report import Format
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
 from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
+from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import num_classes
@@ -30,7 +30,7 @@ from lightning_calibft.split import ClassSplit
 _FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
 
 
-class CalibrationDiagnostics(Callback):
+class CalibrationDiagnostics(LightningCallback):
     """Measures what fine-tuning does to absent classes, and writes a one-page report when the fit ends.
 
     For each validation and each epoch it records the accuracies on seen and absent classes, AUSUC, and the best gamma;
@@ -118,7 +118,7 @@ class CalibrationDiagnostics(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_trainer(trainer, pl_module)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_model_parallel(trainer):
             raise RuntimeError(
                 "CalibrationDiagnostics does not support ModelParallelStrategy, because each process holds only a part"
                 " of the head's weight. Use the strategy 'ddp', or train without this callback."

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
 from lightning_calibft.checkpoint.files import ReplacedError, Signature, read_checkpoint, signature, write_atomically
 from lightning_calibft.checkpoint.state import MASK, OFFSET, calibration_entries, put_calibration, state_dict_of
 from lightning_calibft.head.attach import get_gamma, set_attached_gamma

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_calibft.calibration.batch_reader import BatchReader, target_error
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_calibft._arguments import check_choice, check_type
@@ -14,6 +13,7 @@ from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance
 from lightning_calibft.calibration.loaders import check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.callback.lightning_package import LightningModule, Trainer
 from lightning_calibft.callback.pretrained_weights import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.callback.trainer_checks import check_estimator_of_parts

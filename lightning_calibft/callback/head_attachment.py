@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft.callback.checkpoint_files import restore_calibration
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.head.attach import attach
 from lightning_calibft.head.find import HeadNotFoundError, find_head

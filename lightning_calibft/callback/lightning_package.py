@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as Callback, LightningModule as LightningModule, Trainer as Trainer
+    from lightning.pytorch.strategies import Strategy as Strategy
+else:
+    # For hints only. They come from here because LightningCLI executes such a block in the file of a callback.
+    LightningModule = Strategy = Trainer = Any
 
-def lightning_of(trainer: object) -> Any:
-    """Return the package that a Trainer comes from: the module ``lightning.pytorch`` or ``pytorch_lightning``.
+    class Callback:
+        """The base until a package is imported. It cannot be ``object``, which Python does not replace."""
 
-    The Trainer works with the classes of this package, as in ``lightning_of(trainer).callbacks.ModelCheckpoint``.
+
+class LightningCallback(Callback):
+    """Derives from the ``Callback`` of each package that is imported, before or after this class, and imports none.
+
+    Trainers and LightningCLI ask whether a callback is an instance or a subclass of the class of their own package.
+    """
+
+
+def _derive_from_imported_packages() -> None:
+    modules = [sys.modules.get(f"{package}.callbacks") for package in _PACKAGES]
+    bases = tuple(module.Callback for module in modules if module is not None and hasattr(module, "Callback"))
+    if bases:
+        LightningCallback.__bases__ = bases
+
+
+class _ImportWatch:
+    """Sees each import before it happens, as a finder that finds nothing."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        # Each package imports much after its `Callback` class. So this is in time for whoever uses the package.
+        if name.startswith(_PACKAGES):
+            _derive_from_imported_packages()
+
+
+_derive_from_imported_packages()
+sys.meta_path.insert(0, _ImportWatch)  # before finders that may find Lightning
+
+
+def lightning_of(instance: object) -> Any:
+    """Return the package that a Trainer or LightningModule is of: ``lightning.pytorch`` or ``pytorch_lightning``.
+
+    A Trainer works with the classes of its package, as in ``lightning_of(trainer).callbacks.ModelCheckpoint``.
 
     Args:
-        trainer: A Trainer, or an instance of any class of the two packages or of a subclass of one.
+        instance: A Trainer, or an instance of another class of the two packages, or of a subclass of one.
 
     Raises:
         TypeError: If it comes from neither package.
@@ -24,10 +62,11 @@ def lightning_of(trainer: object) -> Any:
         >>> lightning_of(Trainer(logger=False, accelerator="cpu")).__name__
         'lightning.pytorch'
     """
-    for kind in type(trainer).__mro__:
+    for kind in type(instance).__mro__:
         for package in _PACKAGES:
             if kind.__module__.startswith(f"{package}."):
                 return sys.modules[package]
     raise TypeError(
-        f"Expected a Trainer of `lightning.pytorch` or `pytorch_lightning`, but got a {type(trainer).__name__}."
+        f"Expected a Trainer of `lightning.pytorch` or `pytorch_lightning`, but got a {type(instance).__name__}. After"
+        " another training loop, call `lightning_calibft.calibrate(model, loader)`."
     )

@@ -10,11 +10,16 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import (
+    Callback,
+    LightningCallback,
+    LightningModule,
+    Trainer,
+    lightning_of,
+)
 
 
 def fit_nested(
@@ -83,7 +88,7 @@ def _data(trainer: Any, loaders: Any) -> dict[str, Any]:
     return {"datamodule": datamodule}
 
 
-class Progress(Callback):
+class Progress(LightningCallback):
     """Shows the progress of several fits in one bar.
 
     Args:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -17,7 +15,7 @@ from tqdm.auto import tqdm
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.class_subset import ClassSubset, check_loaders
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import Callback, LightningModule, Trainer, lightning_of
 from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, no_op
 from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_classes
 from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
@@ -144,7 +142,8 @@ class Retraining:
         def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
             module = copy_of(before)
             parts, share = data.of_classes(pseudo_split.seen_classes)
-            loaders = CombinedLoader(parts, trainer.fit_loop._combined_loader._mode)  # private in Lightning
+            mode = trainer.fit_loop._combined_loader._mode  # private in Lightning
+            loaders = lightning_of(trainer).utilities.CombinedLoader(parts, mode)
             shaping = [*copy.deepcopy(self._callbacks), Progress(bar, self.plan.num_splits - index)]
             fit_nested(trainer, module, loaders, share, self._limits(trainer, share), self._accumulate, shaping)
             return module.to(device)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
 from lightning_calibft.analysis.weights import head_weight
 from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.callback.lightning_package import Strategy
 from lightning_calibft.callback.training_labels import TrainingLabels
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import num_classes

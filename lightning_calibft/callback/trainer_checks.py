@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import Callback, LightningModule, lightning_of
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import is_folded
 from lightning_calibft.head.find import HeadNotFoundError, find_head
@@ -31,17 +29,17 @@ def check_trainer(trainer: Any, model: LightningModule) -> None:
     """Refuse a Trainer or module that would lead to a wrong gamma or to none.
 
     Raises:
-        TypeError: If the Trainer or the module does not come from the package ``lightning``.
+        TypeError: If the Trainer is not one of Lightning, or the module is not a LightningModule of the same package.
         RuntimeError: If the strategy shards the weights in a way that is not supported.
     """
-    for name, value, expected in (("trainer", trainer, Trainer), ("module", model, LightningModule)):
-        if not isinstance(value, expected):
-            kind = type(value)
-            raise TypeError(
-                f"Expected a {name} of the package `lightning`, but got {kind.__module__}.{kind.__name__}."
-                " Import from `lightning.pytorch`: its classes and those of `pytorch_lightning` do not mix."
-            )
-    strategies = lightning_of(trainer).strategies
+    lightning = lightning_of(trainer)
+    if not isinstance(model, lightning.LightningModule):
+        raise TypeError(
+            f"Expected a LightningModule of `{lightning.__name__}`, like the Trainer, but got a"
+            f" {type(model).__module__}.{type(model).__name__}. Derive it from `{lightning.__name__}.LightningModule`:"
+            " the classes of `lightning.pytorch` and those of `pytorch_lightning` do not mix."
+        )
+    strategies = lightning.strategies
     if isinstance(trainer.strategy, (strategies.DeepSpeedStrategy, strategies.FSDPStrategy)):
         raise RuntimeError(
             f"{type(trainer.strategy).__name__} is not supported: it flattens the weights. Use DDP, or shard the module"

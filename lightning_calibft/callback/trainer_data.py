@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
 from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.labels.class_map import IGNORE_INDEX

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from lightning_calibft.calibration.data_check import (
     warn_if_positions,
 )
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
+from lightning_calibft.callback.lightning_package import Strategy
 from lightning_calibft.callback.trainer_data import training_batches
 from lightning_calibft.estimators import needs_absent_samples
 from lightning_calibft.split import ClassSplit

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.result import CalibrationResult, result_of
+from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.estimators import Estimator, make_estimator
 from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, record_logits
 from lightning_calibft.split import ClassSplit

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
-
-from lightning_calibft.callback.lightning_package import lightning_of
+from lightning_calibft.callback.lightning_package import Callback, LightningModule, lightning_of
 from lightning_calibft.head.offset import attached_heads
 
 
@@ -53,13 +51,13 @@ def check_no_averaging(trainer: Any, argument: str) -> None:
     Raises:
         RuntimeError: If a callback averages the weights.
     """
-    callbacks = lightning_of(trainer).callbacks
-    for callback in trainer.callbacks:
-        if isinstance(callback, (callbacks.WeightAveraging, callbacks.StochasticWeightAveraging)):
-            raise RuntimeError(
-                f"{argument} is not supported with {type(callback).__name__}: the averaged weights are not in the"
-                " model when gamma is found. Leave the argument out."
-            )
+    kind = lightning_of(trainer).callbacks.StochasticWeightAveraging
+    averaging = _averaging_callbacks(trainer, trainer.callbacks)
+    if found := averaging + [each for each in trainer.callbacks if isinstance(each, kind)]:
+        raise RuntimeError(
+            f"{argument} is not supported with {type(found[0]).__name__}: the averaged weights are not in the"
+            " model when gamma is found. Leave the argument out."
+        )
 
 
 def averaged_copies(trainer: Any, model: LightningModule) -> Iterator[None]:
@@ -74,5 +72,5 @@ def averaged_copies(trainer: Any, model: LightningModule) -> Iterator[None]:
 
 
 def _averaging_callbacks(trainer: Any, callbacks: Iterable[Callback]) -> list[Any]:
-    kind = lightning_of(trainer).callbacks.WeightAveraging
+    kind = getattr(lightning_of(trainer).callbacks, "WeightAveraging", ())  # Lightning has it since 2.6
     return [callback for callback in callbacks if isinstance(callback, kind)]

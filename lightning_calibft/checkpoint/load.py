@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-from typing import Any, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning
 import torch
-from lightning.pytorch import LightningModule
 
 from lightning_calibft._format import StrPath
 from lightning_calibft.checkpoint.files import read_checkpoint
@@ -21,7 +20,10 @@ from lightning_calibft.checkpoint.state import (
 )
 from lightning_calibft.head.attach import set_gamma
 
-Module = TypeVar("Module", bound=LightningModule)
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+Module = TypeVar("Module", bound="LightningModule")
 
 
 def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: bool = True, **kwargs: Any) -> Module:
@@ -49,14 +51,17 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
 
         model = load_calibrated(MyModule, "checkpoints/best.ckpt")
     """
-    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+    # Compare by name: each package of Lightning has its own LightningModule class.
+    bases = module_class.__mro__ if isinstance(module_class, type) else ()
+    packages = {base.__module__.split(".")[0] for base in bases if base.__name__ == "LightningModule"}
+    if not (known := packages & {"lightning", "pytorch_lightning"}):
         raise TypeError(f"Expected argument `module_class` to be a LightningModule class, but got {module_class!r}.")
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     heads, metadata = calibrated_heads(checkpoint, path), calibration_metadata(checkpoint, path)
     stripped = io.BytesIO()
     state = without_calibration(state_dict_of(checkpoint, path))
     # Lightning refuses to load a file without its version, such as one with only weights.
-    torch.save({LIGHTNING_VERSION: lightning.__version__, **checkpoint, "state_dict": state}, stripped)
+    torch.save({LIGHTNING_VERSION: sys.modules[known.pop()].__version__, **checkpoint, "state_dict": state}, stripped)
     stripped.seek(0)
     module = module_class.load_from_checkpoint(stripped, weights_only=weights_only, **kwargs)
     for prefix, (gamma, mask) in heads.items():

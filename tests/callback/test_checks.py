@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
 
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics
 from tests.helpers.runs import (
@@ -19,23 +17,6 @@ from tests.helpers.runs import (
 )
 
 pytestmark = quiet
-
-
-def test_the_other_lightning(tmp_path):
-    trainer = pytorch_lightning.Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[AbsentClassCalibration()], max_epochs=1
-    )
-
-    class Module(pytorch_lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(5, 6)
-
-        training_step = Plain.training_step
-        configure_optimizers = Plain.configure_optimizers
-
-    with pytest.raises(TypeError, match=r"a trainer of the package `lightning`, but got pytorch_lightning\."):
-        trainer.fit(Module(), loader())
 
 
 @pytest.fixture
