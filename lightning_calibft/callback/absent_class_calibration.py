@@ -229,10 +229,7 @@ class AbsentClassCalibration(Callback):
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
-        if self._split is None:
-            self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
-            self._labels.add_classes(self._restored_classes)
-        self._search.start(trainer, pl_module, self._reader, self._split)
+        self._begin(trainer, pl_module)
 
     # Training.
 
@@ -258,6 +255,8 @@ class AbsentClassCalibration(Callback):
         assert self._files is not None
         if self._files.forgetful:
             self._files.note()
+        if batch_idx == 0 or not self._batch_checked:
+            self._ensure_attached(trainer, pl_module)
         if not self._batch_checked:
             for part in training_batches(batch, trainer.train_dataloader)[:1]:
                 check_first_batch(trainer, pl_module, part, self._reader)
@@ -284,9 +283,8 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._attachment.ensure(trainer, pl_module)
-        elif not trainer.sanity_checking:
+        self._ensure_attached(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
                 self._refresh(trainer, pl_module)
@@ -403,6 +401,24 @@ class AbsentClassCalibration(Callback):
 
     # Helpers of the hooks.
 
+    def _begin(self, trainer: Trainer, model: LightningModule) -> None:
+        """Begin a fit, or begin it again with a head that has replaced the one before."""
+        self._attachment.watch_copies(model)
+        self._batch_checked = False
+        if self._split is None:
+            classes = self._restored_classes if self._labels is None else self._labels.classes()
+            self._labels = TrainingLabels(width := head_width(model), self._reader.maps)
+            self._labels.add_classes(label for label in classes if label < width)
+        else:
+            self._labels = None
+        self._search.start(trainer, model, self._reader, self._split)
+
+    def _ensure_attached(self, trainer: Trainer, model: LightningModule) -> None:
+        """Attach the calibration again if the module has replaced its head."""
+        if self._attachment.ensure(trainer, model) and trainer.state.fn == "fit":
+            reset_gamma(model)
+            self._begin(trainer, model)
+
     def _read_arguments(self, num_classes: int) -> None:
         """Interpret the arguments again, now that the width of the head is known."""
         self._reader = self._make_reader(num_classes)
@@ -478,6 +494,7 @@ class AbsentClassCalibration(Callback):
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         """Put the gamma of the final weights into the model and into averaged copies of it."""
         self._finished = True
+        self._ensure_attached(trainer, model)
         found = self._search.result_of_steps(trainer)
         self._search.stop()
         if (found := found or self._search.found_for_present(trainer)) is not None:
@@ -501,6 +518,7 @@ class AbsentClassCalibration(Callback):
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
+        self._attachment.leave_out_frozen_copies()
         set_attached_gamma(model, result.gamma, result.split)
 
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:

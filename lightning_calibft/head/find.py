@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_calibft._arguments import check_model
+from lightning_calibft.head.copies import copies_of
 from lightning_calibft.head.layers import (
     Head,
     forward_name,
+    frozen_networks,
     head_candidates,
     head_names,
     is_channels_first,
@@ -20,7 +22,7 @@ from lightning_calibft.head.layers import (
     unwrap,
     width_of,
 )
-from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.offset import attached_copies, offset_of
 from lightning_calibft.head.zero_shot import ZeroShotHead
 
 # Attributes under which torchvision, timm, Hugging Face and most others keep the head.
@@ -33,13 +35,26 @@ class HeadNotFoundError(ValueError):
     """The model has no classification head, or not yet."""
 
 
+class SeveralHeadsError(ValueError):
+    """Several modules could be the classification head.
+
+    Attributes:
+        heads: The heads, as ``find_head`` would return each.
+    """
+
+    def __init__(self, message: str, heads: list[tuple[nn.Module, ...]]) -> None:
+        super().__init__(message)
+        self.heads = heads
+
+
 def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     """Find the module whose output is the logits.
 
     The rules are tried in this order: heads that already carry a calibration; ``model`` itself; a ``ZeroShotHead``;
     timm's ``get_classifier()``; well-known attribute names; the last layer that is ``Linear`` or has an integer
     ``out_features``, if no other has its width; a model without any such layer that states its number of classes.
-    The rules only guess. :func:`probe` checks with data.
+    The rules only guess. :func:`probe` checks with data. A network that is not trained, such as a teacher, is left out
+    if another one is. Of equal copies of a network, the head of the first is returned.
 
     Args:
         model: Any module, also one that wraps the classifier: a LightningModule, a compiled or an averaged model.
@@ -123,7 +138,8 @@ def _output_of(module: nn.Module, head: str) -> tuple[nn.Module, ...]:
 
 
 def _attached(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(attached_heads(model).values())
+    copies = attached_copies(model)
+    return next((heads for heads in copies if any(offset_of(head).coefficient for head in heads)), ())
 
 
 def _itself(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -137,7 +153,8 @@ def _zero_shot(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
     """Ask the shallowest modules that have timm's ``get_classifier``."""
-    owners = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_classifier")]
+    searched = model.named_modules(frozen_networks(model))
+    owners = [(name, module) for name, module in searched if hasattr(module, "get_classifier")]
     shallowest = min((_depth(name) for name, _ in owners), default=0)
     found = []
     for name, owner in owners:
@@ -154,8 +171,9 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
     """Look for well-known names, no deeper than the shallowest candidate."""
-    for depth in range(1, min(map(_depth, head_candidates(model)), default=0) + 1):
-        parents = [module for name, module in model.named_modules() if _depth(name) == depth - 1]
+    frozen = frozen_networks(model)
+    for depth in range(1, min(map(_depth, head_candidates(model, frozen)), default=0) + 1):
+        parents = [module for name, module in model.named_modules(set(frozen)) if _depth(name) == depth - 1]
         if heads := _only(model, [found for parent in parents for found in _named_children(parent)]):
             return heads
     return ()
@@ -163,10 +181,9 @@ def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
     """Take the last candidate that is no 1x1 convolution, of which networks have many."""
-    layers = [module for module in head_candidates(model).values() if not is_channels_first(module)]
-    if layers and sum(width_of(module) == width_of(layers[-1]) for module in layers) > 1:
-        raise ValueError(f"Found several modules that could be the classification head. {remedy(model)}")
-    return tuple(layers[-1:])
+    found = head_candidates(model, frozen_networks(model)).values()
+    layers = [module for module in found if not is_channels_first(module)]
+    return _only(model, [(module,) for module in layers if width_of(module) == width_of(layers[-1])])
 
 
 def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -179,9 +196,11 @@ def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _only(model: nn.Module, found: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
     distinct = list(dict.fromkeys(heads for heads in found if heads))
-    if len(distinct) > 1:
+    if len(distinct) > 1 and not set(distinct[1:]) <= set(copies_of(model, distinct[0], of_equal_weights=True)):
         names = ", ".join(repr(name) for heads in distinct for name in head_names(model, heads))
-        raise ValueError(f"Found several modules that could be the classification head: {names}. {remedy(model)}")
+        raise SeveralHeadsError(
+            f"Found several modules that could be the classification head: {names}. {remedy(model)}", distinct
+        )
     return distinct[0] if distinct else ()
 
 

@@ -23,7 +23,7 @@ from lightning_calibft.head.layers import (
     unwrap,
     width_of,
 )
-from lightning_calibft.head.offset import attached_heads, is_attached, like_dtensor, offset_of
+from lightning_calibft.head.offset import attached_copies, attached_heads, is_attached, like_dtensor, offset_of
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.head.record import class_axis_last, gather_dtensor
 
@@ -63,24 +63,28 @@ def probe(forward: Forward, model: nn.Module) -> None:
         raise ValueError("Expected argument `model` to carry a calibration. Call `attach(model)` first.")
     with evaluation(model):
         base = _logits(forward, model)
-        effects = [_effect(forward, model, base, head) for head in heads.values()]
-        if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
+        effects = {head: _effect(forward, model, base, head) for head in heads.values()}
+        if not all(output.isfinite().all() for effect in effects.values() for output in effect.outputs):
             raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
         if base.isnan().any():
             raise ValueError(f"Expected the logits of {type(model).__name__} to be numbers, but got NaN.")
-        problem = _problem(effects, base)
-        if problem is None:
-            _store_proof(model, heads, effects)
+        # The heads of one copy of the model give the logits, or all heads do so together.
+        choices = dict.fromkeys((*attached_copies(model), tuple(effects)))
+        problems = {choice: _problem([effects[head] for head in choice], base) for choice in choices}
+        if found := next((choice for choice, problem in problems.items() if problem is None), ()):
+            _store_proof(model, effects, found)
             return
+        called = [choice for choice in choices if all(effects[head].outputs for head in choice)]
+        meant = (called or list(choices))[0]
         others = {
             name: _effect(forward, model, base, module)
             for name, module in head_candidates(model).items()
             if not is_attached(module) and num_classes(module) == base.shape[-1]
         }
         whole = _whole_remedy(forward, model, base)
-    names = " and ".join(repr(name or "forward") for name in heads)
+    names = " and ".join(repr(name or "forward") for name, head in heads.items() if head in meant)
     raise ValueError(
-        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problem}"
+        f"Expected the head {names} of {type(model).__name__} to give the logits, but {problems[meant]}"
         f" {_remedy(others, base, whole)}"
     )
 
@@ -130,7 +134,7 @@ def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
         return False
     if not actual.is_floating_point():
         return False
-    child = offset_of(next(iter(attached_heads(model).values())))
+    child = next(child for child in map(offset_of, attached_heads(model).values()) if child.coefficient != 0)
     expected = logits.cpu().double()
     if not child.training:
         expected = expected + (child.offset * child.mask).cpu()
@@ -243,13 +247,19 @@ def _difference(expected: Tensor, output: Tensor, resolution: float) -> str | No
     )
 
 
-def _store_proof(model: nn.Module, heads: dict[str, nn.Module], effects: list[_Effect]) -> None:
+def _store_proof(model: nn.Module, effects: dict[nn.Module, _Effect], found: tuple[nn.Module, ...]) -> None:
     """Let recorders weigh the heads as the model does, and mark each as proved."""
-    equal, structure = 1 / len(heads), _structure(model)
-    for head, effect in zip(heads.values(), effects, strict=True):
-        within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
-        offset_of(head).coefficient = equal if within_rounding else effect.coefficient
-        offset_of(head).proved_structure = structure
+    equal, structure = 1 / len(found), _structure(model)
+    for head, effect in effects.items():
+        child = offset_of(head)
+        if head in found:
+            within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
+            child.coefficient = equal if within_rounding else effect.coefficient
+        else:
+            child.coefficient = 0.0
+        # A head that runs in the forward for something else may not get gamma.
+        child.left_out = head not in found and bool(effect.outputs)
+        child.proved_structure = structure
 
 
 def _structure(model: nn.Module) -> tuple[Any, ...]:

@@ -1,0 +1,75 @@
+"""Find a head again in the copies of a network that a module holds, such as averages of its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_calibft._format import CHILD_NAME
+from lightning_calibft.head.layers import head_names, is_layer
+
+
+def copies_of(
+    model: nn.Module, heads: tuple[nn.Module, ...], *, of_equal_weights: bool = False
+) -> list[tuple[nn.Module, ...]]:
+    """Return the same heads in copies of the network that they are in.
+
+    A copy has the same modules with weights of the same shapes, as an average of the weights has. A copy of a single
+    layer also has the same weights: two heads of one width are not copies.
+
+    Args:
+        model: The model, which holds the network and its copies.
+        heads: The heads, which give the logits together.
+        of_equal_weights: Whether each copy must have the same weights.
+
+    Example:
+        >>> import copy
+        >>> model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))})
+        >>> model["average"] = copy.deepcopy(model["net"])
+        >>> copies_of(model, (model["net"][-1],)) == [(model["average"][-1],)]
+        True
+    """
+    names = [name.split(".") for name in head_names(model, heads)]
+    shared = next(
+        (depth for depth, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1), len(names[0])
+    )
+    for depth in range(1, min(shared, *map(len, names)) + 1):  # the largest network first
+        network = model.get_submodule(".".join(names[0][:depth]))
+        structure = _structure(network)
+        copies = [
+            other
+            for other in model.modules()
+            if type(other) is type(network)
+            and other is not network
+            and _structure(other) == structure
+            and (not (of_equal_weights or is_layer(network)) or _have_equal_weights(other, network))
+        ]
+        if found := [tuple(copy.get_submodule(".".join(parts[depth:])) for parts in names) for copy in copies]:
+            return found
+    return []
+
+
+def split_copies(
+    model: nn.Module, heads: tuple[nn.Module, ...]
+) -> tuple[tuple[nn.Module, ...], list[tuple[nn.Module, ...]]]:
+    """Return the heads that give the logits together, and the same heads in copies, of all heads with a calibration."""
+    copies = copies_of(model, heads[:1])
+    return (heads[:1], copies) if {(head,) for head in heads[1:]} <= set(copies) else (heads, [])
+
+
+def _structure(network: nn.Module) -> list[Any]:
+    return [
+        (name, type(module), [None if is_lazy(each) else each.shape for each in module.parameters(recurse=False)])
+        for name, module in network.named_modules()
+        if CHILD_NAME not in name
+    ]
+
+
+def _have_equal_weights(network: nn.Module, other: nn.Module) -> bool:
+    pairs = list(zip(network.parameters(), other.parameters(), strict=True))
+    return not any(is_lazy(each) or each.is_meta for pair in pairs for each in pair) and all(
+        torch.equal(weight, same) for weight, same in pairs
+    )
