@@ -259,12 +259,14 @@ class AbsentClassCalibration(Callback):
             self._ensure_attached(trainer, pl_module)
         if not self._batch_checked:
             for part in training_batches(batch, trainer.train_dataloader)[:1]:
-                check_first_batch(trainer, pl_module, part, self._reader)
+                with self._attachment.evaluated_copy(pl_module):
+                    check_first_batch(trainer, pl_module, part, self._reader)
                 self._batch_checked = True
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
         if self._search.steps is not None:
             self._search.steps.start_step(self._reader.rows(batch))
+        self._attachment.pause_gamma()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -275,6 +277,7 @@ class AbsentClassCalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._attachment.resume_gamma()
         if self._search.steps is not None:
             # If there are no outputs, the step returned None.
             self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
@@ -295,6 +298,7 @@ class AbsentClassCalibration(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._monitor.start_batch(batch)
+        self._attachment.watch_evaluation(pl_module)
 
     @override
     def on_validation_batch_end(
@@ -306,6 +310,7 @@ class AbsentClassCalibration(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._attachment.end_evaluation_batch()
         self._monitor.end_batch(dataloader_idx)
 
     @override
@@ -382,6 +387,7 @@ class AbsentClassCalibration(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._attachment.stop_waiting()
+        self._attachment.resume_gamma()
         self._monitor.stop()
         self._search.forget()
         if not isinstance(exception, KeyboardInterrupt):
@@ -403,7 +409,7 @@ class AbsentClassCalibration(Callback):
 
     def _begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a fit, or begin it again with a head that has replaced the one before."""
-        self._attachment.watch_copies(model)
+        self._attachment.watch_copies()
         self._batch_checked = False
         if self._split is None:
             classes = self._restored_classes if self._labels is None else self._labels.classes()
@@ -481,7 +487,8 @@ class AbsentClassCalibration(Callback):
                 split = None if reading is None else self._split_of(trainer, reading)
                 if reading is None or split is None:
                     return
-                result = self._search.run_before_validation(trainer, reading, split)
+                with self._attachment.evaluated_copy(model):
+                    result = self._search.run_before_validation(trainer, reading, split)
         except ValueError as error:  # for example, logits that are not finite; training may recover
             reset_gamma(model)
             self.result = None
@@ -506,12 +513,18 @@ class AbsentClassCalibration(Callback):
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
                 return
-            live = self._search.run(trainer, reading, split)
+            live = self._run(trainer, model, reading, split)
             self._put(model, live)
             for _ in averaged_copies(trainer, model):
                 # When training ends, the model already has the averaged weights.
-                result = live if trained else self._search.run(trainer, reading, split)
+                result = live if trained else self._run(trainer, model, reading, split)
                 set_attached_gamma(model, result.gamma, split)
+
+    def _run(
+        self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
+    ) -> CalibrationResult:
+        with self._attachment.evaluated_copy(model):
+            return self._search.run(trainer, reading, split)
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
@@ -534,7 +547,7 @@ class AbsentClassCalibration(Callback):
 
             def result_of(checkpoint: dict[str, Any]) -> CalibrationResult:
                 found = self._search.found_for_file(model, checkpoint, live.split)
-                return found or self._search.run(trainer, reading, live.split)
+                return found or self._run(trainer, model, reading, live.split)
 
             self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from lightning_calibft.callback.checkpoint_files import restore_calibration
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import MASK
 from lightning_calibft.head.attach import attach_at, check_several_classes, detach
-from lightning_calibft.head.copies import copies_of, split_copies
+from lightning_calibft.head.copies import copies_of, in_place_of, split_copies
 from lightning_calibft.head.find import HeadNotFoundError, SeveralHeadsError, find_head
 from lightning_calibft.head.layers import as_tuple, num_classes, width_of
-from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
+from lightning_calibft.head.offset import AbsentClassOffset, attached_copies, attached_heads, is_attached, offset_of
 
 # Where a module may build its network, after a callback's `setup`.
 _BUILDING_HOOKS = ("setup", "configure_model", "on_load_checkpoint", "on_fit_start", "on_train_start")
@@ -41,6 +42,12 @@ class HeadAttachment:
         self._before: dict[nn.Module, list[Tensor]] = {}  # the weights of copies of the head, before the fit
         self._frozen: set[nn.Module] = set()
         self._trained: set[nn.Parameter] = set()
+        # While it is watched which copy is evaluated: those that ran, all, and what each counts.
+        self._ran: set[AbsentClassOffset] = set()
+        self._copies: dict[tuple[nn.Module, ...], list[AbsentClassOffset]] = {}
+        self._weights: dict[AbsentClassOffset, float] = {}
+        self._evaluated: tuple[nn.Module, ...] = ()
+        self._paused: list[tuple[Tensor, Tensor]] = []
 
     def attach_or_wait(self, model: LightningModule, sharded: bool) -> None:
         """Attach the calibration now, or when weights are restored if the head does not exist yet.
@@ -57,7 +64,7 @@ class HeadAttachment:
                 still build another.
         """
         self.stop_waiting()
-        self._heads, self._trained = {}, set()
+        self._heads, self._trained, self._evaluated = {}, set(), ()
         if sharded:
             # Before weights are restored from a sharded folder, the state dict is taken.
             register = model.register_state_dict_pre_hook
@@ -91,14 +98,15 @@ class HeadAttachment:
             return False
         same = bool(self._heads) and self._is_in_place(model) and all(map(_fits, self._heads.values()))
         self._attach(model)
+        self._remember_weights()
         if not heads and is_model_parallel(trainer):
             restore_calibration(trainer, model)
         return not same
 
-    def watch_copies(self, model: LightningModule) -> None:
+    def watch_copies(self) -> None:
         """Remember the weights of copies of the head, as a fit begins. A teacher will still have them at its end."""
-        heads, self._frozen = list(attached_heads(model).values()), set()
-        self._before = {head: _weights(head) for head in heads} if len(heads) > 1 else {}
+        self._before, self._frozen = {}, set()
+        self._remember_weights()
 
     def leave_out_frozen_copies(self) -> None:
         """Let copies that do not give the logits, and that the fit has not changed so far, stay without gamma.
@@ -112,11 +120,77 @@ class HeadAttachment:
             child.left_out = all(map(torch.equal, _weights(head), before))
             self._frozen.add(head)
 
+    def watch_evaluation(self, model: LightningModule) -> None:
+        """See in the next evaluation batch which copy of its network the module evaluates, if there are several."""
+        copies = attached_copies(model)
+        if len(copies) < 2 or self._evaluated in copies:
+            return
+        self._copies, self._ran = {copy: [offset_of(head) for head in copy] for copy in copies}, set()
+        self._weights = {child: child.coefficient for child in chain.from_iterable(self._copies.values())}
+        for children in self._copies.values():
+            for child in children:
+                child.set_recorders((*child.recorders, self._note))
+                if 0 in self._weights.values():  # the copy that `forward` does not call may be the one to record
+                    child.coefficient = 1 / len(children)
+
+    def end_evaluation_batch(self) -> None:
+        """Let the copy count that the batch has run, if it has run one only."""
+        copies, self._copies = self._copies, {}
+        for child, coefficient in self._weights.items():
+            child.set_recorders(tuple(recorder for recorder in child.recorders if recorder != self._note))
+            child.coefficient = coefficient
+        self._weights = {}
+        ran = [copy for copy, children in copies.items() if self._ran.issuperset(children)]
+        if len(ran) == 1:
+            self._evaluated = ran[0]
+            self._weigh_evaluated(copies)
+
+    @contextmanager
+    def evaluated_copy(self, model: LightningModule) -> Iterator[None]:
+        """Run the copy of the network that the module evaluates wherever it runs one of the others."""
+        copies = attached_copies(model)
+        if self._evaluated not in copies:
+            yield
+            return
+        others = [copy[0] for copy in copies if copy != self._evaluated]
+        with in_place_of(model, self._evaluated[0], others):
+            yield
+        self._weigh_evaluated({copy: [offset_of(head) for head in copy] for copy in copies})
+
+    def _weigh_evaluated(self, copies: Mapping[tuple[nn.Module, ...], list[AbsentClassOffset]]) -> None:
+        for copy, children in copies.items():
+            for child in children:
+                if copy != self._evaluated:
+                    child.coefficient = 0.0
+                elif child.coefficient == 0:
+                    child.coefficient = 1 / len(children)
+
+    def _note(self, child: AbsentClassOffset, logits: Tensor) -> None:
+        self._ran.add(child)
+
+    def pause_gamma(self) -> None:
+        """Take gamma out of the copies of the head for a training step, which may run one of them in eval mode."""
+        if len(self._heads) > 1:
+            children = map(offset_of, self._heads.values())
+            self._paused = [(child.offset, child.offset.clone()) for child in children]
+            for offset, _ in self._paused:
+                offset.zero_()
+
+    def resume_gamma(self) -> None:
+        """Put gamma back after a training step."""
+        paused, self._paused = self._paused, []
+        for offset, gamma in paused:
+            offset.copy_(gamma)
+
     def stop_waiting(self) -> None:
         """Remove the hook that waits for the head."""
         if self._waiting is not None:
             self._waiting.remove()
             self._waiting = None
+
+    def _remember_weights(self) -> None:
+        for head in self._heads.values() if len(self._heads) > 1 else ():
+            self._before.setdefault(head, _weights(head))
 
     def _attach(self, model: LightningModule) -> None:
         replaced = {} if self._is_in_place(model) else self._heads
@@ -149,11 +223,13 @@ class HeadAttachment:
             self._attach(model)
         masks = {key.removesuffix(MASK).rstrip("."): value for key, value in state_dict.items() if key.endswith(MASK)}
         widths = {len(mask) for mask in masks.values()}
-        if self._head is not None or len(widths) != 1 or masks.keys() == attached_heads(model).keys():
+        if self._head is not None or len(widths) != 1:
             return
         # The weights are those of another module if it does not have all the heads.
         with suppress(AttributeError, ValueError):
-            heads = tuple(map(model.get_submodule, masks))
+            heads = tuple(dict.fromkeys(map(model.get_submodule, masks)))  # one may have several names
+            if set(heads) == set(attached_heads(model).values()):
+                return
             detach(model)
             self._attach_at(model, *split_copies(model, heads), widths.pop())
 

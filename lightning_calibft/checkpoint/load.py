@@ -75,7 +75,7 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
             f" {sorted(widths)}. Pass the class that was trained, with its number of classes."
         )
     detach(module)  # one that the class attaches may be at another module
-    attach_at(module, *split_copies(module, tuple(modules.values())), widths.pop())
+    attach_at(module, *split_copies(module, tuple(dict.fromkeys(modules.values()))), widths.pop())
     for prefix, (gamma, mask) in heads.items():
         offset_of(modules[prefix]).set(gamma, ClassSplit(len(mask), *classes_of(metadata, mask)))
     return module.eval()
@@ -83,7 +83,7 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
 
 def _module_at(model: LightningModule, name: str, path: StrPath) -> nn.Module:
     """Return the module that a file names, also if the model has other wrappers of compilers and parallel training."""
-    named: dict[str, nn.Module] = dict(model.named_modules())
+    named: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in named:
         return named[name]
     found: list[nn.Module] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,9 +43,10 @@ def copies_of(
         structure = _structure(network)
         copies = [
             other
-            for other in model.modules()
+            for name, other in model.named_modules()
             if type(other) is type(network)
             and other is not network
+            and "original_module" not in name.split(".")  # of a layer that PEFT trains in full
             and _structure(other) == structure
             and (not (of_equal_weights or is_layer(network)) or _have_equal_weights(other, network))
         ]
@@ -58,6 +61,40 @@ def split_copies(
     """Return the heads that give the logits together, and the same heads in copies, of all heads with a calibration."""
     copies = copies_of(model, heads[:1])
     return (heads[:1], copies) if {(head,) for head in heads[1:]} <= set(copies) else (heads, [])
+
+
+@contextmanager
+def in_place_of(model: nn.Module, head: nn.Module, others: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the network of one head where its copies are, so that ``model`` runs it wherever it would run one of them.
+
+    Example:
+        >>> import copy
+        >>> model = nn.Sequential(nn.Linear(8, 5))
+        >>> average = copy.deepcopy(model)
+        >>> both = nn.ModuleDict({"model": model, "average": average})
+        >>> with in_place_of(both, average[0], [model[0]]):
+        ...     both["model"] is average
+        True
+        >>> both["model"] is average
+        False
+    """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for other in others:
+        here, there = (name.split(".") for name in head_names(model, (head, other)))
+        while len(here) > 1 and len(there) > 1 and here[-1] == there[-1]:
+            here, there = here[:-1], there[:-1]
+        network = model.get_submodule(".".join(here))
+        if there[-1] == "_orig_mod":  # the compiled network would run the one that it was made from
+            there = there[:-1]
+        replaced.append((model.get_submodule(".".join(there[:-1])), there[-1], network))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, network in replaced:
+            setattr(owner, name, network)
+        yield
+    finally:
+        for owner, name, network in before:
+            setattr(owner, name, network)
 
 
 def _structure(network: nn.Module) -> list[Any]:
