@@ -20,6 +20,7 @@ from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibra
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.network_copies import NetworkCopies
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -178,6 +179,7 @@ class AbsentClassCalibration(Callback):
             absent_classes,
         )
         self._attachment = HeadAttachment(head, self._read_arguments)
+        self._copies = NetworkCopies()
         self._reader = self._make_reader(None)
         self._split: ClassSplit | None = None  # if the arguments give it
         self._start_afresh()
@@ -204,6 +206,7 @@ class AbsentClassCalibration(Callback):
             self._search.setup(trainer, pl_module)
             if self.calibrate_checkpoints and self.source != "training_steps":
                 check_sharded_checkpoints(trainer, self.refresh_on_validation)
+        self._copies.begin()
         self._attachment.attach_or_wait(pl_module, sharded=is_model_parallel(trainer))
         if stage == "fit":
             order_callbacks(trainer, self)
@@ -224,6 +227,7 @@ class AbsentClassCalibration(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.ensure(trainer, pl_module)
+        self._copies.note(pl_module)
         check_averaged_copies(trainer, pl_module)
         reset_gamma(pl_module)  # a gamma from before does not fit the weights of this fit
         for _ in averaged_copies(trainer, pl_module):
@@ -259,14 +263,14 @@ class AbsentClassCalibration(Callback):
             self._ensure_attached(trainer, pl_module)
         if not self._batch_checked:
             for part in training_batches(batch, trainer.train_dataloader)[:1]:
-                with self._attachment.evaluated_copy(pl_module):
+                with self._copies.evaluated(pl_module):
                     check_first_batch(trainer, pl_module, part, self._reader)
                 self._batch_checked = True
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
         if self._search.steps is not None:
             self._search.steps.start_step(self._reader.rows(batch))
-        self._attachment.pause_gamma()
+        self._copies.pause_gamma()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -277,7 +281,7 @@ class AbsentClassCalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._attachment.resume_gamma()
+        self._copies.resume_gamma()
         if self._search.steps is not None:
             # If there are no outputs, the step returned None.
             self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
@@ -298,7 +302,7 @@ class AbsentClassCalibration(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._monitor.start_batch(batch)
-        self._attachment.watch_evaluation(pl_module)
+        self._copies.start_evaluation_batch()
 
     @override
     def on_validation_batch_end(
@@ -310,7 +314,7 @@ class AbsentClassCalibration(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._attachment.end_evaluation_batch()
+        self._copies.end_evaluation_batch()
         self._monitor.end_batch(dataloader_idx)
 
     @override
@@ -324,7 +328,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._attachment.ensure(trainer, pl_module)
+        self._ensure_attached(trainer, pl_module)
         self._start_monitor(trainer, pl_module, trainer.num_test_batches)
 
     on_test_batch_start = on_validation_batch_start
@@ -387,7 +391,7 @@ class AbsentClassCalibration(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._attachment.stop_waiting()
-        self._attachment.resume_gamma()
+        self._copies.resume_gamma()
         self._monitor.stop()
         self._search.forget()
         if not isinstance(exception, KeyboardInterrupt):
@@ -409,7 +413,6 @@ class AbsentClassCalibration(Callback):
 
     def _begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a fit, or begin it again with a head that has replaced the one before."""
-        self._attachment.watch_copies()
         self._batch_checked = False
         if self._split is None:
             classes = self._restored_classes if self._labels is None else self._labels.classes()
@@ -421,7 +424,9 @@ class AbsentClassCalibration(Callback):
 
     def _ensure_attached(self, trainer: Trainer, model: LightningModule) -> None:
         """Attach the calibration again if the module has replaced its head."""
-        if self._attachment.ensure(trainer, model) and trainer.state.fn == "fit":
+        replaced = self._attachment.ensure(trainer, model)
+        self._copies.note(model)
+        if replaced and trainer.state.fn == "fit":
             reset_gamma(model)
             self._begin(trainer, model)
 
@@ -487,7 +492,7 @@ class AbsentClassCalibration(Callback):
                 split = None if reading is None else self._split_of(trainer, reading)
                 if reading is None or split is None:
                     return
-                with self._attachment.evaluated_copy(model):
+                with self._copies.evaluated(model):
                     result = self._search.run_before_validation(trainer, reading, split)
         except ValueError as error:  # for example, logits that are not finite; training may recover
             reset_gamma(model)
@@ -523,7 +528,7 @@ class AbsentClassCalibration(Callback):
     def _run(
         self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
     ) -> CalibrationResult:
-        with self._attachment.evaluated_copy(model):
+        with self._copies.evaluated(model):
             return self._search.run(trainer, reading, split)
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
@@ -531,7 +536,7 @@ class AbsentClassCalibration(Callback):
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
-        self._attachment.leave_out_frozen_copies()
+        self._copies.leave_out_frozen()
         set_attached_gamma(model, result.gamma, result.split)
 
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:

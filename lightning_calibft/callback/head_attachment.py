@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import chain
+from contextlib import suppress
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft.callback.checkpoint_files import restore_calibration
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import MASK
 from lightning_calibft.head.attach import attach_at, check_several_classes, detach
-from lightning_calibft.head.copies import copies_of, in_place_of, split_copies
+from lightning_calibft.head.copies import copies_of, split_copies
 from lightning_calibft.head.find import HeadNotFoundError, SeveralHeadsError, find_head
 from lightning_calibft.head.layers import as_tuple, num_classes, width_of
-from lightning_calibft.head.offset import AbsentClassOffset, attached_copies, attached_heads, is_attached, offset_of
+from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
 
 # Where a module may build its network, after a callback's `setup`.
 _BUILDING_HOOKS = ("setup", "configure_model", "on_load_checkpoint", "on_fit_start", "on_train_start")
@@ -39,15 +37,7 @@ class HeadAttachment:
         self._check = check
         self._waiting: RemovableHandle | None = None
         self._heads: dict[str, nn.Module] = {}  # that carry the calibration, by name
-        self._before: dict[nn.Module, list[Tensor]] = {}  # the weights of copies of the head, before the fit
-        self._frozen: set[nn.Module] = set()
         self._trained: set[nn.Parameter] = set()
-        # While it is watched which copy is evaluated: those that ran, all, and what each counts.
-        self._ran: set[AbsentClassOffset] = set()
-        self._copies: dict[tuple[nn.Module, ...], list[AbsentClassOffset]] = {}
-        self._weights: dict[AbsentClassOffset, float] = {}
-        self._evaluated: tuple[nn.Module, ...] = ()
-        self._paused: list[tuple[Tensor, Tensor]] = []
 
     def attach_or_wait(self, model: LightningModule, sharded: bool) -> None:
         """Attach the calibration now, or when weights are restored if the head does not exist yet.
@@ -64,7 +54,7 @@ class HeadAttachment:
                 still build another.
         """
         self.stop_waiting()
-        self._heads, self._trained, self._evaluated = {}, set(), ()
+        self._heads, self._trained = {}, set()
         if sharded:
             # Before weights are restored from a sharded folder, the state dict is taken.
             register = model.register_state_dict_pre_hook
@@ -94,103 +84,21 @@ class HeadAttachment:
         self.stop_waiting()
         self._trained = set(_parameters_in_training(trainer))
         heads = attached_heads(model)
+        for head in heads.values():  # one that was attached in eval mode is not in the modes that Lightning restores
+            offset_of(head).train(head.training)
         if heads and heads == self._heads and all(map(_fits, heads.values())):
             return False
         same = bool(self._heads) and self._is_in_place(model) and all(map(_fits, self._heads.values()))
         self._attach(model)
-        self._remember_weights()
         if not heads and is_model_parallel(trainer):
             restore_calibration(trainer, model)
         return not same
-
-    def watch_copies(self) -> None:
-        """Remember the weights of copies of the head, as a fit begins. A teacher will still have them at its end."""
-        self._before, self._frozen = {}, set()
-        self._remember_weights()
-
-    def leave_out_frozen_copies(self) -> None:
-        """Let copies that do not give the logits, and that the fit has not changed so far, stay without gamma.
-
-        A copy that the fit does change is an average of the weights, or has them. It gets the same gamma.
-        """
-        for head, before in self._before.items():
-            child = offset_of(head) if is_attached(head) else None
-            if child is None or child.coefficient != 0 or (child.left_out and head not in self._frozen):
-                continue
-            child.left_out = all(map(torch.equal, _weights(head), before))
-            self._frozen.add(head)
-
-    def watch_evaluation(self, model: LightningModule) -> None:
-        """See in the next evaluation batch which copy of its network the module evaluates, if there are several."""
-        copies = attached_copies(model)
-        if len(copies) < 2 or self._evaluated in copies:
-            return
-        self._copies, self._ran = {copy: [offset_of(head) for head in copy] for copy in copies}, set()
-        self._weights = {child: child.coefficient for child in chain.from_iterable(self._copies.values())}
-        for children in self._copies.values():
-            for child in children:
-                child.set_recorders((*child.recorders, self._note))
-                if 0 in self._weights.values():  # the copy that `forward` does not call may be the one to record
-                    child.coefficient = 1 / len(children)
-
-    def end_evaluation_batch(self) -> None:
-        """Let the copy count that the batch has run, if it has run one only."""
-        copies, self._copies = self._copies, {}
-        for child, coefficient in self._weights.items():
-            child.set_recorders(tuple(recorder for recorder in child.recorders if recorder != self._note))
-            child.coefficient = coefficient
-        self._weights = {}
-        ran = [copy for copy, children in copies.items() if self._ran.issuperset(children)]
-        if len(ran) == 1:
-            self._evaluated = ran[0]
-            self._weigh_evaluated(copies)
-
-    @contextmanager
-    def evaluated_copy(self, model: LightningModule) -> Iterator[None]:
-        """Run the copy of the network that the module evaluates wherever it runs one of the others."""
-        copies = attached_copies(model)
-        if self._evaluated not in copies:
-            yield
-            return
-        others = [copy[0] for copy in copies if copy != self._evaluated]
-        with in_place_of(model, self._evaluated[0], others):
-            yield
-        self._weigh_evaluated({copy: [offset_of(head) for head in copy] for copy in copies})
-
-    def _weigh_evaluated(self, copies: Mapping[tuple[nn.Module, ...], list[AbsentClassOffset]]) -> None:
-        for copy, children in copies.items():
-            for child in children:
-                if copy != self._evaluated:
-                    child.coefficient = 0.0
-                elif child.coefficient == 0:
-                    child.coefficient = 1 / len(children)
-
-    def _note(self, child: AbsentClassOffset, logits: Tensor) -> None:
-        self._ran.add(child)
-
-    def pause_gamma(self) -> None:
-        """Take gamma out of the copies of the head for a training step, which may run one of them in eval mode."""
-        if len(self._heads) > 1:
-            children = map(offset_of, self._heads.values())
-            self._paused = [(child.offset, child.offset.clone()) for child in children]
-            for offset, _ in self._paused:
-                offset.zero_()
-
-    def resume_gamma(self) -> None:
-        """Put gamma back after a training step."""
-        paused, self._paused = self._paused, []
-        for offset, gamma in paused:
-            offset.copy_(gamma)
 
     def stop_waiting(self) -> None:
         """Remove the hook that waits for the head."""
         if self._waiting is not None:
             self._waiting.remove()
             self._waiting = None
-
-    def _remember_weights(self) -> None:
-        for head in self._heads.values() if len(self._heads) > 1 else ():
-            self._before.setdefault(head, _weights(head))
 
     def _attach(self, model: LightningModule) -> None:
         replaced = {} if self._is_in_place(model) else self._heads
@@ -272,7 +180,3 @@ def _parameters_in_training(trainer: Any) -> Iterator[nn.Parameter]:
 def _fits(head: nn.Module) -> bool:
     """Return whether a head still has the width for which it was attached, as far as it says so."""
     return width_of(head) in (None, len(offset_of(head).mask))
-
-
-def _weights(head: nn.Module) -> list[Tensor]:
-    return [parameter.detach().cpu().clone() for parameter in head.parameters()]

@@ -58,9 +58,9 @@ def copies_of(
 def split_copies(
     model: nn.Module, heads: tuple[nn.Module, ...]
 ) -> tuple[tuple[nn.Module, ...], list[tuple[nn.Module, ...]]]:
-    """Return the heads that give the logits together, and the same heads in copies, of all heads with a calibration."""
-    copies = copies_of(model, heads[:1])
-    return (heads[:1], copies) if {(head,) for head in heads[1:]} <= set(copies) else (heads, [])
+    """Return which of some heads give the logits together, and which are the same heads in copies of the network."""
+    copies = [copy for copy in copies_of(model, heads[:1]) if copy[0] in heads]
+    return (heads[:1], copies) if len(copies) == len(heads) - 1 else (heads, [])
 
 
 @contextmanager
