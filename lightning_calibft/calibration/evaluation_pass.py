@@ -246,15 +246,19 @@ class EvaluationPass:
         """Return the forward with the weights before fine-tuning."""
         assert self.pretrained is not None
         prefix = next(f"{name}." if name else "" for name, module in self.model.named_modules() if module is forward)
-        weights = {
-            key.removeprefix(prefix): value.to(self.device)
-            for key, value in self.pretrained.items()
-            if key.startswith(prefix) and CHILD_NAME not in key and isinstance(value, Tensor)
-        }
+        # Each module once: torch would restore one that has two names with the weights of its second.
+        names = [
+            f"{name}.{key}".removeprefix(".")
+            for name, module in forward.named_modules()
+            for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if CHILD_NAME not in name
+        ]
+        given = {name: self.pretrained.get(prefix + name) for name in names}
+        weights = {name: value.to(self.device) for name, value in given.items() if value is not None}
 
         @wraps(forward.forward)  # keeps the names of its arguments, which select the inputs of a batch
         def pretrained_forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(forward, weights, args, kwargs)
+            return functional_call(forward, weights, args, kwargs, tie_weights=False)
 
         return pretrained_forward
 

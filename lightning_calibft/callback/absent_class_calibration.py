@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -263,8 +264,8 @@ class AbsentClassCalibration(Callback):
             self._ensure_attached(trainer, pl_module)
         if not self._batch_checked:
             for part in training_batches(batch, trainer.train_dataloader)[:1]:
-                with self._copies.evaluated(pl_module):
-                    check_first_batch(trainer, pl_module, part, self._reader)
+                check = partial(check_first_batch, trainer, pl_module, part, self._reader)
+                self._copies.check_first_batch(pl_module, check)
                 self._batch_checked = True
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -28,6 +28,8 @@ class NetworkCopies:
         """Forget all copies, as another fit or evaluation begins."""
         self._copies: dict[tuple[nn.Module, ...], list[AbsentClassOffset]] = {}
         self._evaluated: tuple[nn.Module, ...] = ()
+        self._answers = True  # whether the evaluated copy is also that which `forward` runs
+        self._settled: set[tuple[nn.Module, ...]] = set()  # the copies of which it is known which is evaluated
         self._before: dict[nn.Module, list[Tensor]] = {}
         self._frozen: set[nn.Module] = set()
         self._ran: set[AbsentClassOffset] = set()
@@ -52,7 +54,7 @@ class NetworkCopies:
 
     def start_evaluation_batch(self) -> None:
         """See in this batch which copy the step of the module runs, unless it is known."""
-        if not self._copies or self._evaluated in self._copies:
+        if not self._copies or self._settled == self._copies.keys():
             return
         self._ran = set()
         self._watched = {child: child.coefficient for child in chain.from_iterable(self._copies.values())}
@@ -69,14 +71,24 @@ class NetworkCopies:
             child.set_recorders(tuple(recorder for recorder in child.recorders if recorder != self._note_run))
             child.coefficient = coefficient
         ran = [copy for copy, children in self._copies.items() if watched and self._ran.issuperset(children)]
+        if ran:
+            self._settled = set(self._copies)
         if len(ran) == 1:
             self._evaluated = ran[0]
-            self._weigh()
+            self._compare()
+
+    def check_first_batch(self, model: LightningModule, check: Callable[[], None]) -> None:
+        """Probe the head that ``forward`` runs, and then the one that the steps evaluate, if it is another."""
+        check()
+        self._compare()
+        if not self._answers:
+            with self.evaluated(model):
+                check()
 
     @contextmanager
     def evaluated(self, model: LightningModule) -> Iterator[None]:
         """Run the copy that the steps evaluate wherever ``model`` would run one of the others."""
-        if self._evaluated not in self._copies:
+        if self._answers or self._evaluated not in self._copies:
             yield
             return
         others = [copy[0] for copy in self._copies if copy != self._evaluated]
@@ -95,6 +107,13 @@ class NetworkCopies:
         paused, self._paused = self._paused, []
         for offset, gamma in paused:
             offset.copy_(gamma)
+
+    def _compare(self) -> None:
+        """Compare what the steps evaluate with what the probe has found of ``forward``, and let the former count."""
+        children = self._copies.get(self._evaluated, [])
+        self._answers = all(child.coefficient != 0 for child in children)
+        if not self._answers:
+            self._weigh()
 
     def _weigh(self) -> None:
         for copy, children in self._copies.items():

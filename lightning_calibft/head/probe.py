@@ -253,6 +253,7 @@ def _store_proof(model: nn.Module, effects: dict[nn.Module, _Effect], found: tup
     for head, effect in effects.items():
         child = offset_of(head)
         if head in found:
+            child.place = found.index(head)  # copies may give the logits together
             within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
             child.coefficient = equal if within_rounding else effect.coefficient
         else:
