@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -15,8 +16,8 @@ from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import MASK
 from lightning_calibft.head.attach import attach_at, check_several_classes, detach
 from lightning_calibft.head.copies import copies_of, split_copies
-from lightning_calibft.head.find import HeadNotFoundError, SeveralHeadsError, find_head
-from lightning_calibft.head.layers import as_tuple, num_classes, width_of
+from lightning_calibft.head.find import HeadNotFoundError, SeveralHeadsError, find_head_outside
+from lightning_calibft.head.layers import as_tuple, frozen_networks, num_classes, width_of
 from lightning_calibft.head.offset import attached_heads, is_attached, offset_of
 
 # Where a module may build its network, after a callback's `setup`.
@@ -37,6 +38,7 @@ class HeadAttachment:
         self._check = check
         self._waiting: RemovableHandle | None = None
         self._heads: dict[str, nn.Module] = {}  # that carry the calibration, by name
+        self._guessed = False  # whether neither the user nor an earlier fit has named the head
         self._trained: set[nn.Parameter] = set()
 
     def attach_or_wait(self, model: LightningModule, sharded: bool) -> None:
@@ -55,6 +57,7 @@ class HeadAttachment:
         """
         self.stop_waiting()
         self._heads, self._trained = {}, set()
+        self._guessed = self._head is None and not attached_heads(model)
         if sharded:
             # Before weights are restored from a sharded folder, the state dict is taken.
             register = model.register_state_dict_pre_hook
@@ -86,7 +89,7 @@ class HeadAttachment:
         heads = attached_heads(model)
         for head in heads.values():  # one that was attached in eval mode is not in the modes that Lightning restores
             offset_of(head).train(head.training)
-        if heads and heads == self._heads and all(map(_fits, heads.values())):
+        if heads and heads == self._heads and all(map(_fits, heads.values())) and not self._is_in_frozen(model):
             return False
         same = bool(self._heads) and self._is_in_place(model) and all(map(_fits, self._heads.values()))
         self._attach(model)
@@ -102,7 +105,7 @@ class HeadAttachment:
 
     def _attach(self, model: LightningModule) -> None:
         replaced = {} if self._is_in_place(model) else self._heads
-        if replaced:
+        if replaced or self._is_in_frozen(model):
             detach(model)  # what is left of it, such as the old head under another name
         heads = self._find(model)
         self._attach_at(model, heads, copies_of(model, heads), num_classes(heads))
@@ -112,18 +115,19 @@ class HeadAttachment:
 
     def _find(self, model: LightningModule) -> tuple[nn.Module, ...]:
         try:
-            return as_tuple(find_head(model, self._head))
+            return as_tuple(find_head_outside(model, self._head, frozen_networks(model, self._trained)))
         except SeveralHeadsError as error:
             first, *others = error.heads
             if set(others) <= set(copies_of(model, first)):  # the first batch will show which of them is evaluated
                 return first
-            trained = [heads for heads in error.heads if any(map(self._is_trained, heads))]
-            if len(trained) != 1:
-                raise
-            return trained[0]
+            raise
 
-    def _is_trained(self, head: nn.Module) -> bool:
-        return not self._trained.isdisjoint(head.parameters())
+    def _is_in_frozen(self, model: LightningModule) -> bool:
+        """Return whether the head that was found is in a network that the optimizer does not train, as it now shows."""
+        if not self._guessed or not self._trained or len(self._heads) != 1:
+            return False
+        frozen = chain.from_iterable(network.modules() for network in frozen_networks(model, self._trained))
+        return not set(self._heads.values()).isdisjoint(frozen)
 
     def _attach_for(self, model: LightningModule, state_dict: Mapping[str, Any]) -> None:
         """Attach to the head, or, if it is not known, to the modules whose calibration is about to be restored."""
@@ -174,7 +178,7 @@ def _has_own(model: LightningModule, hook: str) -> bool:
 def _parameters_in_training(trainer: Any) -> Iterator[nn.Parameter]:
     for optimizer in getattr(trainer, "optimizers", ()):
         for group in optimizer.param_groups:
-            yield from group["params"]
+            yield from (parameter for parameter in group["params"] if parameter.requires_grad)
 
 
 def _fits(head: nn.Module) -> bool:

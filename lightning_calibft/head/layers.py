@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -113,17 +113,22 @@ def head_candidates(model: nn.Module, skipped: Collection[nn.Module] = ()) -> di
     return found
 
 
-def frozen_networks(model: nn.Module) -> set[nn.Module]:
+def frozen_networks(model: nn.Module, trained: Collection[nn.Parameter] = ()) -> set[nn.Module]:
     """Return the networks in a model that are not trained, such as a teacher, if a layer outside could be a head.
 
     A frozen layer is no network: it may well be the head. Without anything to train, no network counts as frozen.
+
+    Args:
+        model: The model.
+        trained: The parameters that are trained. If empty, those that require a gradient.
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)).requires_grad_(False)
         >>> frozen_networks(nn.ModuleList([nn.Linear(8, 5), teacher])) == {teacher}
         True
     """
-    found = _untrained(model) if any(parameter.requires_grad for parameter in model.parameters()) else set()
+    trained = set(trained) or {parameter for parameter in model.parameters() if parameter.requires_grad}
+    found = _untrained(model, trained) if trained else set()
     return found if head_candidates(model, found) else set()
 
 
@@ -148,9 +153,9 @@ def forward_name(name: str) -> str:
     return f"{name}.forward" if name else "forward"
 
 
-def remedy(model: nn.Module, limit: int = 10) -> str:
+def remedy(model: nn.Module, frozen: Collection[nn.Module], limit: int = 10) -> str:
     """Return a sentence that lists the last ``limit`` candidates and shows the argument that chooses one."""
-    found = head_candidates(model, frozen_networks(model))
+    found = head_candidates(model, frozen)
     whole = 'pass `head="forward"`, or `"model.forward"` of a part, if its whole output is the logits'
     if not found:
         return f"It has no Linear, no 1x1 Conv2d and no `out_features`. Build the head first, or {whole}."
@@ -166,12 +171,12 @@ def _own_width(module: nn.Module, name: str) -> int | None:
     return width if isinstance(width, int) and width > 0 else None
 
 
-def _untrained(model: nn.Module) -> set[nn.Module]:
+def _untrained(model: nn.Module, trained: Set[nn.Parameter]) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for module in model.children():
         parameters = list(module.parameters())
-        if any(parameter.requires_grad for parameter in parameters):
-            found |= _untrained(module)
+        if not trained.isdisjoint(parameters):
+            found |= _untrained(module, trained)
         elif sum(is_lazy(parameter) or parameter.ndim > 1 for parameter in parameters) > 1:
             found.add(module)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_calibft.head.evaluation import evaluation, unchanged
 from lightning_calibft.head.layers import (
     forward_name,
+    frozen_networks,
     head_candidates,
     is_channels_first,
     is_lightning_module,
@@ -85,7 +86,7 @@ def probe(forward: Forward, model: nn.Module) -> None:
     names = " and ".join(repr(name or "forward") for name, head in heads.items() if head in meant)
     raise ValueError(
         f"Expected the head {names} of {type(model).__name__} to give the logits, but {problems[meant]}"
-        f" {_remedy(others, base, whole)}"
+        f" {_remedy(model, others, base, whole)}"
     )
 
 
@@ -268,11 +269,12 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
     return tuple((name, type(module), ref(module)) for name, module in model.named_modules())
 
 
-def _remedy(others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
+def _remedy(model: nn.Module, others: dict[str, _Effect], base: Tensor, whole: str, limit: int = 10) -> str:
     """Return a sentence that names the candidate that gives the logits, or how each changes them."""
+    likely = head_candidates(model, frozen_networks(model))
     if better := [name for name, effect in others.items() if _problem([effect], base) is None]:
         return f'The head is {better[-1]!r}: pass `head="{better[-1]}"`.'
-    shown = list(others.items())[-limit:]
+    shown = [(name, effect) for name, effect in others.items() if name in likely][-limit:]
     listed = ", ".join(f"{name!r} ({effect.coefficient:.4g} times)" for name, effect in shown) or "none"
     return f"Other candidates of that width: {listed}.{whole}"
 

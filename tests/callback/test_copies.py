@@ -12,7 +12,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_calibft import AbsentClassCalibration, fold_checkpoint, get_gamma, inspect_checkpoint, load_calibrated
+from lightning_calibft import (
+    AbsentClassCalibration,
+    calibrate,
+    detach,
+    fold_checkpoint,
+    get_gamma,
+    inspect_checkpoint,
+    load_calibrated,
+)
 from lightning_calibft.head.offset import attached_heads, offset_of
 from tests.helpers.references import _reference_ausuc, _reference_gap
 from tests.helpers.runs import (
@@ -298,9 +306,91 @@ class DistilledFrozen(Distilled):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-@pytest.mark.parametrize("make", [Distilled, DistilledFrozen])
+class DistilledFromMoreClasses(Distilled):
+    def build(self, dropout):
+        super().build(dropout)
+        self.teacher[1] = nn.Linear(8, 20)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), self.teacher(batch[0])[:, :NUM_CLASSES].argmax(1))
+
+
+@pytest.mark.parametrize("make", [Distilled, DistilledFrozen, DistilledFromMoreClasses])
 def test_the_head_is_never_that_of_the_teacher(make, tmp_path):
     module = make()
     trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader())
     assert list(attached_heads(module)) == ["student.2"]
     assert get_gamma(module) is not None
+
+
+@pytest.mark.parametrize("make", [Distilled, DistilledFrozen])
+def test_an_error_does_not_name_the_teacher(make, tmp_path):
+    class TwoHeads(make):
+        def build(self, dropout):
+            super().build(dropout)
+            self.student = nn.Linear(5, 16)
+            self.head_a, self.head_b = nn.Linear(16, NUM_CLASSES), nn.Linear(16, NUM_CLASSES)
+
+        def forward(self, x):
+            return self.head_a(self.student(x)), self.head_b(self.student(x))
+
+    trainer = trainer_of(tmp_path, AbsentClassCalibration())
+    with pytest.raises(ValueError, match=r"several modules .*'head_a', 'head_b'\. .*`head=\"head_b\"`") as error:
+        trainer.fit(TwoHeads(), loader())
+    assert "teacher" not in str(error.value)
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("make", [OfTimm, InValidationOnly])
+def test_the_weights_before_fine_tuning_of_the_evaluated_copy(make, tmp_path):
+    before = make()
+    _, module, _ = fit(tmp_path, make, AbsentClassCalibration(estimator="pseudo_absent"))
+    average, gamma = copy.deepcopy(module.evaluated), get_gamma(module)
+    result = calibrate(
+        detach(average), loader(), SEEN, estimator="pseudo_absent", pretrained=before.evaluated, progress=False
+    )
+    assert gamma == pytest.approx(result.gamma, rel=1e-4)
+
+
+class Ensemble(Averaged):
+    """Two networks, both trained and evaluated together."""
+
+    def average(self):
+        other = Net()
+        nn.init.normal_(other.fc.weight)
+        return other
+
+    def forward(self, x):
+        return (self.model(x) + self.ema(x)) / 2
+
+    def on_train_batch_end(self, *_):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def test_networks_that_are_evaluated_together(tmp_path):
+    trainer, module, _ = fit(tmp_path, Ensemble, AbsentClassCalibration())
+    shift = get_gamma(module) * torch.isin(torch.arange(NUM_CLASSES), torch.tensor(ABSENT))
+    with torch.no_grad():
+        raw, val = (module(data.tensors[0]) - shift for data in (TRAIN, VAL))
+    assert get_gamma(module) == pytest.approx(_reference_gap(raw, TRAIN.tensors[1], SEEN, ABSENT)[0], rel=1e-5)
+    expected = _reference_ausuc(val, VAL.tensors[1], SEEN, ABSENT)
+    assert trainer.callback_metrics["val_ausuc"].item() == pytest.approx(expected, abs=1e-6)
+
+
+class ValidatesBoth(OfTimm):
+    """``forward`` decides."""
+
+    def validation_step(self, batch, batch_idx):
+        for name, network in (("trained", self.model), ("average", self.evaluated)):
+            self.log(name, F.cross_entropy(network(batch[0]), batch[1]), batch_size=8)
+
+
+def test_forward_decides_if_both_copies_are_validated(tmp_path):
+    with no_warnings():
+        trainer, module, _ = fit(tmp_path, ValidatesBoth, AbsentClassCalibration())
+    assert_calibrated(module)
+    expected = _reference_ausuc(raw_logits(module, VAL.tensors[0]), VAL.tensors[1], SEEN, ABSENT)
+    assert trainer.callback_metrics["val_ausuc"].item() == pytest.approx(expected, abs=1e-6)
