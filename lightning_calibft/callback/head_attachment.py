@@ -104,14 +104,15 @@ class HeadAttachment:
             self._waiting = None
 
     def _attach(self, model: LightningModule) -> None:
-        replaced = {} if self._is_in_place(model) else self._heads
+        in_place = self._is_in_place(model)
+        replaced = [] if in_place else [offset_of(head) for head in self._heads.values() if is_attached(head)]
         if replaced or self._is_in_frozen(model):
             detach(model)  # what is left of it, such as the old head under another name
         heads = self._find(model)
         self._attach_at(model, heads, copies_of(model, heads), num_classes(heads))
-        for old, new in zip(replaced.values(), self._heads.values(), strict=False):
-            if len(offset_of(old).mask) == len(offset_of(new).mask):
-                offset_of(new).load_state_dict(offset_of(old).state_dict())
+        for old, new in zip(replaced, map(offset_of, self._heads.values()), strict=False):
+            if len(old.mask) == len(new.mask):
+                new.load_state_dict(old.state_dict())
 
     def _find(self, model: LightningModule) -> tuple[nn.Module, ...]:
         try:

@@ -373,3 +373,29 @@ def test_a_binary_classifier_has_no_absent_classes(kwargs, tmp_path):
         trainer.fit(module, loader())
     assert trainer.global_step == 0
     assert not attached_heads(module)
+
+
+def test_the_old_head_may_stay_in_the_module(tmp_path):
+    class Keeps(Replaces):
+        def replace(self, hook):
+            super().replace(hook)
+            if hasattr(self, "old"):
+                self.kept = self.old[0]
+
+    module = pretrained(Keeps)
+    trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader(), loader(VAL, shuffle=False))
+    assert list(attached_heads(module)) == ["fc"]
+    assert get_gamma(module) is not None
+
+
+@pytest.mark.parametrize("head", [copy.deepcopy, lambda fc: nn.Linear(16, NUM_CLASSES)], ids=["copy", "new"])
+def test_gamma_goes_with_the_head_that_is_replaced_before_a_test(head, tmp_path):
+    class InSetupAgain(Plain):
+        def setup(self, stage):
+            if stage == "test":
+                self.fc = head(self.fc)
+
+    module = set_gamma(pretrained(InSetupAgain), 2.5, SEEN, ABSENT)
+    trainer_of(tmp_path, AbsentClassCalibration()).test(module, loader(VAL, shuffle=False), verbose=False)
+    assert get_gamma(module) == 2.5
+    assert list(attached_heads(module)) == ["fc"]
