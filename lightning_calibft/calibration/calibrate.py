@@ -21,7 +21,7 @@ from lightning_calibft.calibration.loaders import calibration_loaders, check_max
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
 from lightning_calibft.head.attach import attach, detach, set_attached_gamma
-from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.offset import attached_heads, offset_of, remove_offset
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.split import ClassSplit
@@ -141,6 +141,9 @@ def calibrate(
         if fresh:
             detach(model)
         raise
+    for module in attached_heads(model).values() if fresh else ():
+        if offset_of(module).coefficient == 0:  # in a copy of the model that does not give the logits
+            remove_offset(module)
     set_attached_gamma(model, result.gamma, result.split)
     return result
 

@@ -243,12 +243,16 @@ class EvaluationPass:
     def _with_pretrained_weights(self, call: BatchCall) -> Callable[[Any], Any]:
         """Return the call with the weights before fine-tuning."""
         assert self.pretrained is not None
-        weights = {
-            f"model.{key}": value.to(self.device)
-            for key, value in self.pretrained.items()
-            if CHILD_NAME not in key and isinstance(value, Tensor)
-        }
-        return lambda batch: functional_call(call, weights, (batch,))
+        # Each module once: torch would restore one that has two names with the weights of its second.
+        names = [
+            f"{name}.{key}".removeprefix(".")
+            for name, module in self.model.named_modules()
+            for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if CHILD_NAME not in name
+        ]
+        given = {f"model.{name}": self.pretrained.get(name) for name in names}
+        weights = {name: value.to(self.device) for name, value in given.items() if value is not None}
+        return lambda batch: functional_call(call, weights, (batch,), tie_weights=False)
 
     def _run(self, records: list[Tensor], call: Callable[[Any], Any], batch: Any, target: Tensor) -> Tensor:
         """Return the raw logits of a batch."""

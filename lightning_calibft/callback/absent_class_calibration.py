@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -21,6 +22,7 @@ from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
 from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
+from lightning_calibft.callback.network_copies import NetworkCopies
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -181,6 +183,7 @@ class AbsentClassCalibration(LightningCallback):
             absent_classes,
         )
         self._attachment = HeadAttachment(head, self._read_arguments)
+        self._copies = NetworkCopies()
         self._reader = self._make_reader(None)
         self._split: ClassSplit | None = None  # if the arguments give it
         self._start_afresh()
@@ -208,6 +211,7 @@ class AbsentClassCalibration(LightningCallback):
             self._search.setup(trainer, pl_module)
             if self.calibrate_checkpoints and self.source != "training_steps":
                 check_sharded_checkpoints(trainer, self.refresh_on_validation)
+        self._copies.begin()
         self._attachment.attach_or_wait(pl_module, sharded=is_model_parallel(trainer))
         if stage == "fit":
             order_callbacks(trainer, self)
@@ -228,15 +232,13 @@ class AbsentClassCalibration(LightningCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.ensure(trainer, pl_module)
+        self._copies.note(pl_module)
         check_averaged_copies(trainer, pl_module)
         reset_gamma(pl_module)  # a gamma from before does not fit the weights of this fit
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
-        if self._split is None:
-            self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
-            self._labels.add_classes(self._restored_classes)
-        self._search.start(trainer, pl_module, self._reader, self._split)
+        self._begin(trainer, pl_module)
 
     # Training.
 
@@ -262,12 +264,15 @@ class AbsentClassCalibration(LightningCallback):
         assert self._files is not None
         if self._files.forgetful:
             self._files.note()
+        if batch_idx == 0 or not self._batch_checked:
+            self._ensure_attached(trainer, pl_module)
         if not self._batch_checked:
             self._check_first_batch(trainer, pl_module, batch)
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
         if self._search.steps is not None:
             self._search.steps.start_step(self._reader.rows(batch))
+        self._copies.pause_gamma()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -280,6 +285,7 @@ class AbsentClassCalibration(LightningCallback):
     ) -> None:
         if self._own_call is not None:
             self._reader.own_call, self._own_call = self._own_call.stop(), None
+        self._copies.resume_gamma()
         if self._search.steps is not None:
             # If there are no outputs, the step returned None.
             self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
@@ -288,9 +294,8 @@ class AbsentClassCalibration(LightningCallback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._attachment.ensure(trainer, pl_module)
-        elif not trainer.sanity_checking:
+        self._ensure_attached(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
                 self._refresh(trainer, pl_module)
@@ -301,6 +306,7 @@ class AbsentClassCalibration(LightningCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._monitor.start_batch(batch)
+        self._copies.start_evaluation_batch()
 
     @override
     def on_validation_batch_end(
@@ -312,6 +318,7 @@ class AbsentClassCalibration(LightningCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._copies.end_evaluation_batch()
         self._monitor.end_batch(dataloader_idx)
 
     @override
@@ -325,7 +332,7 @@ class AbsentClassCalibration(LightningCallback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._attachment.ensure(trainer, pl_module)
+        self._ensure_attached(trainer, pl_module)
         self._start_monitor(trainer, pl_module, trainer.num_test_batches)
 
     on_test_batch_start = on_validation_batch_start
@@ -388,6 +395,7 @@ class AbsentClassCalibration(LightningCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._attachment.stop_waiting()
+        self._copies.resume_gamma()
         self._monitor.stop()
         if self._own_call is not None:
             self._own_call.stop()
@@ -409,6 +417,25 @@ class AbsentClassCalibration(LightningCallback):
 
     # Helpers of the hooks.
 
+    def _begin(self, trainer: Trainer, model: LightningModule) -> None:
+        """Begin a fit, or begin it again with a head that has replaced the one before."""
+        self._batch_checked = False
+        if self._split is None:
+            classes = self._restored_classes if self._labels is None else self._labels.classes()
+            self._labels = TrainingLabels(width := head_width(model), self._reader.maps)
+            self._labels.add_classes(label for label in classes if label < width)
+        else:
+            self._labels = None
+        self._search.start(trainer, model, self._reader, self._split)
+
+    def _ensure_attached(self, trainer: Trainer, model: LightningModule) -> None:
+        """Attach the calibration again if the module has replaced its head."""
+        replaced = self._attachment.ensure(trainer, model)
+        self._copies.note(model)
+        if replaced and trainer.state.fn == "fit":
+            reset_gamma(model)
+            self._begin(trainer, model)
+
     def _read_arguments(self, num_classes: int) -> None:
         """Interpret the arguments again, now that the width of the head is known."""
         self._reader = self._make_reader(num_classes)
@@ -423,7 +450,8 @@ class AbsentClassCalibration(LightningCallback):
         return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
 
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
-        part, self._search.unlabeled = check_first_batch(trainer, model, batch, self._reader)
+        check = partial(check_first_batch, trainer, model, batch, self._reader)
+        part, self._search.unlabeled = self._copies.check_first_batch(model, check)
         self._batch_checked = True
         if part is not None:
             self._own_call = OwnForwardCall(model, self._reader, part)
@@ -477,7 +505,8 @@ class AbsentClassCalibration(LightningCallback):
                 split = None if reading is None else self._split_of(trainer, reading)
                 if reading is None or split is None:
                     return
-                result = self._search.run_before_validation(trainer, reading, split)
+                with self._copies.evaluated(model):
+                    result = self._search.run_before_validation(trainer, reading, split)
         except ValueError as error:  # for example, logits that are not finite; training may recover
             reset_gamma(model)
             self.result = None
@@ -490,6 +519,7 @@ class AbsentClassCalibration(LightningCallback):
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         """Put the gamma of the final weights into the model and into averaged copies of it."""
         self._finished = True
+        self._ensure_attached(trainer, model)
         found = self._search.result_of_steps(trainer)
         self._search.stop()
         if (found := found or self._search.found_for_present(trainer)) is not None:
@@ -501,18 +531,25 @@ class AbsentClassCalibration(LightningCallback):
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
                 return
-            live = self._search.run(trainer, reading, split)
+            live = self._run(trainer, model, reading, split)
             self._put(model, live)
             for _ in averaged_copies(trainer, model):
                 # When training ends, the model already has the averaged weights.
-                result = live if trained else self._search.run(trainer, reading, split)
+                result = live if trained else self._run(trainer, model, reading, split)
                 set_attached_gamma(model, result.gamma, split)
+
+    def _run(
+        self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
+    ) -> CalibrationResult:
+        with self._copies.evaluated(model):
+            return self._search.run(trainer, reading, split)
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
+        self._copies.leave_out_frozen()
         set_attached_gamma(model, result.gamma, result.split)
 
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
@@ -528,7 +565,7 @@ class AbsentClassCalibration(LightningCallback):
 
             def result_of(checkpoint: dict[str, Any]) -> CalibrationResult:
                 found = self._search.found_for_file(model, checkpoint, live.split)
-                return found or self._search.run(trainer, reading, live.split)
+                return found or self._run(trainer, model, reading, live.split)
 
             self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
 

@@ -95,7 +95,9 @@ def calibration_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, tuple[float, Tensor]]:
-    """Return gamma and the mask of each head, by the prefix of its keys.
+    """Return gamma and the mask of each calibrated head, by the prefix of its keys.
+
+    A frozen copy of the model, such as a teacher, has the entries without a gamma, and is left out.
 
     Raises:
         ValueError: If no head is calibrated, if the entries are invalid, or if gamma is already folded into the bias.
@@ -109,9 +111,10 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
     heads: dict[str, tuple[float, Any]] = {}
     for prefix in [key.removesuffix(OFFSET) for key in state if key.endswith(OFFSET)]:
         mask = state.get(prefix + MASK)
-        gamma, _ = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
-        heads[prefix] = gamma, mask
-    if not heads or not all(mask.any() for _, mask in heads.values()):
+        gamma, rows = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
+        if any(rows):
+            heads[prefix] = gamma, mask
+    if not heads:
         key = state_key(checkpoint)
         inside = "" if key in (None, "state_dict") else f" in its {key!r}, which is used before its other weights"
         raise ValueError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_gamma, check_model
+from lightning_calibft.head.copies import copies_of
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import as_tuple, head_names, num_classes
 from lightning_calibft.head.offset import (
@@ -25,6 +29,9 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
     The state dict gains the keys ``<head>.absent_class_calibration.offset`` and ``.mask`` and keeps all others. State
     dicts without them still load strictly. An existing calibration stays as it is.
 
+    Without ``head``, copies of the network in ``model``, such as an average of its weights that was made by hand, get
+    the calibration too, so that their state dicts and buffers still match.
+
     Attach before you create an average of the weights. timm's ``ModelEmaV3`` pairs the entries of two state dicts by
     position, so a copy without these keys would be updated with the wrong entries.
 
@@ -36,8 +43,8 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: If gamma was already folded into the head, if another head of ``model`` carries a calibration, or as
-            in :func:`find_head`.
+        ValueError: If gamma was already folded into the head, if another head of ``model`` carries a calibration, if
+            the head has only one output, or as in :func:`find_head`.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5)))
@@ -45,22 +52,53 @@ def attach(model: nn.Module, head: str | nn.Module | None = None) -> nn.Module:
         ['1.weight', '1.bias', '1.absent_class_calibration.offset', '1.absent_class_calibration.mask']
     """
     heads = as_tuple(find_head(model, head))
-    width = num_classes(heads)
-    if others := [name or "forward" for name, module in attached_heads(model).items() if module not in heads]:
+    return attach_at(model, heads, copies_of(model, heads) if head is None else [], num_classes(heads))
+
+
+def attach_at(
+    model: nn.Module, heads: tuple[nn.Module, ...], copies: Sequence[tuple[nn.Module, ...]], num_classes: int
+) -> nn.Module:
+    """Attach to ``heads``, which give the logits of ``num_classes`` together, and to the same heads in copies.
+
+    Raises:
+        ValueError: As in :func:`attach`.
+    """
+    check_several_classes(model, heads, num_classes)
+    every = [*heads, *chain.from_iterable(copies)]
+    if others := [name or "forward" for name, module in attached_heads(model).items() if module not in every]:
         names = ", ".join(map(repr, others))
         raise ValueError(
             f"Expected a {type(model).__name__} without a calibration at another head, but {names} has one, and"
             " both would add gamma. Call `detach(model)` first."
         )
-    for module, name in zip(heads, head_names(model, heads), strict=True):
+    for module, name in zip(every, head_names(model, tuple(every)), strict=True):
         parts = name.split(".")
         check_not_folded(module, [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))])
-    new = [module for module in heads if not is_attached(module)]
-    for module in new:
-        add_offset(module, width, _device(module)).coefficient = 1 / len(heads)
-    if new:
+    changed = False
+    for copy in (heads, *copies):
+        for place, module in enumerate(copy):
+            if not is_attached(module):
+                child = add_offset(module, num_classes, _device(module))
+                child.place, child.coefficient, changed = place, 1 / len(heads), True
+            elif len((child := offset_of(module)).mask) != num_classes:  # the head has been given another width
+                child.resize(num_classes, _device(module))
+    if changed:
         torch.compiler.reset()  # Compiled code does not notice new hooks.
     return model
+
+
+def check_several_classes(model: nn.Module, heads: tuple[nn.Module, ...], num_classes: int) -> None:
+    """Refuse a head with one output.
+
+    Raises:
+        ValueError: If ``num_classes`` is one.
+    """
+    if num_classes == 1:
+        raise ValueError(
+            f"Expected the head {head_names(model, heads)[0] or 'forward'!r} of {type(model).__name__} to have one"
+            " output for each class, but it has one output. It is a binary classifier or a regression, which has no"
+            " absent classes. Leave the calibration out, or name another `head`."
+        )
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -93,7 +131,8 @@ def get_gamma(model: nn.Module) -> float | None:
         None
     """
     check_model("model", model)
-    gammas = {name: offset_of(module).gamma() for name, module in attached_heads(model).items()}
+    found = {name: offset_of(module).gamma() for name, module in attached_heads(model).items()}
+    gammas = {name: gamma for name, gamma in found.items() if gamma is not None}  # a frozen copy has none
     if len(set(gammas.values())) > 1:
         raise ValueError(f"Expected argument `model` to have one gamma, but got {gammas}. Pass one of its heads.")
     return next(iter(gammas.values()), None)
@@ -134,9 +173,10 @@ def set_gamma(
 
 
 def set_attached_gamma(model: nn.Module, gamma: float, split: ClassSplit) -> nn.Module:
-    """Set gamma of an attached model, for a split that fits its head."""
-    for module in attached_heads(model).values():
-        offset_of(module).set(gamma, split)
+    """Set gamma of an attached model, for a split that fits its head. Frozen copies of the head stay without it."""
+    for child in map(offset_of, attached_heads(model).values()):
+        if not child.left_out:
+            child.set(gamma, split)
     return model
 
 

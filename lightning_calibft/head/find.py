@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import chain
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_calibft._arguments import check_model
+from lightning_calibft.head.copies import copies_of
 from lightning_calibft.head.layers import (
     Head,
     forward_name,
+    frozen_networks,
     head_candidates,
     head_names,
     is_channels_first,
@@ -20,7 +23,7 @@ from lightning_calibft.head.layers import (
     unwrap,
     width_of,
 )
-from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.offset import attached_copies, offset_of
 from lightning_calibft.head.zero_shot import ZeroShotHead
 
 # Attributes under which torchvision, timm, Hugging Face and most others keep the head.
@@ -33,13 +36,26 @@ class HeadNotFoundError(ValueError):
     """The model has no classification head, or not yet."""
 
 
+class SeveralHeadsError(ValueError):
+    """Several modules could be the classification head.
+
+    Attributes:
+        heads: The heads, as ``find_head`` would return each.
+    """
+
+    def __init__(self, message: str, heads: list[tuple[nn.Module, ...]]) -> None:
+        super().__init__(message)
+        self.heads = heads
+
+
 def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     """Find the module whose output is the logits.
 
     The rules are tried in this order: heads that already carry a calibration; ``model`` itself; a ``ZeroShotHead``;
     timm's ``get_classifier()``; well-known attribute names; the last layer that is ``Linear`` or has an integer
     ``out_features``, if no other has its width; a model without any such layer that states its number of classes.
-    The rules only guess. :func:`probe` checks with data.
+    The rules only guess. :func:`probe` checks with data. A network that is not trained, such as a teacher, is left out
+    if another one is. Of equal copies of a network, the head of the first is returned.
 
     Args:
         model: Any module, also one that wraps the classifier: a LightningModule, a compiled or an averaged model.
@@ -62,13 +78,18 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
         Linear(in_features=16, out_features=5, bias=True)
     """
     check_model("model", model)
+    return find_head_outside(model, head, frozen_networks(model))
+
+
+def find_head_outside(model: nn.Module, head: str | nn.Module | None, frozen: Collection[nn.Module]) -> Head:
+    """Find the head as :func:`find_head` does, but not in the networks that are ``frozen``."""
     if head is not None:
-        heads = _explicit(model, head)
+        heads = _explicit(model, head, frozen)
     else:
         rules = (_attached, _itself, _zero_shot, _timm, _well_known, _last_layer, _whole_model)
-        heads = next((found for rule in rules if (found := rule(model))), ())
+        heads = next((found for rule in rules if (found := rule(model, frozen))), ())
     if not heads:
-        raise HeadNotFoundError(f"Found no classification head in {type(model).__name__}. {remedy(model)}")
+        raise HeadNotFoundError(f"Found no classification head in {type(model).__name__}. {remedy(model, frozen)}")
     if lazy := [module for module in heads if any(map(is_lazy, module.parameters()))]:
         name = head_names(model, lazy[0])[0] or "forward"
         raise HeadNotFoundError(
@@ -77,11 +98,11 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
     return heads[0] if len(heads) == 1 else heads
 
 
-def _explicit(model: nn.Module, head: str | nn.Module) -> tuple[nn.Module, ...]:
+def _explicit(model: nn.Module, head: str | nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     if isinstance(head, str):
         *parents, last = head.split(".")
         whole = last == "forward"  # No module can have a child of that name.
-        module = _named(model, head, ".".join(parents) if whole else head)
+        module = _named(model, head, ".".join(parents) if whole else head, frozen)
         if whole:
             return _output_of(unwrap(module), head)
     elif isinstance(head, nn.Module):
@@ -90,7 +111,7 @@ def _explicit(model: nn.Module, head: str | nn.Module) -> tuple[nn.Module, ...]:
             raise ValueError(
                 f"Expected argument `head` to be a module of {type(model).__name__}, but got a"
                 f" {type(head).__name__} that is not in it."
-                f" {remedy(model)}"
+                f" {remedy(model, frozen)}"
             )
     else:
         raise TypeError(f"Expected argument `head` to be a dotted name or a module, but got {head!r}.")
@@ -99,17 +120,18 @@ def _explicit(model: nn.Module, head: str | nn.Module) -> tuple[nn.Module, ...]:
         raise ValueError(
             f"Expected argument `head` to be a Linear, a 1x1 Conv2d, a container of one or a module with an integer"
             f" attribute `out_features`, but got {type(module).__name__}. If its output is the logits, pass"
-            f' `head="{name}"`. {remedy(model)}'
+            f' `head="{name}"`. {remedy(model, frozen)}'
         )
     return heads
 
 
-def _named(model: nn.Module, head: str, name: str) -> nn.Module:
+def _named(model: nn.Module, head: str, name: str, frozen: Collection[nn.Module]) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
         raise HeadNotFoundError(
-            f"Expected argument `head` to name a module of {type(model).__name__}, but got {head!r}. {remedy(model)}"
+            f"Expected argument `head` to name a module of {type(model).__name__}, but got {head!r}."
+            f" {remedy(model, frozen)}"
         ) from None
 
 
@@ -122,22 +144,24 @@ def _output_of(module: nn.Module, head: str) -> tuple[nn.Module, ...]:
     return (module,)
 
 
-def _attached(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(attached_heads(model).values())
+def _attached(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
+    copies = attached_copies(model)
+    return next((heads for heads in copies if any(offset_of(head).coefficient for head in heads)), ())
 
 
-def _itself(model: nn.Module) -> tuple[nn.Module, ...]:
+def _itself(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     return (model,) if layer_width(model) is not None else ()
 
 
-def _zero_shot(model: nn.Module) -> tuple[nn.Module, ...]:
+def _zero_shot(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     # The encoder before it may have its own `classifier`, which projects the features.
-    return _only(model, [(module,) for module in model.modules() if isinstance(module, ZeroShotHead)])
+    return _only(model, frozen, [(module,) for module in model.modules() if isinstance(module, ZeroShotHead)])
 
 
-def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
+def _timm(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     """Ask the shallowest modules that have timm's ``get_classifier``."""
-    owners = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_classifier")]
+    searched = model.named_modules(set(frozen))
+    owners = [(name, module) for name, module in searched if hasattr(module, "get_classifier")]
     shallowest = min((_depth(name) for name, _ in owners), default=0)
     found = []
     for name, owner in owners:
@@ -149,27 +173,26 @@ def _timm(model: nn.Module) -> tuple[nn.Module, ...]:
             continue
         parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
         found.append(tuple(chain.from_iterable(_resolve(part) for part in parts if isinstance(part, nn.Module))))
-    return _only(model, found)
+    return _only(model, frozen, found)
 
 
-def _well_known(model: nn.Module) -> tuple[nn.Module, ...]:
+def _well_known(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     """Look for well-known names, no deeper than the shallowest candidate."""
-    for depth in range(1, min(map(_depth, head_candidates(model)), default=0) + 1):
-        parents = [module for name, module in model.named_modules() if _depth(name) == depth - 1]
-        if heads := _only(model, [found for parent in parents for found in _named_children(parent)]):
+    for depth in range(1, min(map(_depth, head_candidates(model, frozen)), default=0) + 1):
+        parents = [module for name, module in model.named_modules(set(frozen)) if _depth(name) == depth - 1]
+        if heads := _only(model, frozen, [found for parent in parents for found in _named_children(parent)]):
             return heads
     return ()
 
 
-def _last_layer(model: nn.Module) -> tuple[nn.Module, ...]:
+def _last_layer(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     """Take the last candidate that is no 1x1 convolution, of which networks have many."""
-    layers = [module for module in head_candidates(model).values() if not is_channels_first(module)]
-    if layers and sum(width_of(module) == width_of(layers[-1]) for module in layers) > 1:
-        raise ValueError(f"Found several modules that could be the classification head. {remedy(model)}")
-    return tuple(layers[-1:])
+    found = head_candidates(model, frozen).values()
+    layers = [module for module in found if not is_channels_first(module)]
+    return _only(model, frozen, [(module,) for module in layers if width_of(module) == width_of(layers[-1])])
 
 
-def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
+def _whole_model(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     """Take a model in which nothing could be a head. A LightningModule may not have built its head yet."""
     whole = unwrap(model)
     if is_lightning_module(whole) or head_candidates(model) or next(whole.parameters(), None) is None:
@@ -177,11 +200,13 @@ def _whole_model(model: nn.Module) -> tuple[nn.Module, ...]:
     return (whole,) if width_of(whole) is not None else ()
 
 
-def _only(model: nn.Module, found: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
+def _only(model: nn.Module, frozen: Collection[nn.Module], found: list[tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
     distinct = list(dict.fromkeys(heads for heads in found if heads))
-    if len(distinct) > 1:
+    if len(distinct) > 1 and not set(distinct[1:]) <= set(copies_of(model, distinct[0], of_equal_weights=True)):
         names = ", ".join(repr(name) for heads in distinct for name in head_names(model, heads))
-        raise ValueError(f"Found several modules that could be the classification head: {names}. {remedy(model)}")
+        raise SeveralHeadsError(
+            f"Found several modules that could be the classification head: {names}. {remedy(model, frozen)}", distinct
+        )
     return distinct[0] if distinct else ()
 
 

@@ -54,10 +54,12 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         True
     """
     check_model("model", model)
-    heads = attached_heads(model)
-    for module in heads.values() or [model]:
+    attached = attached_heads(model)
+    for module in attached.values() or [model]:
         check_not_folded(module)
-    if not heads or any(offset_of(module).gamma() is None for module in heads.values()):
+    # A copy of the model that is not trained, such as a teacher, has no gamma.
+    heads = {name: module for name, module in attached.items() if offset_of(module).gamma() is not None}
+    if not heads:
         raise ValueError("Expected argument `model` to be calibrated. Call `calibrate` or `set_gamma` first.")
     for name, module in heads.items():
         _check_layer(name, module)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Set
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
+
+from lightning_calibft._format import CHILD_NAME
 
 Head = nn.Module | tuple[nn.Module, ...]
 
@@ -43,10 +48,12 @@ def layer_width(module: nn.Module) -> int | None:
 
 
 def width_of(module: nn.Module) -> int | None:
-    """Return the width of a layer, or of the output of a whole model that states it."""
+    """Return the width of a layer, or of the output of a whole model that states it or is calibrated."""
     widths = (layer_width(module), *(_own_width(module, name) for name in _MODEL_WIDTHS))
     labels = getattr(vars(module).get("config"), "num_labels", None)  # of Hugging Face
-    return next((width for width in (*widths, labels) if isinstance(width, int)), None)
+    mask = getattr(dict(module.named_children()).get(CHILD_NAME), "mask", None)
+    calibrated = None if mask is None else len(mask)
+    return next((width for width in (*widths, labels, calibrated) if isinstance(width, int)), None)
 
 
 def as_tuple(head: Head) -> tuple[nn.Module, ...]:
@@ -86,14 +93,15 @@ def head_names(model: nn.Module, head: Head) -> tuple[str, ...]:
     return tuple(names[module] for module in as_tuple(head))
 
 
-def head_candidates(model: nn.Module) -> dict[str, nn.Module]:
+def head_candidates(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[str, nn.Module]:
     """Return every module that could be a head, by dotted name, in the order of registration.
 
-    Parts of a layer do not count, nor does the original of a layer that PEFT trains in full.
+    Parts of a layer do not count, nor does the original of a layer that PEFT trains in full, nor what is in one of the
+    ``skipped`` modules.
     """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(set(skipped)):
         prefix = f"{name}." if name else ""
         if name.startswith(inside):
             continue
@@ -103,6 +111,25 @@ def head_candidates(model: nn.Module) -> dict[str, nn.Module]:
         elif {"original_module", "modules_to_save"} <= dict(module.named_children()).keys():
             inside += (f"{prefix}original_module",)
     return found
+
+
+def frozen_networks(model: nn.Module, trained: Collection[nn.Parameter] = ()) -> set[nn.Module]:
+    """Return the networks in a model that are not trained, such as a teacher, if a layer outside could be a head.
+
+    A frozen layer is no network: it may well be the head. Without anything to train, no network counts as frozen.
+
+    Args:
+        model: The model.
+        trained: The parameters that are trained. If empty, those that require a gradient.
+
+    Example:
+        >>> teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)).requires_grad_(False)
+        >>> frozen_networks(nn.ModuleList([nn.Linear(8, 5), teacher])) == {teacher}
+        True
+    """
+    trained = set(trained) or {parameter for parameter in model.parameters() if parameter.requires_grad}
+    found = _untrained(model, trained) if trained else set()
+    return found if head_candidates(model, found) else set()
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -126,9 +153,9 @@ def forward_name(name: str) -> str:
     return f"{name}.forward" if name else "forward"
 
 
-def remedy(model: nn.Module, limit: int = 10) -> str:
+def remedy(model: nn.Module, frozen: Collection[nn.Module], limit: int = 10) -> str:
     """Return a sentence that lists the last ``limit`` candidates and shows the argument that chooses one."""
-    found = head_candidates(model)
+    found = head_candidates(model, frozen)
     whole = 'pass `head="forward"`, or `"model.forward"` of a part, if its whole output is the logits'
     if not found:
         return f"It has no Linear, no 1x1 Conv2d and no `out_features`. Build the head first, or {whole}."
@@ -142,6 +169,17 @@ def _own_width(module: nn.Module, name: str) -> int | None:
     # Not `getattr`, which wrappers forward to the module that they wrap.
     width = vars(module).get(name)
     return width if isinstance(width, int) and width > 0 else None
+
+
+def _untrained(model: nn.Module, trained: Set[nn.Parameter]) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for module in model.children():
+        parameters = list(module.parameters())
+        if not trained.isdisjoint(parameters):
+            found |= _untrained(module, trained)
+        elif sum(is_lazy(parameter) or parameter.ndim > 1 for parameter in parameters) > 1:
+            found.add(module)
+    return found
 
 
 def _has_tensors(module: nn.Module) -> bool:

@@ -37,8 +37,13 @@ class AbsentClassOffset(nn.Module):
     def __init__(self, num_classes: int, channels_first: bool, device: torch.device) -> None:
         super().__init__()
         self.channels_first = channels_first
-        # The weight of this head in the model's logits: less than 1 where heads are averaged.
+        # The place of this head among those that give the logits together. Copies of a head have the same one.
+        self.place = 0
+        # The weight of this head in the model's logits: less than 1 where heads are averaged, 0 in a copy of the model
+        # that does not give them, such as the trained one if its average is evaluated.
         self.coefficient = 1.0
+        # Whether this head stays without gamma: in a copy that neither gives the logits nor is trained.
+        self.left_out = False
         # A compiled model guards on what the hook reads, so the hook reads this flag and not the recorders.
         self.recording = False
         self.recorders: tuple[Recorder, ...] = ()
@@ -49,6 +54,10 @@ class AbsentClassOffset(nn.Module):
         # The hooks on the head, which `detach` removes.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, because weight averaging interpolates buffers, which does not work for bool or integers.
+        self.resize(num_classes, device)
+
+    def resize(self, num_classes: int, device: torch.device) -> None:
+        """Make new buffers, without gamma, for a head of ``num_classes``."""
         with torch.inference_mode(False):
             self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=device))
             self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
@@ -197,6 +206,24 @@ def offset_of(head: nn.Module) -> AbsentClassOffset:
 def attached_heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads of ``model`` that carry a calibration, by their dotted names."""
     return {name: module for name, module in model.named_modules() if is_attached(module)}
+
+
+def attached_copies(model: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """Return the heads of ``model`` that carry a calibration: of each copy of the network, those that belong together.
+
+    The original of a head that PEFT trains in full is no copy: nothing calls it any more.
+    """
+    heads = attached_heads(model)
+    copies: list[dict[int, nn.Module]] = []
+    for module in heads.values():
+        place = offset_of(module).place
+        copy = next((copy for copy in copies if place not in copy), None)
+        if copy is None:
+            copies.append(copy := {})
+        copy[place] = module
+    if any("original_module" in name.split(".") for name in heads):
+        return [tuple(heads.values())]
+    return [tuple(copy.values()) for copy in copies]
 
 
 def is_folded(model: nn.Module) -> bool:

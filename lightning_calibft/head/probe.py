@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_calibft.head.evaluation import evaluation, unchanged
 from lightning_calibft.head.layers import (
     forward_name,
+    frozen_networks,
     head_candidates,
     is_channels_first,
     is_lightning_module,
@@ -23,7 +24,7 @@ from lightning_calibft.head.layers import (
     unwrap,
     width_of,
 )
-from lightning_calibft.head.offset import attached_heads, is_attached, like_dtensor, offset_of
+from lightning_calibft.head.offset import attached_copies, attached_heads, is_attached, like_dtensor, offset_of
 from lightning_calibft.head.output import Path, get_logits, replace_logits, tensors_in
 from lightning_calibft.head.record import class_axis_last, gather_dtensor
 
@@ -89,21 +90,26 @@ def probe(forward: Forward, model: nn.Module) -> None:
                 f"Expected the output of {type(model).__name__} to hold logits or a loss, but it holds no tensor of"
                 " either kind."
             )
-        problems = []
+        # The heads of one copy of the model give the logits, or all heads do so together.
+        copies = list(dict.fromkeys((*attached_copies(model), tuple(heads.values()))))
+        meant, problems = copies[0], list[str]()
         for path, base in candidates.items():
-            effects = [_effect(forward, model, base, path, head) for head in heads.values()]
-            _check_finite(model, effects, base)
-            if (problem := _problem(effects, base)) is None:
-                _store_proof(model, heads, effects)
+            effects = {head: _effect(forward, model, base, path, head) for head in heads.values()}
+            _check_finite(model, effects.values(), base)
+            of_copies = {copy: _problem([effects[head] for head in copy], base) for copy in copies}
+            if found := next((copy for copy, problem in of_copies.items() if problem is None), ()):
+                _store_proof(model, effects, found)
                 return
-            problems.append(problem)
+            meant = next((copy for copy in copies if all(effects[head].outputs for head in copy)), meant)
+            problems.append(of_copies[meant] or "")
         if scalars and all(_UNREACHED in problem for problem in problems):
-            if (problem := _problem_of_scalars(forward, model, list(heads.values()), scalars)) is None:
-                _store_proof(model, heads, [_Effect([], 1 / len(heads))] * len(heads))
-                return
-            problems.append(problem)
+            for copy in copies:
+                if (problem := _problem_of_scalars(forward, model, list(copy), scalars)) is None:
+                    _store_proof(model, {head: _Effect([], 1 / len(copy)) for head in heads.values()}, copy)
+                    return
+                problems.append(problem)
         remedy = _remedy(forward, model, matrices, scalars)
-    names = " and ".join(repr(name or "forward") for name in heads)
+    names = " and ".join(repr(name or "forward") for name, head in heads.items() if head in meant)
     raise HeadRefusedError(
         f"Expected the head {names} of {type(model).__name__} to give the logits, but {problems[0]}{remedy}"
     )
@@ -148,7 +154,7 @@ def gives_output(model: nn.Module, logits: Tensor, output: Any) -> bool:
         >>> gives_output(model, records[0], output), gives_output(model, records[0], 1.5 * output)
         (True, False)
     """
-    child = offset_of(next(iter(attached_heads(model).values())))
+    child = next(child for child in map(offset_of, attached_heads(model).values()) if child.coefficient != 0)
     expected = logits.cpu().double()
     if not child.training:
         expected = expected + (child.offset * child.mask).cpu()
@@ -184,7 +190,7 @@ def _float_tensors(output: Any) -> dict[Path, Tensor]:
     }
 
 
-def _check_finite(model: nn.Module, effects: list[_Effect], base: Tensor) -> None:
+def _check_finite(model: nn.Module, effects: Iterable[_Effect], base: Tensor) -> None:
     if not all(output.isfinite().all() for effect in effects for output in effect.outputs):
         raise NotFiniteError(f"Expected the head of {type(model).__name__} to give finite logits, but it does not.")
     if base.isnan().any():
@@ -325,13 +331,20 @@ def _difference(expected: Tensor, output: Tensor, resolution: float) -> str | No
     )
 
 
-def _store_proof(model: nn.Module, heads: dict[str, nn.Module], effects: list[_Effect]) -> None:
+def _store_proof(model: nn.Module, effects: dict[nn.Module, _Effect], found: tuple[nn.Module, ...]) -> None:
     """Let recorders weigh the heads as the model does, and mark each as proved."""
-    equal, structure = 1 / len(heads), _structure(model)
-    for head, effect in zip(heads.values(), effects, strict=True):
-        within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
-        offset_of(head).coefficient = equal if within_rounding else effect.coefficient
-        offset_of(head).proved_structure = structure
+    equal, structure = 1 / len(found), _structure(model)
+    for head, effect in effects.items():
+        child = offset_of(head)
+        if head in found:
+            child.place = found.index(head)  # copies may give the logits together
+            within_rounding = abs(effect.coefficient - equal) <= effect.coefficient_tolerance
+            child.coefficient = equal if within_rounding else effect.coefficient
+        else:
+            child.coefficient = 0.0
+        # A head that runs in the forward for something else may not get gamma.
+        child.left_out = head not in found and bool(effect.outputs)
+        child.proved_structure = structure
 
 
 def _structure(model: nn.Module) -> tuple[Any, ...]:
@@ -349,13 +362,14 @@ def _remedy(forward: Forward, model: nn.Module, matrices: dict[Path, Tensor], sc
         scalars: What could be the loss.
     """
     others = {name: module for name, module in head_candidates(model).items() if not is_attached(module)}
+    likely = head_candidates(model, frozen_networks(model))
     better, worse = [], []
     for path, base in matrices.items():
         for name, module in others.items():
             if num_classes(module) == base.shape[-1]:
                 effect = _effect(forward, model, base, path, module)
                 better += [name] if _problem([effect], base) is None else []
-                worse.append(f"{name!r} ({effect.coefficient:.4g} times)")
+                worse += [f"{name!r} ({effect.coefficient:.4g} times)"] if name in likely else []
     if len(better) > 1:
         return f' Its output holds the logits of {" and ".join(map(repr, better))}. Name one: `head="{better[-1]}"`.'
     if better:

@@ -27,7 +27,8 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
     """Records the logits of each forward of a model: without gamma, in training mode and in eval mode.
 
     Where several heads give the logits together, their weighted mean is recorded. The weights are equal, or what
-    :func:`probe` last measured.
+    :func:`probe` last measured. Of copies of a model, such as an average of its weights, each is recorded apart until
+    :func:`probe` has shown which of them gives the logits.
 
     An attached head is recorded through its calibration. Any other gets a forward hook, which adds nothing to the state
     dict. Compiled code does not notice hooks that come later, so make the recorder before the first compiled call. The
@@ -59,8 +60,8 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
         self._share = 1 / len(heads)
         self._recording = False
         self._records: list[Tensor] = []
-        self._met: set[nn.Module] = set()
-        self._paused: list[tuple[bool, list[Tensor], set[nn.Module], list[tuple[Recorder, ...]]]] = []
+        self._met: set[nn.Module | int] = set()
+        self._paused: list[tuple[bool, list[Tensor], set[nn.Module | int], list[tuple[Recorder, ...]]]] = []
         attached = [module for module in heads if is_attached(module)]
         self._children = [offset_of(module) for module in attached]
         self._handles: list[RemovableHandle] = [
@@ -124,19 +125,19 @@ class LogitRecorder(AbstractContextManager[list[Tensor]]):
         self._add(module, get_logits(output, width_of(module)), is_channels_first(module), self._share)
 
     def _record(self, child: AbsentClassOffset, logits: Tensor) -> None:
-        if self._recording:
-            self._add(child, logits, child.channels_first, child.coefficient)
+        if self._recording and child.coefficient != 0:
+            self._add(child.place, logits, child.channels_first, child.coefficient)
 
-    def _add(self, module: nn.Module, logits: Tensor, channels_first: bool, coefficient: float) -> None:
+    def _add(self, head: nn.Module | int, logits: Tensor, channels_first: bool, coefficient: float) -> None:
         raw = class_axis_last(gather_dtensor(logits.detach()), channels_first)
         raw = raw.clone() if coefficient == 1 else raw * coefficient
-        # A head that has been met already begins a new forward.
-        if module in self._met or not self._records:
+        # A head that has been met already, or a copy of it, begins a new forward.
+        if head in self._met or not self._records:
             self._met.clear()
             self._records.append(raw)
         else:
             self._records[-1] = self._records[-1] + raw
-        self._met.add(module)
+        self._met.add(head)
 
 
 def record_logits(model: nn.Module) -> LogitRecorder:
