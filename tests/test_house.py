@@ -90,6 +90,14 @@ def test_what_is_pure_imports_torch_and_torchmetrics_alone(room):
                     own |= {file for file in found if file.is_file()}
 
 
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_lightning_is_imported_for_types_alone(path):
+    """The user imports it, from one of two packages. A callback must not even do it for types; see its base class."""
+    for_types = {PACKAGE / "callback" / "lightning_package.py", PACKAGE / "checkpoint" / "load.py"}
+    found = {name.split(".")[0] for name in imported(path, at_once=path in for_types)}
+    assert not found & {"lightning", "pytorch_lightning"}
+
+
 def test_the_callback_is_one_class():
     assert AbsentClassCalibration.__bases__ == (LightningCallback,)
 
