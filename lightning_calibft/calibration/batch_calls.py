@@ -162,9 +162,8 @@ def logits_of_first_batch(
         except Exception as error:  # the user's code can raise anything
             failures[call.name] = error
             odd += [call] if isinstance(error, UnexpectedLogitsError) else []
-    if odd:
-        _probe(odd[0], batch, context)  # says what is wrong with the head, or
-        raise failures[odd[0].name]
+    if odd:  # the probe says what is wrong with the head, or which heads give the logits together
+        return odd[0], _proved(odd[0], batch, target, context)
     raise _no_call_error(model, failures) from next(iter(failures.values()), None)
 
 
@@ -342,20 +341,18 @@ def _are_equal(logits: Tensor, others: Tensor) -> bool:
     return torch.allclose(logits, others, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context, logits: Tensor) -> Tensor:
+def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context, logits: Tensor | None = None) -> Tensor:
     """Probe the head, and return the logits as recorders now weigh its parts."""
     offsets = [offset_of(head) for head in attached_heads(call.model).values()]
     before = [offset.coefficient for offset in offsets]
-    _probe(call, batch, context)
-    for offset in offsets:
-        offset.proved_call = call.name
-    return logits if before == [offset.coefficient for offset in offsets] else _run(call, batch, target, context)[0]
-
-
-def _probe(call: BatchCall, batch: Any, context: Context) -> None:
     # The probe cannot judge a model that has diverged. The pass reports the batch.
     with context(), suppress(NotFiniteError):
         probe(lambda: call(_copied(batch, Tensor.clone), PROBE_ROWS), call.model)
+    for offset in offsets:
+        offset.proved_call = call.name
+    if logits is not None and before == [offset.coefficient for offset in offsets]:
+        return logits
+    return _run(call, batch, target, context)[0]
 
 
 def _no_call_error(model: nn.Module, failures: dict[str, Exception]) -> ValueError:
