@@ -50,7 +50,7 @@ class AbsentClassCalibration(Callback):
     it in the classification head. From then on, gamma is added to the logits of the absent classes in eval mode. Every
     checkpoint that ``ModelCheckpoint`` keeps gets the gamma of its own weights. Gamma is the average logit gap of Mai
     et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). In validation and test, the callback logs
-    ``val_ausuc``, ``val_acc``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
+    ``val_ausuc``, ``val_acc_all``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
 
     Note:
         The loss, the random state and the trained weights are the same with and without the callback, with two

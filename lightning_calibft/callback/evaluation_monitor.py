@@ -111,10 +111,7 @@ class EvaluationMonitor:
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
         """Return the accuracies that the evaluation would have had with ``gamma``, from the stored margins."""
         of_loaders = [metric.accuracies(gamma - self._gamma) for metric in self._metrics]
-        named = [
-            {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}
-            for of_loader in of_loaders
-        ]
+        named = [{f"acc_{key}": accuracy for key, accuracy in of_loader.items()} for of_loader in of_loaders]
         return self._named(prefix, named)
 
     def _named(self, prefix: str, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:

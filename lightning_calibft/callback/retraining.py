@@ -102,7 +102,7 @@ class Retraining:
         """
         check_loaders(trainer.train_dataloader)
         for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and str(config.monitor).startswith(("val_ausuc", "val_acc")):
+            if config.reduce_on_plateau and str(config.monitor).startswith(("val_ausuc", "val_acc_")):
                 raise ValueError(
                     f"Expected learning rate schedulers to monitor values that the module itself logs for the"
                     f" estimator 'pcv', but got {config.monitor!r}, which its trainings do not log. Monitor another"

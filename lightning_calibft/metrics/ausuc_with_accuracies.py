@@ -42,7 +42,7 @@ class AUSUCWithAccuracies(AUSUC):
         of_groups = {group: accuracy_compute(*counts, group, self.average) for group in ("all", "seen", "absent")}
         self._values = {
             "ausuc": area,
-            "acc": of_groups["all"],
+            "acc_all": of_groups["all"],
             "acc_seen": of_groups["seen"],
             "acc_absent": of_groups["absent"],
             "acc_harmonic": harmonic_compute(*counts, self.average),

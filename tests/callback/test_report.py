@@ -57,7 +57,7 @@ def test_what_is_told_at_the_end(loaders, tmp_path, caplog):
 
     (told,) = [message for message in caplog.messages if "Absent-class calibration" in message]
     assert f"gamma = {callback.result.gamma:.3f}" in told
-    for name in ("acc", "acc_seen", "acc_absent", "acc_harmonic"):
+    for name in ("acc_all", "acc_seen", "acc_absent", "acc_harmonic"):
         suffix = "/dataloader_idx_1" if loaders > 1 else ""
         (line,) = [line.split() for line in told.splitlines() if line.split()[:1] == [f"val_{name}{suffix}"]]
         before, after = (expected[f"val_{name}{suffix}_{when}"] for when in ("uncalibrated", "calibrated"))
