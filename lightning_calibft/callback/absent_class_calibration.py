@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibra
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.metric_log import MetricLog
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -111,6 +113,9 @@ class AbsentClassCalibration(Callback):
             have the gamma of the last one until the fit ends. Each refresh takes a pass, so consider ``max_samples`` or
             ``tolerance``.
         log_metrics: Whether to log the metrics of validation and test, and ``val_gamma``.
+        metric_prefix: Text to put before each name that is logged, as in ``"calibft_"`` for ``calibft_val_ausuc``. If
+            the module or another callback logs the same name, theirs is not touched, and the one of this callback is
+            left out, with a warning.
         calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
 
     Attributes:
@@ -147,10 +152,12 @@ class AbsentClassCalibration(Callback):
         tolerance: float | None = None,
         refresh_on_validation: bool = False,
         log_metrics: bool = True,
+        metric_prefix: str = "",
         calibrate_checkpoints: bool = True,
     ) -> None:
         check_class_lists(seen_classes, absent_classes)
         check_type("log_metrics", log_metrics, bool)
+        check_type("metric_prefix", metric_prefix, str)
         check_type("calibrate_checkpoints", calibrate_checkpoints, bool)
         checked = cast("str | Estimator", estimator)  # LightningCLI cannot check the protocol, only the type `Metric`
         self.seen_classes = seen_classes
@@ -166,6 +173,7 @@ class AbsentClassCalibration(Callback):
         self.tolerance = tolerance
         self.refresh_on_validation = refresh_on_validation
         self.log_metrics = log_metrics
+        self.metric_prefix = metric_prefix
         self.calibrate_checkpoints = calibrate_checkpoints
         self._search = GammaSearch(
             checked,
@@ -186,6 +194,7 @@ class AbsentClassCalibration(Callback):
         self.result: CalibrationResult | None = None
         self.checkpoint_results: dict[str, CalibrationResult] = {}
         self._monitor = EvaluationMonitor()
+        self._log = MetricLog()
         self._labels: TrainingLabels | None = None
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
@@ -290,7 +299,7 @@ class AbsentClassCalibration(Callback):
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
                 self._refresh(trainer, pl_module)
-        self._start_monitor(trainer, pl_module, trainer.num_val_batches)
+        self._start_monitor(trainer, pl_module, "val", trainer.num_val_batches)
 
     @override
     def on_validation_batch_start(
@@ -312,24 +321,28 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_metrics(trainer, pl_module, "val")
-        if trainer.state.fn != "fit" or not self.log_metrics:
-            return
-        if (found := self._search.found_at(trainer.global_step)) is not None:
-            # The value is the same on all processes. The flag only prevents a warning from Lightning.
-            pl_module.log("val_gamma", found.gamma, sync_dist=trainer.world_size > 1)
+        self._fill_metrics(trainer, "val")
+        if trainer.state.fn == "fit" and (found := self._search.found_at(trainer.global_step)) is not None:
+            gamma = torch.tensor(found.gamma, dtype=torch.float32, device=pl_module.device)
+            self._log.fill({f"{self.metric_prefix}val_gamma": gamma})
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.end()
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attachment.ensure(trainer, pl_module)
-        self._start_monitor(trainer, pl_module, trainer.num_test_batches)
+        self._start_monitor(trainer, pl_module, "test", trainer.num_test_batches)
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_metrics(trainer, pl_module, "test")
+        self._fill_metrics(trainer, "test")
+
+    on_test_end = on_validation_end
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -425,9 +438,16 @@ class AbsentClassCalibration(Callback):
                 raise
             self._labels.give_up()  # the labels of the calibration data are read at the end
 
-    def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
-        split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
+    def _start_monitor(
+        self, trainer: Trainer, model: LightningModule, stage: str, num_batches: list[int | float]
+    ) -> None:
+        logs = self.log_metrics and not trainer.sanity_checking
+        split = self._split_so_far(trainer, model) if logs else None
         self._monitor.start(model, self._reader, split, len(num_batches), trainer.global_step)
+        names = [] if split is None else self._monitor.names(f"{self.metric_prefix}{stage}")
+        if logs and trainer.state.fn == "fit" and self._search.found_at(trainer.global_step) is not None:
+            names.append(f"{self.metric_prefix}val_gamma")
+        self._log.announce(trainer, model, names)
 
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
         """Return the split as far as it is known. It is the same on all processes."""
@@ -438,15 +458,10 @@ class AbsentClassCalibration(Callback):
         width, classes = head_width(model), self._restored_classes
         return ClassSplit(width, classes) if 0 < len(classes) < width else None
 
-    def _log_metrics(self, trainer: Trainer, model: LightningModule, prefix: str) -> None:
+    def _fill_metrics(self, trainer: Trainer, stage: str) -> None:
         counted = self._monitor.counted
         if self._monitor.split is not None and trainer.strategy.reduce_boolean_decision(counted, all=False):
-            # The values are the same on all processes. The flag only prevents a warning from Lightning.
-            model.log_dict(
-                self._monitor.values(prefix),
-                sync_dist=trainer.world_size > 1,
-                add_dataloader_idx=False,  # the names have it already
-            )
+            self._log.fill(self._monitor.values(f"{self.metric_prefix}{stage}"))  # the same on all processes
 
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
         """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
@@ -527,15 +542,18 @@ class AbsentClassCalibration(Callback):
         # The splits differ if new classes appeared after validation.
         same = self._monitor.counted and self._monitor.split == result.split
         if trainer.strategy.reduce_boolean_decision(same, all=False):
-            before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
+            before, after = (
+                self._monitor.accuracies(f"{self.metric_prefix}val", gamma) for gamma in (0.0, result.gamma)
+            )
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
         rank_zero_info(_summary(result, before, after, note, self.checkpoint_results))
         logged = {
-            "gamma": result.gamma,
-            "gamma_standard_error": result.standard_error,
+            f"{self.metric_prefix}gamma": result.gamma,
+            f"{self.metric_prefix}gamma_standard_error": result.standard_error,
             **{f"{name}_uncalibrated": float(value) for name, value in before.items()},
             **{f"{name}_calibrated": float(value) for name, value in after.items()},
         }
+        logged = self._log.free(trainer, logged)
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
 
