@@ -15,12 +15,15 @@ from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.data_check import warn_if_positions
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
+from lightning_calibft.calibration.loaders import flat_loaders
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.listed_classes import ListedClasses
 from lightning_calibft.callback.metric_log import MetricLog
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
@@ -39,9 +42,10 @@ from lightning_calibft.callback.trainer_data import (
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.head.attach import reset_gamma, set_attached_gamma
+from lightning_calibft.head.attach import attached_split, reset_gamma, set_attached_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
-from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.labels.dataset_labels import class_names_of_loaders
+from lightning_calibft.labels.label_names import LabelNames, row_names_of
 from lightning_calibft.split import ClassSplit
 
 
@@ -196,6 +200,7 @@ class AbsentClassCalibration(Callback):
         self._monitor = EvaluationMonitor()
         self._log = MetricLog()
         self._labels: TrainingLabels | None = None
+        self._listed: ListedClasses | None = None
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
@@ -241,6 +246,7 @@ class AbsentClassCalibration(Callback):
         if self._split is None:
             self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
             self._labels.add_classes(self._restored_classes)
+        self._listed = ListedClasses(head_width(pl_module))
         self._search.start(trainer, pl_module, self._reader, self._split)
 
     # Training.
@@ -254,6 +260,7 @@ class AbsentClassCalibration(Callback):
         reset_gamma(pl_module)
         if self._labels is not None:
             self._labels.add_classes(self._restored_classes)
+        self._read_lists(trainer, pl_module)
         if self._search.retraining is not None:
             self._search.retraining.check(trainer)
 
@@ -427,7 +434,24 @@ class AbsentClassCalibration(Callback):
         self._search.check_split(self._split, num_classes)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
-        return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
+        self._rows = resolve_class_map(self.class_map, self.label_names, num_classes)
+        return BatchReader(self.unpack_batch, self._rows)
+
+    def _read_lists(self, trainer: Any, model: LightningModule) -> None:
+        """Read the classes that the datasets list, and warn if their names show that the labels are not rows."""
+        assert self._listed is not None
+        compares = self.log_metrics and trainer.enable_validation and not trainer.fast_dev_run
+        tell = compares and self._labels is not None and not self._restored_classes
+        self._listed.read(trainer, self._rows, readable=self.unpack_batch is None, tell=tell)
+        names = class_names_of_loaders(flat_loaders(trainer.train_dataloader))
+        if self._reader.maps or not names:
+            return
+        listed = self._listed.classes()
+        if self._labels is not None:
+            self._labels.may_be_positions = False  # the names say more
+            warn_if_positions(listed or sorted(names), self._labels.num_classes, names, row_names_of(model))
+        elif self._split is not None and not set(listed) <= set(self._split.seen_classes):
+            warn_if_positions(listed, self._split.num_classes, names, row_names_of(model))
 
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None
@@ -451,12 +475,17 @@ class AbsentClassCalibration(Callback):
 
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
         """Return the split as far as it is known. It is the same on all processes."""
-        if self._split is not None:
-            return self._split
-        if self._labels is not None:
-            return self._labels.split(trainer.strategy)
-        width, classes = head_width(model), self._restored_classes
-        return ClassSplit(width, classes) if 0 < len(classes) < width else None
+        known = self._split
+        if known is None and self._labels is not None and trainer.state.fn == "fit":
+            assert self._listed is not None
+            at_end = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            return self._listed.split(self._labels.classes(trainer.strategy), at_end)
+        if known is None and self._labels is not None:
+            known = self._labels.split(trainer.strategy)
+        elif known is None and 0 < len(self._restored_classes) < head_width(model):
+            known = ClassSplit(head_width(model), self._restored_classes)
+        # In a fit, the head has no gamma or one for this split. Otherwise, it may have that of any other run.
+        return known if trainer.state.fn == "fit" else attached_split(model, known, self._restored_classes)
 
     def _fill_metrics(self, trainer: Trainer, stage: str) -> None:
         counted = self._monitor.counted
@@ -477,8 +506,12 @@ class AbsentClassCalibration(Callback):
         try:
             with preserve_random_state():
                 reading = self._search.make_pass(trainer, model)
-                split = None if reading is None else self._split_of(trainer, reading)
-                if reading is None or split is None:
+                if reading is None:
+                    return
+                split = self._split_so_far(trainer, model)
+                if split is None or len(split.seen_classes) < 2:
+                    split = self._split_of(trainer, reading)
+                if split is None:
                     return
                 result = self._search.run_before_validation(trainer, reading, split)
         except ValueError as error:  # for example, logits that are not finite; training may recover
@@ -495,7 +528,9 @@ class AbsentClassCalibration(Callback):
         self._finished = True
         found = self._search.result_of_steps(trainer)
         self._search.stop()
-        if (found := found or self._search.found_for_present(trainer)) is not None:
+        if found is None and self._met_all_listed(trainer):
+            found = self._search.found_for_present(trainer)
+        if found is not None:
             self._put(model, found)
             return
         self.result = None
@@ -510,6 +545,12 @@ class AbsentClassCalibration(Callback):
                 # When training ends, the model already has the averaged weights.
                 result = live if trained else self._search.run(trainer, reading, split)
                 set_attached_gamma(model, result.gamma, split)
+
+    def _met_all_listed(self, trainer: Trainer) -> bool:
+        """Go on with the classes that were met in training. Return whether they are those that the datasets list."""
+        if self._labels is None or self._listed is None:
+            return True
+        return self._listed.end(self._labels.classes(trainer.strategy))
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)

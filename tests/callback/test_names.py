@@ -12,13 +12,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_calibft import AbsentClassCalibration
 from lightning_calibft.callback.metric_log import _names_of_others
 from lightning_calibft.metrics import absent_class_metrics
-from tests.callback.measures import HARD, Measures, logged, val_loader
+from tests.callback.measures import Measures, logged, val_loader
 from tests.helpers.runs import (
     NUM_CLASSES,
     SEEN,
@@ -110,10 +109,12 @@ Other.on_validation_start = lambda self, trainer, pl_module: self.logs.log("on_v
 class Spy(Callback):
     """What other callbacks and loggers see of the names that the user logs."""
 
-    def __init__(self, names):
-        self.names, self.met = names, []
+    def __init__(self, names, first):
+        self.names, self.first, self.met = names, first, []
 
     def note(self, trainer, pl_module):
+        if trainer.current_epoch < self.first:
+            return
         for metrics in (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics):
             self.met.append({key: value for key, value in metrics.items() if key.split("/")[0] in self.names})
         self.met.append([group["lr"] for group in trainer.optimizers[0].param_groups])
@@ -123,7 +124,7 @@ class Spy(Callback):
 
 def values_of(logger):
     with open(logger.experiment.metrics_file_path) as file:
-        return [row for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def run(folder, callback, logs, by="module", loaders=1, monitor=None, **kwargs):
@@ -132,26 +133,34 @@ def run(folder, callback, logs, by="module", loaders=1, monitor=None, **kwargs):
     module = pretrained(Module)
     module.name = monitor
     module.logs = logs if by == "module" else None
-    spy = Spy({logs.name, "other"})
+    first = logs.first + (logs.hook == "on_train_epoch_end")  # of the validations whose names are known
+    spy = Spy({logs.name, "other"}, first)
     others = [] if by == "module" else [Other(logs)]
     calibration = [] if callback is None else [callback]
     checkpoint = ModelCheckpoint(folder, "{epoch}", monitor=monitor, mode="max", save_top_k=2)
     stop = EarlyStopping(monitor, mode="max", patience=3, strict=False, check_on_train_epoch_end=False)
     order = [*others, *calibration] if by == "callback before" else [*calibration, *others]
     logger = CSVLogger(folder / "log")
-    options = {"max_epochs": 6, "logger": logger, "log_every_n_steps": 1, **kwargs}
+    options = {"max_epochs": 4, "logger": logger, "log_every_n_steps": 1, **kwargs}
     trainer = trainer_of(folder, spy, *order, stop, checkpoint, **options)
     torch.manual_seed(0)
     data = [val_loader(), loader(blobs([*SEEN, 1, 4], each=5, seed=7), shuffle=False)][:loaders]
     trainer.fit(module, loader(), data)
     files = {path.name: without_calibration(read(path)) for path in sorted(folder.glob("*.ckpt"))}
-    names = spy.names
-    table = [{key: row[key] for key in row if key.split("/")[0] in names and row[key]} for row in values_of(logger)]
+    names, rows = spy.names, [row for row in values_of(logger) if int(row["epoch"] or 9) >= first]
+    table = [{key: row[key] for key in row if key.split("/")[0] in names and row[key]} for row in rows]
     returned = trainer.validate(module, data, verbose=False)
     returned = [{key: value for key, value in each.items() if key.split("/")[0] in names} for each in returned]
     best = checkpoint.best_model_path.removeprefix(str(folder)), checkpoint.best_model_score
-    return [spy.met, files.keys(), [(dict(each["state_dict"]), each["lr_schedulers"]) for each in files.values()],
-            best, trainer.current_epoch, [row for row in table if row], returned], trainer
+    return [
+        spy.met,
+        files.keys(),
+        [(dict(each["state_dict"]), each["lr_schedulers"]) for each in files.values()],
+        best,
+        trainer.current_epoch,
+        [row for row in table if row],
+        returned,
+    ], trainer
 
 
 def told(met):
@@ -178,27 +187,187 @@ BY = ["module", "callback before", "callback after"]
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("hook", ["validation_step", *Logs.hooks])
-@pytest.mark.parametrize("sanity", [0, 2])
-def test_a_name_is_theirs_in_every_hook(hook, by, sanity, tmp_path):
+def test_a_name_is_theirs_in_every_hook(hook, by, tmp_path):
     if hook == ("on_validation_start" if by == "module" else "validation_step"):
         pytest.skip("there is no such hook")
-    trainer = compare(tmp_path, Logs("val_acc_seen", hook), by, num_sanity_val_steps=sanity)
+    monitor = "val_loss" if hook == "on_train_epoch_end" else None  # it comes after the first validation
+    trainer = compare(tmp_path, Logs("val_acc_seen", hook), by, monitor=monitor, num_sanity_val_steps=0)
     assert {"val_ausuc", "val_acc_all", "val_acc_absent"} < trainer.callback_metrics.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_each_name(name, tmp_path):
+    compare(tmp_path, Logs(name, "on_validation_epoch_end"))
+
+
+def test_the_name_of_gamma(tmp_path):
+    callback = AbsentClassCalibration(refresh_on_validation=True)
+    compare(tmp_path, Logs("val_gamma", "validation_step"), callback=callback)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"prog_bar": True, "on_step": True, "on_epoch": True},
+        {"on_step": True, "on_epoch": False},
+        {"logger": False},
+    ],
+    ids=str,
+)
+def test_each_way_of_logging(kwargs, tmp_path):
+    monitor = None if kwargs.get("on_epoch", True) else "val_loss"
+    logs = Logs("val_acc_seen", "on_validation_batch_end", **kwargs)
+    compare(tmp_path, logs, monitor=monitor, num_sanity_val_steps=0)
+
+
+def test_a_metric_object(tmp_path):
+    class Scores(Module):
+        def __init__(self):
+            super().__init__()
+            self.score = MeanMetric()
+
+        def validation_step(self, batch, batch_idx):
+            self.score(self.loss(batch))
+            self.log("val_ausuc", self.score)
+
+    met = []
+    for callback in ([], [AbsentClassCalibration()]):
+        module = pretrained(Scores)
+        trainer = trainer_of(tmp_path, *callback, num_sanity_val_steps=0)
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(module, loader(), val_loader())
+        met.append(trainer.callback_metrics["val_ausuc"])
+    assert len(told(said)) == 1
+    assert torch.equal(*met)
+
+
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("hook", ["validation_step", "on_validation_epoch_end"])
-def test_each_name(name, hook, tmp_path):
-    compare(tmp_path, Logs(name, hook), num_sanity_val_steps=0)
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("kwargs", [{"prog_bar": True}, {"on_step": True, "on_epoch": True}, {"on_step": True, "on_epoch": False}, {"logger": False}], ids=str)
-def test_each_way_of_logging(kwargs, by, tmp_path):
-    compare(tmp_path, Logs("val_acc_seen", "on_validation_batch_end", **kwargs), by, num_sanity_val_steps=0)
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_epoch_end", "on_train_epoch_end"])
 def test_a_name_that_is_logged_only_later(hook, by, tmp_path):
+    hook = "on_validation_batch_end" if by != "module" and hook == "validation_step" else hook
     compare(tmp_path, Logs("val_acc_seen", hook, first=2), by, monitor="val_loss")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "left_out"),
+    [
+        ("val_acc_seen", {}, "val_acc_seen/dataloader_idx_0', 'val_acc_seen/dataloader_idx_1"),
+        ("val_acc_seen", {"add_dataloader_idx": False}, ""),  # ours have other names
+    ],
+)
+def test_several_loaders(name, kwargs, left_out, tmp_path):
+    logs = Logs(name, "validation_step", **kwargs)
+    monitor = f"{name}/dataloader_idx_1" if left_out else name
+    trainer = compare(tmp_path, logs, left_out=left_out, loaders=2, monitor=monitor, num_sanity_val_steps=0)
+    assert "val_acc_absent/dataloader_idx_1" in trainer.callback_metrics
+
+
+def test_a_name_that_is_logged_in_training(tmp_path):
+    trainer = compare(tmp_path, Logs("val_acc_seen", "training_step"))
+    assert "val_acc_absent" in trainer.callback_metrics
+
+
+def test_val_acc_is_not_ours(tmp_path):
+    for hook in ("validation_step", "on_validation_epoch_end"):
+        compare(tmp_path / hook, Logs("val_acc", hook), left_out="", num_sanity_val_steps=0)
+
+
+class Scored(Measures):
+    """Logs the collection by itself, as the README shows."""
+
+    def build(self, dropout):
+        super().build(dropout)
+        self.metrics = absent_class_metrics(NUM_CLASSES, SEEN, prefix="val_")
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.metrics.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self):
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
+
+
+def test_with_a_prefix_both_are_logged(tmp_path):
+    module, logger = pretrained(Scored), CSVLogger(tmp_path)
+    callback = AbsentClassCalibration(metric_prefix="calibft_", refresh_on_validation=True)
+    trainer = trainer_of(tmp_path, callback, logger=logger, log_every_n_steps=1)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(), val_loader())
+    assert not told(met)
+    values = logged(trainer, "val")
+    assert values.keys() == set(NAMES)
+    assert logged(trainer, "calibft") == pytest.approx(
+        {f"calibft_{name}": value for name, value in values.items()} | {"calibft_val_gamma": callback.result.gamma}
+    )
+    last = values_of(logger)[-1]
+    assert {"calibft_gamma", "calibft_gamma_standard_error", "calibft_val_acc_seen_calibrated"} < last.keys()
+    assert not {"gamma", "val_acc_seen_calibrated"} & last.keys()
+
+
+@pytest.mark.parametrize("hook", ["test_step", "on_test_epoch_end"])
+def test_the_names_of_a_test(hook, tmp_path):
+    class Tests(Plain):
+        def test_step(self, batch, batch_idx):
+            self.loss(batch)
+            if hook == "test_step":
+                self.log("test_ausuc", 0.25, batch_size=8)
+
+        def on_test_epoch_end(self):
+            if hook == "on_test_epoch_end":
+                self.log("test_ausuc", 0.25)
+
+    module, callback = pretrained(Tests), AbsentClassCalibration(SEEN)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        (values,) = trainer_of(tmp_path, callback).test(module, val_loader(), verbose=False)
+    assert values["test_ausuc"] == 0.25
+    assert {"test_acc_all", "test_acc_seen", "test_acc_absent", "test_acc_harmonic"} < values.keys()
+    assert len(told(met)) == 1
+
+
+def test_the_names_of_the_last_values(tmp_path):
+    class Focal(Plain):
+        def training_step(self, batch, batch_idx):
+            self.log("gamma", 2.0)
+            return super().training_step(batch, batch_idx)
+
+    logger = CSVLogger(tmp_path)
+    trainer = trainer_of(tmp_path, AbsentClassCalibration(), logger=logger, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="does not log 'gamma', because"):
+        trainer.fit(pretrained(Focal), loader(), val_loader())
+    assert {row["gamma"] for row in values_of(logger)} <= {"2.0", ""}
+    assert values_of(logger)[-1]["gamma_standard_error"]
+
+
+@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
+def test_what_lightning_keeps_of_what_is_logged(package, tmp_path):
+    """The names are read from a private collection of Lightning's."""
+
+    class Module(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(5, NUM_CLASSES)
+            self.score = MeanMetric()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.score(batch[1])
+            self.log("object", self.score)
+            self.log("in_step", 1.0, on_step=True, on_epoch=True)
+            self.log("without", 1.0, add_dataloader_idx=False)
+
+        def on_validation_epoch_end(self):
+            self.log("at_end", 1.0)
+
+    trainer = package.Trainer(
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+    )
+    trainer.validate(Module(), [val_loader(), val_loader()], verbose=False)
+    names = {f"{name}/dataloader_idx_{index}" for name in ("object", "in_step") for index in range(2)}
+    assert _names_of_others((trainer.validate_loop._results,)) == {*names, "without", "at_end"}
