@@ -86,11 +86,9 @@ def _attribute(dataset: Any, name: str) -> Any:
 
 
 def _transforms_labels(dataset: Any) -> bool:
-    # `transforms` of torchvision takes image and label together. With `transform` alone, it holds that one.
-    joint = _attribute(dataset, "transforms")
-    return _attribute(dataset, "target_transform") is not None or (
-        joint is not None and type(joint).__name__ != "StandardTransform"
-    )
+    own, joint = (inspect.getattr_static(dataset, name, None) for name in ("target_transform", "transforms"))
+    # torchvision's `transforms` takes image and label together. With a `transform` of images, it holds that one.
+    return own is not None or (joint is not None and type(joint).__name__ != "StandardTransform")
 
 
 def _are_pairs(samples: Any) -> bool:
