@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_calibft.calibration.data_check import label_bins
-from lightning_calibft.calibration.loaders import drawn_from, flat_loaders, length_of
+from lightning_calibft.calibration.loaders import drawn_from, flat_loaders
 from lightning_calibft.labels.class_map import rows_tensor, to_rows
 from lightning_calibft.labels.dataset_labels import labels_of
 from lightning_calibft.split import ClassSplit, shorten
@@ -128,7 +127,8 @@ class ListedClasses:
 def _labels_of_loader(loader: Any, num_batches: float, world_size: int) -> tuple[Tensor | None, int]:
     """Return the labels that each epoch of a loader draws from, if they are listed.
 
-    Also return how many of its samples an epoch may leave out.
+    Also return how many of its samples an epoch may leave out. A stream or a custom sampler counts as one that gives
+    the same samples in each epoch.
 
     Args:
         loader: A training loader.
@@ -136,21 +136,22 @@ def _labels_of_loader(loader: Any, num_batches: float, world_size: int) -> tuple
         world_size: Number of processes.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        length = length_of(loader)
-        return None, _MANY if num_batches < (math.inf if length is None else length) else 0
+        return None, 0
+    batch_size = getattr(loader.batch_sampler, "batch_size", None)
     indices, shuffles, repeats = drawn_from(loader)
-    if indices is None or loader.batch_size is None:
-        return None, _MANY
-    read = min(num_batches, len(loader)) * loader.batch_size * world_size
-    missed = max(0, len(indices) - int(read))
-    if missed >= loader.batch_size * world_size:  # more than `drop_last` leaves out
+    if indices is None or batch_size is None:
+        return None, 0
+    read = int(min(num_batches, len(loader))) * batch_size * world_size
+    missed = max(0, len(indices) - read)
+    if missed >= batch_size * world_size:  # more than `drop_last` leaves out
         if shuffles:
             return None, _MANY
-        indices, missed = indices[: int(read)], 0
+        indices, missed = indices[:read], 0
+    missed = _MANY if repeats else missed
     labels = labels_of(loader.dataset)
     if labels is None or len(labels) < len(indices):
         return None, missed
-    return labels[torch.as_tensor(indices, dtype=torch.long)], _MANY if repeats else missed
+    return labels[torch.as_tensor(indices, dtype=torch.long)], missed
 
 
 def _validates_after_epochs(trainer: Any) -> bool:

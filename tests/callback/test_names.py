@@ -106,6 +106,13 @@ for each in Logs.hooks[1:]:
 Other.on_validation_start = lambda self, trainer, pl_module: self.logs.log("on_validation_start", trainer, pl_module)
 
 
+def keys_of(logs):
+    """What Lightning calls the names that a user logs: of each step and epoch, and of each loader."""
+    names = [f"{name}{fork}" for name in (logs.name, "other") for fork in ("", "_step", "_epoch")]
+    at_end = logs.hook.endswith("epoch_end")
+    return {*names, *(f"{name}/dataloader_idx_{index}" for name in names for index in range(2) if not at_end)}
+
+
 class Spy(Callback):
     """What other callbacks and loggers see of the names that the user logs."""
 
@@ -116,7 +123,7 @@ class Spy(Callback):
         if trainer.current_epoch < self.first:
             return
         for metrics in (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics):
-            self.met.append({key: value for key, value in metrics.items() if key.split("/")[0] in self.names})
+            self.met.append({key: value for key, value in metrics.items() if key in self.names})
         self.met.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
     on_validation_end = on_train_epoch_end = on_train_end = note
@@ -134,7 +141,7 @@ def run(folder, callback, logs, by="module", loaders=1, monitor=None, **kwargs):
     module.name = monitor
     module.logs = logs if by == "module" else None
     first = logs.first + (logs.hook == "on_train_epoch_end")  # of the validations whose names are known
-    spy = Spy({logs.name, "other"}, first)
+    spy = Spy(keys_of(logs), first)
     others = [] if by == "module" else [Other(logs)]
     calibration = [] if callback is None else [callback]
     checkpoint = ModelCheckpoint(folder, "{epoch}", monitor=monitor, mode="max", save_top_k=2)
@@ -148,9 +155,9 @@ def run(folder, callback, logs, by="module", loaders=1, monitor=None, **kwargs):
     trainer.fit(module, loader(), data)
     files = {path.name: without_calibration(read(path)) for path in sorted(folder.glob("*.ckpt"))}
     names, rows = spy.names, [row for row in values_of(logger) if int(row["epoch"] or 9) >= first]
-    table = [{key: row[key] for key in row if key.split("/")[0] in names and row[key]} for row in rows]
+    table = [{key: row[key] for key in row if key in names and row[key]} for row in rows]
     returned = trainer.validate(module, data, verbose=False)
-    returned = [{key: value for key, value in each.items() if key.split("/")[0] in names} for each in returned]
+    returned = [{key: value for key, value in each.items() if key in names} for each in returned]
     best = checkpoint.best_model_path.removeprefix(str(folder)), checkpoint.best_model_score
     return [
         spy.met,
@@ -251,15 +258,15 @@ def test_a_name_that_is_logged_only_later(hook, by, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "left_out"),
+    ("hook", "left_out"),
     [
-        ("val_acc_seen", {}, "val_acc_seen/dataloader_idx_0', 'val_acc_seen/dataloader_idx_1"),
-        ("val_acc_seen", {"add_dataloader_idx": False}, ""),  # ours have other names
+        ("validation_step", "val_acc_seen/dataloader_idx_0', 'val_acc_seen/dataloader_idx_1"),
+        ("on_validation_epoch_end", ""),  # ours have other names
     ],
 )
-def test_several_loaders(name, kwargs, left_out, tmp_path):
-    logs = Logs(name, "validation_step", **kwargs)
-    monitor = f"{name}/dataloader_idx_1" if left_out else name
+def test_several_loaders(hook, left_out, tmp_path):
+    logs = Logs("val_acc_seen", hook)
+    monitor = "val_acc_seen/dataloader_idx_1" if left_out else "val_acc_seen"
     trainer = compare(tmp_path, logs, left_out=left_out, loaders=2, monitor=monitor, num_sanity_val_steps=0)
     assert "val_acc_absent/dataloader_idx_1" in trainer.callback_metrics
 
@@ -356,7 +363,7 @@ def test_what_lightning_keeps_of_what_is_logged(package, tmp_path):
             self.score(batch[1])
             self.log("object", self.score)
             self.log("in_step", 1.0, on_step=True, on_epoch=True)
-            self.log("without", 1.0, add_dataloader_idx=False)
+            self.log(f"without_{dataloader_idx}", 1.0, add_dataloader_idx=False)
 
         def on_validation_epoch_end(self):
             self.log("at_end", 1.0)
@@ -370,4 +377,4 @@ def test_what_lightning_keeps_of_what_is_logged(package, tmp_path):
     )
     trainer.validate(Module(), [val_loader(), val_loader()], verbose=False)
     names = {f"{name}/dataloader_idx_{index}" for name in ("object", "in_step") for index in range(2)}
-    assert _names_of_others((trainer.validate_loop._results,)) == {*names, "without", "at_end"}
+    assert _names_of_others((trainer.validate_loop._results,)) == {*names, "without_0", "without_1", "at_end"}
