@@ -46,6 +46,7 @@ from lightning_calibft.head.attach import attached_split, reset_gamma, set_attac
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.dataset_labels import class_names_of_loaders
 from lightning_calibft.labels.label_names import LabelNames, row_names_of
+from lightning_calibft.metrics.ausuc_with_accuracies import NAMES
 from lightning_calibft.split import ClassSplit
 
 
@@ -85,6 +86,8 @@ class AbsentClassCalibration(Callback):
 
     Args:
         seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels in the training batches.
+            Before they are all met, validation takes those that the datasets list in ``targets``, ``labels``,
+            ``samples`` or ``tensors``, if they do. If the metrics of validations cannot be compared, a warning says so.
         absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
         head: Dotted name of the module that outputs the logits, if it is not found automatically.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
@@ -262,7 +265,8 @@ class AbsentClassCalibration(Callback):
             self._labels.add_classes(self._restored_classes)
         self._read_lists(trainer, pl_module)
         if self._search.retraining is not None:
-            self._search.retraining.check(trainer)
+            names = {f"{self.metric_prefix}val_{name}" for name in NAMES}
+            self._search.retraining.check(trainer, names - self._log.taken(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

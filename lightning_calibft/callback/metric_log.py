@@ -32,10 +32,7 @@ class MetricLog:
         self._announced = {}
         if trainer.barebones:
             return
-        # Private in Lightning, which has no public list of what is being logged. Names stay in these collections.
-        collections = (trainer._results, trainer.fit_loop.epoch_loop._results)
-        taken = _names_of_others(collections) | (trainer.callback_metrics.keys() - self._own)
-        names = list(names)
+        names, taken, collections = list(names), self.taken(trainer), _collections(trainer)
         self._leave_out(name for name in names if name in taken)
         for name in names:
             if name not in taken:
@@ -43,6 +40,10 @@ class MetricLog:
                 # Lightning asks for the attribute of the module that a metric is, but does not use its name.
                 model.log(name, late, add_dataloader_idx=False, metric_attribute=name)
         self._own.update(self._announced)
+
+    def taken(self, trainer: Any) -> set[str]:
+        """Return the names that others are known to log."""
+        return _names_of_others(_collections(trainer)) | (set(trainer.callback_metrics) - self._own)
 
     def fill(self, values: Mapping[str, Any]) -> None:
         """Give the values of the evaluation, on all processes the same. Names without a value are not logged."""
@@ -97,6 +98,15 @@ class _LateValue(Metric):
     def is_taken(self) -> bool:
         """Return whether somebody else has logged the name."""
         return self._name in _names_of_others(self._collections)
+
+
+def _collections(trainer: Any) -> tuple[Any, ...]:
+    """Return Lightning's collections of what is logged: of the loop that runs, of training and of its validation.
+
+    They are private, but Lightning has no public list of what is being logged. Names stay in them when a loop ends.
+    """
+    training = trainer.fit_loop.epoch_loop
+    return tuple(each for each in (trainer._results, training._results, training.val_loop._results) if each is not None)
 
 
 def _names_of_others(collections: tuple[Any, ...]) -> set[str]:

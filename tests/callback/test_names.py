@@ -190,13 +190,12 @@ def compare(tmp_path, logs, by="module", callback=None, left_out=None, **kwargs)
 
 
 BY = ["module", "callback before", "callback after"]
+HOOKS = [("validation_step", "module")]
+HOOKS += [(hook, by) for hook in Logs.hooks for by in BY if (hook, by) != ("on_validation_start", "module")]
 
 
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("hook", ["validation_step", *Logs.hooks])
+@pytest.mark.parametrize(("hook", "by"), HOOKS)
 def test_a_name_is_theirs_in_every_hook(hook, by, tmp_path):
-    if hook == ("on_validation_start" if by == "module" else "validation_step"):
-        pytest.skip("there is no such hook")
     monitor = "val_loss" if hook == "on_train_epoch_end" else None  # it comes after the first validation
     trainer = compare(tmp_path, Logs("val_acc_seen", hook), by, monitor=monitor, num_sanity_val_steps=0)
     assert {"val_ausuc", "val_acc_all", "val_acc_absent"} < trainer.callback_metrics.keys()
