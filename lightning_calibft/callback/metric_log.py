@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,13 +26,14 @@ class MetricLog:
         self._own: set[str] = set()  # all names that were announced
         self._left_out: set[str] = set()
 
-    def announce(self, trainer: Any, model: LightningModule, names: Iterable[str]) -> None:
+    def announce(self, trainer: Any, model: Any, names: Iterable[str]) -> None:
         """Call this when an evaluation starts, with the names that :meth:`fill` will have values for."""
         self._announced = {}
         if trainer.barebones:
             return
         names, taken, collections = list(names), self.taken(trainer), _collections(trainer)
         self._leave_out(name for name in names if name in taken)
+        trainer._results.dataloader_idx = None  # an evaluation that failed leaves the number of its loader
         for name in names:
             if name not in taken:
                 self._announced[name] = late = _LateValue(name, collections)

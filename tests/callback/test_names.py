@@ -348,6 +348,26 @@ def test_the_names_of_the_last_values(tmp_path):
     assert values_of(logger)[-1]["gamma_standard_error"]
 
 
+def test_an_evaluation_after_one_that_failed_in_a_later_loader(tmp_path):
+    class Fails(Plain):
+        fails = False
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            super().validation_step(batch, batch_idx)
+            if self.fails and dataloader_idx == 1:
+                raise ArithmeticError
+
+    module, data = pretrained(Fails), [val_loader(), val_loader()]
+    trainer = trainer_of(tmp_path, AbsentClassCalibration(SEEN))
+    first = trainer.validate(module, data, verbose=False)
+    module.fails = True
+    with pytest.raises(ArithmeticError):
+        trainer.validate(module, data, verbose=False)
+    module.fails = False
+    assert trainer.validate(module, data, verbose=False) == first
+    assert "val_ausuc/dataloader_idx_1" in first[0]
+
+
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
 def test_what_lightning_keeps_of_what_is_logged(package, tmp_path):
     """The names are read from a private collection of Lightning's."""
