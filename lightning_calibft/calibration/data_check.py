@@ -172,8 +172,8 @@ def _named_positions_hint(
     classes: Sequence[int], num_classes: int, names: Mapping[int, str], row_names: Sequence[str]
 ) -> str:
     """Return what to do about labels whose names are not those of the rows, or an empty string."""
-    if len(names) >= num_classes or not set(classes) <= names.keys():
-        return ""  # the dataset numbers all rows, or its names are not those of the labels
+    if len(names) >= num_classes or names.keys() != set(range(len(names))) or not set(classes) <= names.keys():
+        return ""  # the names are those of all rows, or have no positions, or are not those of the labels
     given = [names[label] for label in sorted(names)]
     if all(name.isdecimal() for name in given):
         rows = {label: int(name) for label, name in names.items()}

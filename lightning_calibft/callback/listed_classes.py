@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_calibft.calibration.data_check import label_bins
 from lightning_calibft.calibration.loaders import drawn_from, flat_loaders
 from lightning_calibft.labels.class_map import rows_tensor, to_rows
-from lightning_calibft.labels.dataset_labels import labels_of
+from lightning_calibft.labels.dataset_labels import labels_at, labels_of
 from lightning_calibft.split import ClassSplit, shorten
 
 _NAMES = "`val_ausuc` and the accuracies of seen and absent classes"
@@ -147,11 +147,7 @@ def _labels_of_loader(loader: Any, num_batches: float, world_size: int) -> tuple
         if shuffles:
             return None, _MANY
         indices, missed = indices[:read], 0
-    missed = _MANY if repeats else missed
-    labels = labels_of(loader.dataset)
-    if labels is None or len(labels) < len(indices):
-        return None, missed
-    return labels[torch.as_tensor(indices, dtype=torch.long)], missed
+    return labels_at(indices, labels_of(loader.dataset)), _MANY if repeats else missed
 
 
 def _validates_after_epochs(trainer: Any) -> bool:

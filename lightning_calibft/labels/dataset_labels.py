@@ -26,8 +26,7 @@ def labels_of(dataset: Any) -> Tensor | None:
         tensor([5, 7])
     """
     if _is_plain(dataset, Subset):
-        labels = labels_of(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices, dtype=torch.long)]
+        return labels_at(dataset.indices, labels_of(dataset.dataset))
     if _is_plain(dataset, ConcatDataset):
         parts = [labels_of(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
@@ -44,6 +43,14 @@ def labels_of(dataset: Any) -> Tensor | None:
     labels_found = [each for each in found if each is not None]
     if labels_found and all(torch.equal(each, labels_found[0]) for each in labels_found):
         return labels_found[0]
+    return None
+
+
+def labels_at(indices: Any, labels: Tensor | None) -> Tensor | None:
+    """Return the labels at some indices, or ``None`` if the labels are ``None`` or the indices are no positions."""
+    if labels is not None:
+        with suppress(IndexError, TypeError, ValueError):
+            return labels[torch.as_tensor(indices, dtype=torch.long)]
     return None
 
 

@@ -173,6 +173,12 @@ def test_names_that_are_those_of_the_rows(labels, names, number, arguments, tmp_
     assert not said_before_training(tmp_path, rows(number), Named(list(labels), names), **arguments)
 
 
+def test_names_of_labels_that_are_no_positions(tmp_path):
+    data = Named([3, 5], ["cat", "dog"])
+    data.class_to_idx = {"cat": 3, "dog": 5}
+    assert not said_before_training(tmp_path, rows(6), data)
+
+
 def test_seen_classes_that_are_the_names_of_folders(tmp_path):
     (text,) = said_before_training(tmp_path, rows(6), Named([0, 1, 2], ["1", "2", "4"]), seen_classes=[1, 2, 4])
     assert "`class_map=[1, 2, 4]`" in text

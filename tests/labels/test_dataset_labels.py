@@ -79,6 +79,8 @@ class Renumbered(Subset):
         Listed(targets=Y, transforms=lambda image, label: (image, 0)),
         TensorDataset(torch.randn(6, 3), torch.tensor(Y), torch.arange(6)),
         TensorDataset(torch.randn(6, 3), torch.rand(6)),
+        Subset(Listed(targets=Y), ["a", "b"]),
+        Subset(Listed(targets=Y), [0, 6]),
         Renumbered(Listed(targets=Y), [0, 1]),
         ConcatDataset([Listed(targets=Y), Listed()]),
         StackDataset(torch.randn(6), torch.tensor(Y)),
