@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,6 @@ def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...
     return tuple(ids)
 
 
-def shorten(ids: list[int], limit: int = 10) -> str:
+def shorten(ids: Sequence[object], limit: int = 10) -> str:
     """List at most ``limit`` ids, so that an error about thousands of classes stays readable."""
     return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor
 from lightning_calibft.calibration.batch_reader import target_error
 from lightning_calibft.calibration.distributed import SharedErrors, all_reduce, rank_and_world_size
 from lightning_calibft.labels.class_map import IGNORE_INDEX
+from lightning_calibft.labels.label_names import label_set_of, rows_of_names
 from lightning_calibft.split import ClassSplit, shorten
 
 AbsentSamples = Literal["accident", "expected", "needed"]
 
+_WORDNET_ID = re.compile(r"n\d{8}")
 NO_LABEL = torch.iinfo(torch.long).min  # smaller than any label
 NO_BATCH = torch.iinfo(torch.long).max  # larger than any batch number
 
@@ -125,26 +129,66 @@ def empty_error(present: Sequence[int] = (), hint: str = "") -> ValueError:
     )
 
 
-def warn_if_positions(classes: Sequence[int], num_classes: int) -> None:
-    """Warn if the classes of the fine-tuning data are the first few rows, which is rarely what the user means."""
-    if rank_and_world_size()[0] == 0 and _are_few(classes, num_classes) and (hint := _positions_hint(classes)):
-        warnings.warn(
-            f"{hint.strip()} If you mean these rows, pass `seen_classes=list(range({len(classes)}))`.", stacklevel=3
-        )
+def warn_if_positions(
+    classes: Sequence[int], num_classes: int, names: Mapping[int, str] | None = None, row_names: Sequence[str] = ()
+) -> bool:
+    """Warn if the labels of the fine-tuning data seem to be positions in a list of classes, and not rows of the head.
+
+    Args:
+        classes: The labels.
+        num_classes: Number of rows.
+        names: The dataset's name of each label, if it has names. Without names, the labels must be the first few rows,
+            which is rarely what the user means.
+        row_names: The names of the rows, if they are known.
+
+    Returns:
+        Whether the labels seem to be positions.
+    """
+    hint = _named_positions_hint(classes, num_classes, names, row_names) if names else ""
+    if not names and _are_few(classes, num_classes):
+        hint = _positions_hint(classes)
+    if hint and rank_and_world_size()[0] == 0:
+        in_order = list(classes) == list(range(len(classes)))
+        seen = f"list(range({len(classes)}))" if in_order else f"[{shorten(list(classes))}]"
+        warnings.warn(f"{hint.strip()} If you mean these rows, pass `seen_classes={seen}`.", stacklevel=3)
+    return bool(hint)
 
 
 def _are_few(classes: Sequence[int], num_classes: int) -> bool:
     return 4 * len(classes) <= num_classes
 
 
-def _positions_hint(classes: Sequence[int]) -> str:
-    """Return what to do about labels that look like positions in a list of folders, or an empty string."""
-    if not classes or list(classes) != list(range(len(classes))):
+def _named_positions_hint(
+    classes: Sequence[int], num_classes: int, names: Mapping[int, str], row_names: Sequence[str]
+) -> str:
+    """Return what to do about labels whose names are not those of the rows, or an empty string."""
+    if len(names) >= num_classes or names.keys() != set(range(len(names))) or not set(classes) <= names.keys():
+        return ""  # the names are those of all rows, or have no positions, or are not those of the labels
+    given = [names[label] for label in sorted(names)]
+    if all(name.isdecimal() for name in given):
+        rows = {label: int(name) for label, name in names.items()}
+        map_of_names = f"[{', '.join(given)}]"
+    else:
+        if not row_names and all(map(_WORDNET_ID.fullmatch, given)):
+            with suppress(ValueError):  # the head has no known label set
+                row_names = list(rows_of_names(label_set_of(num_classes), num_classes))
+        by_name = {name: row for row, name in enumerate(row_names)}
+        rows = {label: by_name.get(name, -1) for label, name in names.items()}
+        map_of_names = "[...]"
+    if all(rows[label] == label for label in classes):
         return ""
-    last = len(classes) - 1
+    return _positions_hint(classes, f" ({shorten([repr(name) for name in given], 3)})", map_of_names)
+
+
+def _positions_hint(classes: Sequence[int], names: str = "", map_of_names: str = "[...]") -> str:
+    """Return what to do about labels that look like positions in a list of folders, or an empty string."""
+    in_order = list(classes) == list(range(len(classes)))
+    if not classes or not (in_order or names):
+        return ""
+    rows = f"0 to {len(classes) - 1}" if in_order else shorten(list(classes))
     return (
-        f" The labels are 0 to {last}: they look like positions in a list of folders, not like rows of the head. Say"
-        " which row each is with `class_map=[...]`, or with `class_map=dataset.classes, label_names=...` by the names"
-        f" of folders and rows. A training step that took the cross-entropy with these labels has trained rows 0 to"
-        f" {last}: map them there too."
+        f" The labels are {rows}: they look like positions in a list of folders{names}, not like rows of the head. Say"
+        f" which row each is with `class_map={map_of_names}`, or with `class_map=dataset.classes, label_names=...` by"
+        f" the names of folders and rows. A training step that took the cross-entropy with these labels has trained"
+        f" rows {rows}: map them there too."
     )

@@ -48,6 +48,8 @@ from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.head.record import one_forward, record_logits
 from lightning_calibft.labels.class_map import IGNORE_INDEX
+from lightning_calibft.labels.dataset_labels import class_names_of_loaders
+from lightning_calibft.labels.label_names import row_names_of
 from lightning_calibft.split import ClassSplit
 
 LEAST_SAMPLES = 100  # from fewer samples, the standard error itself is a guess
@@ -119,7 +121,8 @@ class EvaluationPass:
             raise empty_error()
         classes = present.nonzero().flatten().tolist()
         if not self.reader.maps:
-            warn_if_positions(classes, self.num_classes)
+            names = class_names_of_loaders(self.loaders)
+            warn_if_positions(classes, self.num_classes, names, row_names_of(self.model))
         return classes
 
     def run(self, split: ClassSplit) -> CalibrationResult:

@@ -148,6 +148,19 @@ def sample_indices(loader: DataLoader[Any]) -> Sequence[Any]:
     return indices
 
 
+def drawn_from(loader: DataLoader[Any]) -> tuple[Sequence[Any] | Tensor | None, bool, bool]:
+    """Return the indices that the loader draws from, whether it shuffles them, and whether it may repeat some of them.
+
+    The indices are ``None`` with a custom sampler or batch sampler, which are not asked.
+    """
+    sampler = _sampler(loader)
+    known = None if _has_own_batches(loader) else _known_indices(sampler)
+    shuffles, repeats = not isinstance(sampler, SequentialSampler) and getattr(sampler, "shuffle", True), False
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
+        repeats = sampler.replacement or (known is not None and len(sampler) != len(known))
+    return known, shuffles, repeats
+
+
 def length_of(loader: Any) -> int | None:
     """Return the length of a loader or sampler, or ``None`` if it has none."""
     try:

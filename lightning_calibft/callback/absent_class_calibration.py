@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -15,13 +16,17 @@ from typing_extensions import override
 from lightning_calibft._arguments import check_type
 from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.data_check import warn_if_positions
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
+from lightning_calibft.calibration.loaders import flat_loaders
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
 from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
+from lightning_calibft.callback.listed_classes import ListedClasses
+from lightning_calibft.callback.metric_log import MetricLog
 from lightning_calibft.callback.network_copies import NetworkCopies
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
@@ -40,9 +45,11 @@ from lightning_calibft.callback.trainer_data import (
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
-from lightning_calibft.head.attach import reset_gamma, set_attached_gamma
+from lightning_calibft.head.attach import attached_split, reset_gamma, set_attached_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
-from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.labels.dataset_labels import class_names_of_loaders
+from lightning_calibft.labels.label_names import LabelNames, row_names_of
+from lightning_calibft.metrics.ausuc_with_accuracies import NAMES
 from lightning_calibft.split import ClassSplit
 
 
@@ -53,7 +60,7 @@ class AbsentClassCalibration(LightningCallback):
     it in the classification head. From then on, gamma is added to the logits of the absent classes in eval mode. Every
     checkpoint that ``ModelCheckpoint`` keeps gets the gamma of its own weights. Gamma is the average logit gap of Mai
     et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). In validation and test, the callback logs
-    ``val_ausuc``, ``val_acc``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
+    ``val_ausuc``, ``val_acc_all``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
 
     Note:
         The loss, the random state and the trained weights are the same with and without the callback, with two
@@ -83,6 +90,8 @@ class AbsentClassCalibration(LightningCallback):
 
     Args:
         seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels in the training batches.
+            Before they are all met, validation takes those that the datasets list in ``targets``, ``labels``,
+            ``samples`` or ``tensors``, if they do. If the metrics of validations cannot be compared, a warning says so.
         absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
         head: Dotted name of the module that outputs the logits, if it is not found automatically.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
@@ -116,6 +125,9 @@ class AbsentClassCalibration(LightningCallback):
             have the gamma of the last one until the fit ends. Each refresh takes a pass, so consider ``max_samples`` or
             ``tolerance``.
         log_metrics: Whether to log the metrics of validation and test, and ``val_gamma``.
+        metric_prefix: Text to put before each name that is logged, as in ``"calibft_"`` for ``calibft_val_ausuc``. If
+            the module or another callback logs the same name, theirs is not touched, and the one of this callback is
+            left out, with a warning.
         calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
 
     Attributes:
@@ -152,10 +164,12 @@ class AbsentClassCalibration(LightningCallback):
         tolerance: float | None = None,
         refresh_on_validation: bool = False,
         log_metrics: bool = True,
+        metric_prefix: str = "",
         calibrate_checkpoints: bool = True,
     ) -> None:
         check_class_lists(seen_classes, absent_classes)
         check_type("log_metrics", log_metrics, bool)
+        check_type("metric_prefix", metric_prefix, str)
         check_type("calibrate_checkpoints", calibrate_checkpoints, bool)
         checked = cast("str | Estimator", estimator)  # LightningCLI cannot check the protocol, only the type `Metric`
         self.seen_classes = seen_classes
@@ -171,6 +185,7 @@ class AbsentClassCalibration(LightningCallback):
         self.tolerance = tolerance
         self.refresh_on_validation = refresh_on_validation
         self.log_metrics = log_metrics
+        self.metric_prefix = metric_prefix
         self.calibrate_checkpoints = calibrate_checkpoints
         self._search = GammaSearch(
             checked,
@@ -192,7 +207,9 @@ class AbsentClassCalibration(LightningCallback):
         self.result: CalibrationResult | None = None
         self.checkpoint_results: dict[str, CalibrationResult] = {}
         self._monitor = EvaluationMonitor()
+        self._log = MetricLog()
         self._labels: TrainingLabels | None = None
+        self._listed: ListedClasses | None = None
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
@@ -251,8 +268,10 @@ class AbsentClassCalibration(LightningCallback):
         reset_gamma(pl_module)
         if self._labels is not None:
             self._labels.add_classes(self._restored_classes)
+        self._read_lists(trainer, pl_module)
         if self._search.retraining is not None:
-            self._search.retraining.check(trainer)
+            names = {f"{self.metric_prefix}val_{name}" for name in NAMES}
+            self._search.retraining.check(trainer, names - self._log.taken(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -299,7 +318,7 @@ class AbsentClassCalibration(LightningCallback):
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
                 self._refresh(trainer, pl_module)
-        self._start_monitor(trainer, pl_module, trainer.num_val_batches)
+        self._start_monitor(trainer, pl_module, "val", trainer.num_val_batches)
 
     @override
     def on_validation_batch_start(
@@ -323,24 +342,28 @@ class AbsentClassCalibration(LightningCallback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_metrics(trainer, pl_module, "val")
-        if trainer.state.fn != "fit" or not self.log_metrics:
-            return
-        if (found := self._search.found_at(trainer.global_step)) is not None:
-            # The value is the same on all processes. The flag only prevents a warning from Lightning.
-            pl_module.log("val_gamma", found.gamma, sync_dist=trainer.world_size > 1)
+        self._fill_metrics(trainer, "val")
+        if trainer.state.fn == "fit" and (found := self._search.found_at(trainer.global_step)) is not None:
+            gamma = torch.tensor(found.gamma, dtype=torch.float32, device=pl_module.device)
+            self._log.fill({f"{self.metric_prefix}val_gamma": gamma})
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log.end()
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ensure_attached(trainer, pl_module)
-        self._start_monitor(trainer, pl_module, trainer.num_test_batches)
+        self._start_monitor(trainer, pl_module, "test", trainer.num_test_batches)
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_metrics(trainer, pl_module, "test")
+        self._fill_metrics(trainer, "test")
+
+    on_test_end = on_validation_end
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -426,6 +449,7 @@ class AbsentClassCalibration(LightningCallback):
             self._labels.add_classes(label for label in classes if label < width)
         else:
             self._labels = None
+        self._listed = ListedClasses(head_width(model))
         self._search.start(trainer, model, self._reader, self._split)
 
     def _ensure_attached(self, trainer: Trainer, model: LightningModule) -> None:
@@ -435,6 +459,8 @@ class AbsentClassCalibration(LightningCallback):
         if replaced and trainer.state.fn == "fit":
             reset_gamma(model)
             self._begin(trainer, model)
+            if trainer.train_dataloader is not None:
+                self._read_lists(trainer, model)
 
     def _read_arguments(self, num_classes: int) -> None:
         """Interpret the arguments again, now that the width of the head is known."""
@@ -447,7 +473,24 @@ class AbsentClassCalibration(LightningCallback):
         self._search.check_split(self._split, num_classes)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
-        return BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, num_classes))
+        self._rows = resolve_class_map(self.class_map, self.label_names, num_classes)
+        return BatchReader(self.unpack_batch, self._rows)
+
+    def _read_lists(self, trainer: Any, model: LightningModule) -> None:
+        """Read the classes that the datasets list, and warn if their names show that the labels are not rows."""
+        assert self._listed is not None
+        compares = self.log_metrics and trainer.enable_validation and not trainer.fast_dev_run
+        tell = compares and self._labels is not None and not self._restored_classes
+        self._listed.read(trainer, self._rows, readable=self.unpack_batch is None, tell=tell)
+        names = class_names_of_loaders(flat_loaders(trainer.train_dataloader))
+        if self._reader.maps or not names:
+            return
+        listed = self._listed.classes()
+        if self._labels is not None:
+            self._labels.may_be_positions = False  # the names say more
+            warn_if_positions(listed or sorted(names), self._labels.num_classes, names, row_names_of(model))
+        elif self._split is not None and not set(listed) <= set(self._split.seen_classes):
+            warn_if_positions(listed, self._split.num_classes, names, row_names_of(model))
 
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
         check = partial(check_first_batch, trainer, model, batch, self._reader)
@@ -465,28 +508,35 @@ class AbsentClassCalibration(LightningCallback):
                 raise
             self._labels.give_up()  # the labels of the calibration data are read at the end
 
-    def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
-        split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
+    def _start_monitor(
+        self, trainer: Trainer, model: LightningModule, stage: str, num_batches: list[int | float]
+    ) -> None:
+        logs = self.log_metrics and not trainer.sanity_checking
+        split = self._split_so_far(trainer, model) if logs else None
         self._monitor.start(model, self._reader, split, len(num_batches), trainer.global_step)
+        names = [] if split is None else self._monitor.names(f"{self.metric_prefix}{stage}")
+        if logs and trainer.state.fn == "fit" and self._search.found_at(trainer.global_step) is not None:
+            names.append(f"{self.metric_prefix}val_gamma")
+        self._log.announce(trainer, model, names)
 
     def _split_so_far(self, trainer: Trainer, model: LightningModule) -> ClassSplit | None:
         """Return the split as far as it is known. It is the same on all processes."""
-        if self._split is not None:
-            return self._split
-        if self._labels is not None:
-            return self._labels.split(trainer.strategy)
-        width, classes = head_width(model), self._restored_classes
-        return ClassSplit(width, classes) if 0 < len(classes) < width else None
+        known = self._split
+        if known is None and self._labels is not None and trainer.state.fn == "fit":
+            assert self._listed is not None
+            at_end = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            return self._listed.split(self._labels.classes(trainer.strategy), at_end)
+        if known is None and self._labels is not None:
+            known = self._labels.split(trainer.strategy)
+        elif known is None and 0 < len(self._restored_classes) < head_width(model):
+            known = ClassSplit(head_width(model), self._restored_classes)
+        # In a fit, the head has no gamma or one for this split. Otherwise, it may have that of any other run.
+        return known if trainer.state.fn == "fit" else attached_split(model, known, self._restored_classes)
 
-    def _log_metrics(self, trainer: Trainer, model: LightningModule, prefix: str) -> None:
+    def _fill_metrics(self, trainer: Trainer, stage: str) -> None:
         counted = self._monitor.counted
         if self._monitor.split is not None and trainer.strategy.reduce_boolean_decision(counted, all=False):
-            # The values are the same on all processes. The flag only prevents a warning from Lightning.
-            model.log_dict(
-                self._monitor.values(prefix),
-                sync_dist=trainer.world_size > 1,
-                add_dataloader_idx=False,  # the names have it already
-            )
+            self._log.fill(self._monitor.values(f"{self.metric_prefix}{stage}"))  # the same on all processes
 
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
         """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
@@ -502,8 +552,12 @@ class AbsentClassCalibration(LightningCallback):
         try:
             with preserve_random_state():
                 reading = self._search.make_pass(trainer, model)
-                split = None if reading is None else self._split_of(trainer, reading)
-                if reading is None or split is None:
+                if reading is None:
+                    return
+                split = self._split_so_far(trainer, model)
+                if split is None or len(split.seen_classes) < 2:
+                    split = self._split_of(trainer, reading)
+                if split is None:
                     return
                 with self._copies.evaluated(model):
                     result = self._search.run_before_validation(trainer, reading, split)
@@ -522,7 +576,9 @@ class AbsentClassCalibration(LightningCallback):
         self._ensure_attached(trainer, model)
         found = self._search.result_of_steps(trainer)
         self._search.stop()
-        if (found := found or self._search.found_for_present(trainer)) is not None:
+        if found is None and self._met_all_listed(trainer):
+            found = self._search.found_for_present(trainer)
+        if found is not None:
             self._put(model, found)
             return
         self.result = None
@@ -543,6 +599,12 @@ class AbsentClassCalibration(LightningCallback):
     ) -> CalibrationResult:
         with self._copies.evaluated(model):
             return self._search.run(trainer, reading, split)
+
+    def _met_all_listed(self, trainer: Trainer) -> bool:
+        """Go on with the classes that were met in training. Return whether they are those that the datasets list."""
+        if self._labels is None or self._listed is None:
+            return True
+        return self._listed.end(self._labels.classes(trainer.strategy))
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
@@ -576,15 +638,18 @@ class AbsentClassCalibration(LightningCallback):
         # The splits differ if new classes appeared after validation.
         same = self._monitor.counted and self._monitor.split == result.split
         if trainer.strategy.reduce_boolean_decision(same, all=False):
-            before, after = (self._monitor.accuracies("val", gamma) for gamma in (0.0, result.gamma))
+            before, after = (
+                self._monitor.accuracies(f"{self.metric_prefix}val", gamma) for gamma in (0.0, result.gamma)
+            )
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
         rank_zero_info(_summary(result, before, after, note, self.checkpoint_results))
         logged = {
-            "gamma": result.gamma,
-            "gamma_standard_error": result.standard_error,
+            f"{self.metric_prefix}gamma": result.gamma,
+            f"{self.metric_prefix}gamma_standard_error": result.standard_error,
             **{f"{name}_uncalibrated": float(value) for name, value in before.items()},
             **{f"{name}_calibrated": float(value) for name, value in after.items()},
         }
+        logged = self._log.free(trainer, logged)
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_calibft.calibration.data_check import NO_LABEL, largest_outside
 from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward, record_logits
-from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
+from lightning_calibft.metrics.ausuc_with_accuracies import NAMES, AUSUCWithAccuracies
 from lightning_calibft.split import ClassSplit
 
 _REMEDY = (
@@ -101,8 +102,12 @@ class EvaluationMonitor:
         """Stop recording and return the recorded logits. Call this after an exception as well."""
         return [] if self._recorder is None else self._recorder.stop()
 
+    def names(self, prefix: str) -> list[str]:
+        """Return the names of the :meth:`values` of this evaluation. With several loaders, they end as in Lightning."""
+        return list(self._named(prefix, [dict.fromkeys(NAMES) for _ in self._metrics]))
+
     def values(self, prefix: str) -> dict[str, Tensor]:
-        """Return the values of the metrics. With several loaders, their names end as in Lightning."""
+        """Return the values of the metrics by name."""
         if self.split is not None and (label := int(self._unmapped)) != NO_LABEL:
             self._warn_once(str(target_error(self.split.num_classes, label)), "samples")
         for updates in self._updates:
@@ -112,13 +117,10 @@ class EvaluationMonitor:
     def accuracies(self, prefix: str, gamma: float) -> dict[str, Tensor]:
         """Return the accuracies that the evaluation would have had with ``gamma``, from the stored margins."""
         of_loaders = [metric.accuracies(gamma - self._gamma) for metric in self._metrics]
-        named = [
-            {"acc" if key == "all" else f"acc_{key}": accuracy for key, accuracy in of_loader.items()}
-            for of_loader in of_loaders
-        ]
+        named = [{f"acc_{key}": accuracy for key, accuracy in of_loader.items()} for of_loader in of_loaders]
         return self._named(prefix, named)
 
-    def _named(self, prefix: str, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _named(self, prefix: str, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         suffixes = [f"/dataloader_idx_{index}" for index in range(len(values))] if len(values) > 1 else [""]
         return {
             f"{prefix}_{name}{suffix}": value

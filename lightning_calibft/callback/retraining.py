@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -91,8 +91,12 @@ class Retraining:
             setattr(self._module, hook, no_op)  # it is set up already: another setup could rebuild parts of it
         self._module.configure_callbacks = list  # type: ignore[method-assign]
 
-    def check(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer, own_names: Set[str]) -> None:
         """Check the training data and the schedulers once they exist, and announce the trainings after the fit.
+
+        Args:
+            trainer: The Trainer.
+            own_names: The names that only the callback logs.
 
         Raises:
             ValueError: If the samples of some classes cannot be taken from a loader, or if a scheduler monitors a value
@@ -100,7 +104,7 @@ class Retraining:
         """
         check_loaders(trainer.train_dataloader)
         for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and str(config.monitor).startswith(("val_ausuc", "val_acc")):
+            if config.reduce_on_plateau and str(config.monitor).split("/dataloader_idx_")[0] in own_names:
                 raise ValueError(
                     f"Expected learning rate schedulers to monitor values that the module itself logs for the"
                     f" estimator 'pcv', but got {config.monitor!r}, which its trainings do not log. Monitor another"

@@ -32,6 +32,7 @@ class TrainingLabels:
 
     Attributes:
         num_classes: Number of classes ``C`` of the head.
+        may_be_positions: Whether to warn after the first epoch if the labels look like positions in a list.
         given_up: Whether :meth:`give_up` was called, because labels of this process are mixed.
     """
 
@@ -41,7 +42,7 @@ class TrainingLabels:
     def __init__(self, num_classes: int, mapped: bool) -> None:
         self.num_classes = num_classes
         self.given_up = False
-        self._may_be_positions = not mapped
+        self.may_be_positions = not mapped
         self._found = torch.zeros(num_classes + 3, dtype=torch.int32)  # classes, then: out of range, ignored, mixed
         self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
@@ -114,8 +115,8 @@ class TrainingLabels:
             ValueError: If a label was not a row of the head.
         """
         classes = self.classes(strategy)
-        if self._may_be_positions:
-            self._may_be_positions = False
+        if self.may_be_positions:
+            self.may_be_positions = False
             warn_if_positions(classes, self.num_classes)
 
     def _flush(self) -> None:

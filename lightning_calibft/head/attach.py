@@ -180,6 +180,21 @@ def set_attached_gamma(model: nn.Module, gamma: float, split: ClassSplit) -> nn.
     return model
 
 
+def attached_split(model: nn.Module, known: ClassSplit | None, seen_classes: Sequence[int] = ()) -> ClassSplit | None:
+    """Return the split that the mask of an attached model belongs to, or ``known`` if the model is not calibrated.
+
+    The mask says which classes are absent. Of the others, ``known`` says which are seen if its absent classes are the
+    same; else ``seen_classes``, if none of them is absent; else all of them are.
+    """
+    mask = next(offset_of(module).mask for module in attached_heads(model).values())
+    absent = mask.nonzero().flatten().tolist()
+    if not absent or (known is not None and list(known.absent_classes) == absent):
+        return known
+    present = (mask == 0).nonzero().flatten().tolist()
+    seen = seen_classes if seen_classes and set(seen_classes) <= set(present) else present
+    return ClassSplit(len(mask), seen, absent) if seen else None
+
+
 def reset_gamma(model: nn.Module) -> nn.Module:
     """Make an attached model uncalibrated again, in place. Its calibration keeps the keys, with zeros."""
     check_model("model", model)

@@ -63,6 +63,15 @@ def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str,
     return rows
 
 
+def row_names_of(model: Any) -> list[str]:
+    """Return the names of the rows of the head in the config of a transformers model, or an empty list."""
+    for module in model.modules():
+        names = getattr(getattr(module, "config", None), "id2label", None)
+        if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+            return [str(names[row]) for row in range(len(names))]
+    return []
+
+
 def label_set_of(num_classes: int | None) -> str:
     """Return the label set for a head with ``num_classes`` rows. ``None`` means 1000.
 

@@ -11,6 +11,8 @@ from lightning_calibft.functional._group_logits import BatchReduction
 from lightning_calibft.functional.accuracy import accuracy_compute, count_right, harmonic_compute
 from lightning_calibft.metrics.seen_unseen_curve import AUSUC
 
+NAMES = ("ausuc", "acc_all", "acc_seen", "acc_absent", "acc_harmonic")
+
 
 class AUSUCWithAccuracies(AUSUC):
     """An AUSUC that also counts what the accuracies of :func:`absent_class_metrics` need, so a batch is reduced once.
@@ -40,13 +42,8 @@ class AUSUCWithAccuracies(AUSUC):
         # The other values are kept here because only here do the states include all processes.
         counts, area = (self.correct, self.total, self._groups), super().compute()
         of_groups = {group: accuracy_compute(*counts, group, self.average) for group in ("all", "seen", "absent")}
-        self._values = {
-            "ausuc": area,
-            "acc": of_groups["all"],
-            "acc_seen": of_groups["seen"],
-            "acc_absent": of_groups["absent"],
-            "acc_harmonic": harmonic_compute(*counts, self.average),
-        }
+        values = (area, *of_groups.values(), harmonic_compute(*counts, self.average))
+        self._values = dict(zip(NAMES, values, strict=True))
         return area
 
     def values(self) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def absent_class_metrics(
     """Create the metrics of a fine-tuned classifier, which all share one pass over the logits.
 
     - ``ausuc``: area under the seen-unseen curve, which no gamma changes.
-    - ``acc``, ``acc_seen``, ``acc_absent``: accuracy of all, seen, and absent samples among all classes.
+    - ``acc_all``, ``acc_seen``, ``acc_absent``: accuracy of all, seen, and absent samples among all classes.
     - ``acc_harmonic``: harmonic mean of the last two.
 
     Args:
@@ -54,7 +54,7 @@ def absent_class_metrics(
         >>> metrics = absent_class_metrics(3, seen_classes=[0, 1], prefix="val_")
         >>> metrics.update(torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0]]), torch.tensor([0, 2]))
         >>> {name: value.item() for name, value in metrics.compute().items()}
-        {'val_acc': 0.5, 'val_acc_absent': 0.0, 'val_acc_harmonic': 0.0, 'val_acc_seen': 1.0, 'val_ausuc': 1.0}
+        {'val_acc_absent': 0.0, 'val_acc_all': 0.5, 'val_acc_harmonic': 0.0, 'val_acc_seen': 1.0, 'val_ausuc': 1.0}
     """
     split = ClassSplit(num_classes, seen_classes, absent_classes)
     seen, absent = split.seen_classes, split.absent_classes
@@ -68,12 +68,12 @@ def absent_class_metrics(
     return MetricCollection(
         {
             "ausuc": AUSUCWithAccuracies(num_classes, seen, absent, **common),
-            "acc": SplitAccuracy(num_classes, seen, absent, **common),
+            "acc_all": SplitAccuracy(num_classes, seen, absent, **common),
             "acc_seen": SplitAccuracy(num_classes, seen, absent, samples="seen", **common),
             "acc_absent": SplitAccuracy(num_classes, seen, absent, samples="absent", **common),
             "acc_harmonic": HarmonicMeanAccuracy(num_classes, seen, absent, **common),
         },
         prefix=prefix,
         postfix=postfix,
-        compute_groups=[["ausuc", "acc", "acc_absent", "acc_harmonic", "acc_seen"]],
+        compute_groups=[["ausuc", "acc_all", "acc_absent", "acc_harmonic", "acc_seen"]],
     )

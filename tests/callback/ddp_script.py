@@ -31,7 +31,7 @@ def fit(folder: Path, name: str, devices: int) -> dict:
     calibration = AbsentClassCalibration(SEEN if name == "given" else None, refresh_on_validation=refresh)
     logged, module = Logged(), Scheduled()
     checkpoints = [
-        ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max"),
+        ModelCheckpoint(folder / name, "best", monitor="val_acc_all", mode="max"),
         ModelCheckpoint(folder / name, "{step}", save_top_k=-1, every_n_train_steps=2, save_last="link"),
     ]
     trainer = trainer_of(

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
 from tests.helpers.processes import hand_over
@@ -55,8 +57,32 @@ def fit(folder: Path, module: Plain, validation: bool, **options: Any) -> dict[s
     return {"gamma": get_gamma(module), "files": gammas, "error": error, "rank": trainer.global_rank}
 
 
+class Splits(Callback):
+    """Keeps the seen classes of each validation."""
+
+    def __init__(self, calibration: AbsentClassCalibration) -> None:
+        self.calibration, self.met = calibration, []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.met.append(self.calibration._monitor.split.seen_classes)
+
+
+def splits(folder: Path) -> list[list[int]]:
+    """Fit with data of some other classes on each process, which only one of them meets first."""
+    calibration = AbsentClassCalibration()
+    spy, rank = Splits(calibration), int(os.environ.get("LOCAL_RANK", 0))
+    x, y = blobs(SEEN[1:] if rank else SEEN[:2], each=16).tensors
+    order = y.argsort()
+    options = {"max_epochs": 1, "val_check_interval": 1, "use_distributed_sampler": False}
+    trainer = trainer_of(folder, spy, calibration, devices=2, strategy="ddp", **options)
+    trainer.fit(Plain(), loader(TensorDataset(x[order], y[order]), shuffle=False), loader(VAL, shuffle=False))
+    return spy.met
+
+
 def main(folder: Path) -> None:
     results = {
+        "splits": splits(folder / "splits"),
         "no_validation": fit(folder / "no_validation", Normalized(), validation=False),
         "stopped_in_an_epoch": fit(folder / "stopped", Normalized(), validation=True, max_steps=3, max_epochs=None),
         "loading_fails_on_one": fit(folder / "loading", FailsToLoadOnce(), validation=False),

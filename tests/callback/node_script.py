@@ -26,7 +26,7 @@ def fit(folder: Path, name: str, devices: int, nodes: int) -> dict:
     local.mkdir(parents=True, exist_ok=True)
     refresh = name == "refreshed"
     calibration, module = AbsentClassCalibration(refresh_on_validation=refresh), Scheduled()
-    checkpoint = ModelCheckpoint(local, "{step}", save_top_k=-1, monitor="val_acc")
+    checkpoint = ModelCheckpoint(local, "{step}", save_top_k=-1, monitor="val_acc_all")
     strategy = "ddp" if devices * nodes > 1 else "auto"
     limits = {"max_epochs": -1, "max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None}
     trainer = trainer_of(local, calibration, checkpoint, devices=devices, num_nodes=nodes, strategy=strategy, **limits)

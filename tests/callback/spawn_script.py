@@ -28,7 +28,7 @@ def trainer_in(folder: Path, method: str, checkpoint: ModelCheckpoint) -> Traine
 
 
 def fit(folder: Path, method: str) -> dict:
-    checkpoint, module = ModelCheckpoint(folder / method, "{epoch}", monitor="val_acc", save_top_k=2), Scheduled()
+    checkpoint, module = ModelCheckpoint(folder / method, "{epoch}", monitor="val_acc_all", save_top_k=2), Scheduled()
     trainer = trainer_in(folder, method, checkpoint)
     trainer.fit(attach(module), DataLoader(TRAIN, 16), DataLoader(VAL, 16))
     outcome = {

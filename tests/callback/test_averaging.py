@@ -46,7 +46,7 @@ class Agreement(Callback):
         if not trainer.sanity_checking:
             self.count += 1
             metrics = trainer.callback_metrics
-            assert metrics["val_acc"].item() == pytest.approx(metrics["own_acc"].item(), abs=1e-6)
+            assert metrics["val_acc_all"].item() == pytest.approx(metrics["own_acc"].item(), abs=1e-6)
 
 
 def _fit(folder, make, module=None, ckpt_path=None, max_epochs=3, **kwargs):
@@ -80,7 +80,7 @@ def _assert_logged(trainer, prefix, state):
     assert abs(gamma) > 0.01
     assert metrics["own_absent"].item() == pytest.approx(logits[:, ABSENT].mean().item(), abs=1e-4)
     assert metrics["own_acc"].item() == pytest.approx(accuracy, abs=1e-6)
-    assert metrics[f"{prefix}_acc"].item() == pytest.approx(accuracy, abs=1e-6)
+    assert metrics[f"{prefix}_acc_all"].item() == pytest.approx(accuracy, abs=1e-6)
 
 
 @averaging

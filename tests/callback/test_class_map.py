@@ -156,7 +156,7 @@ def test_evaluation_targets_without_a_row_are_not_counted(tmp_path):
     keep = VAL.tensors[1] != ROWS[5]
     kept = TensorDataset(*(part[keep] for part in VAL.tensors))
     expected, _ = fit(tmp_path, pretrained(), TRAIN, kept)
-    for name in ("val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic", "val_ausuc"):
+    for name in ("val_acc_all", "val_acc_seen", "val_acc_absent", "val_acc_harmonic", "val_ausuc"):
         assert trainer.callback_metrics[name] == expected.callback_metrics[name]
 
 

@@ -81,7 +81,7 @@ def test_the_logged_metrics_are_those_of_one_process(one, ranks, name):
     assert list(one[name]["logged"]) == ["2", "4", "6"]
     assert ranks[0][name]["logged"].keys() == one[name]["logged"].keys()
     for step, metrics in one[name]["logged"].items():
-        names = {"val_ausuc", "val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+        names = {"val_ausuc", "val_acc_all", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
         assert metrics.keys() == names | ({"val_gamma"} if name == "refreshed" else set())
         assert ranks[0][name]["logged"][step] == pytest.approx(metrics, **EXACT)
     assert ranks[0][name]["test"] == pytest.approx(one[name]["test"], **EXACT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.processes import outcomes
-from tests.helpers.runs import quiet
+from tests.helpers.runs import SEEN, quiet
 
 pytestmark = quiet
 
@@ -23,6 +23,10 @@ def test_running_statistics_that_differ(ranks, name):
     assert first["gamma"] == second["gamma"] != 0
     assert first["files"] == second["files"] != {}
     assert None not in first["files"].values()
+
+
+def test_the_listed_classes_of_all_processes_are_seen_from_the_start(ranks):
+    assert ranks[0]["splits"] == ranks[1]["splits"] == [SEEN] * 4
 
 
 def test_weights_that_load_on_one_process_alone(ranks):

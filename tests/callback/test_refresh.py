@@ -216,7 +216,7 @@ def test_a_class_that_is_met_late(tmp_path):
     inputs, target = TRAIN.tensors
     order = target.argsort(stable=True)
     data = TensorDataset(inputs[order], target[order])
-    checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor="val_acc")
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor="val_acc_all")
     trainer = trainer_of(
         tmp_path, refreshing(None), checkpoints, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_calibft import AbsentClassCalibration, attach
+from lightning_calibft import AbsentClassCalibration, attach, get_gamma
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.callback.class_subset import ClassSubset
 from tests.callback.retraining import DATA, SEEN, pcv
@@ -85,15 +85,38 @@ def test_not_from_training_steps():
         AbsentClassCalibration(SEEN, estimator="pcv", source="training_steps")
 
 
-def test_a_scheduler_that_watches_what_the_callback_logs(tmp_path):
-    class Watching(Plain):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_ausuc"}}
+class Watching(Plain):
+    monitor = "val_ausuc"
 
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
+
+
+def test_a_scheduler_that_watches_what_the_callback_logs(tmp_path):
     with pytest.raises(ValueError, match=r"to monitor values that the module itself logs .* but got 'val_ausuc'"):
         trainer_of(tmp_path, pcv()).fit(pretrained(Watching), loader(DATA), loader(VAL, shuffle=False))
+
+
+def test_a_scheduler_that_watches_what_the_module_logs_under_the_same_name(tmp_path):
+    class Logging(Watching):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_ausuc", self.loss(batch))
+
+    module = pretrained(Logging)
+    with pytest.warns(UserWarning, match="does not log 'val_ausuc'"):
+        trainer_of(tmp_path, pcv(num_splits=1)).fit(module, loader(DATA), loader(VAL, shuffle=False))
+    assert get_gamma(module) is not None
+
+
+def test_a_scheduler_that_watches_a_name_with_a_prefix(tmp_path):
+    class Prefixed(Watching):
+        monitor = "own_val_acc_seen"
+
+    callback = AbsentClassCalibration(estimator="pcv", metric_prefix="own_")
+    with pytest.raises(ValueError, match=r"that the module itself logs .* but got 'own_val_acc_seen'"):
+        trainer_of(tmp_path, callback).fit(pretrained(Prefixed), loader(DATA), loader(VAL, shuffle=False))
 
 
 def test_several_processes(tmp_path):

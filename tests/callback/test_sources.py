@@ -99,7 +99,9 @@ def test_validation_has_the_gamma_of_the_steps_before_it(tmp_path):
 
     class Logged(Callback):
         def on_validation_end(self, trainer, pl_module):
-            met.append((len(pl_module.steps), trainer.callback_metrics["val_acc"].item(), dict(module.state_dict())))
+            met.append(
+                (len(pl_module.steps), trainer.callback_metrics["val_acc_all"].item(), dict(module.state_dict()))
+            )
 
     trainer = trainer_of(tmp_path, steps(), Logged(), max_epochs=1, val_check_interval=2, num_sanity_val_steps=0)
     trainer.fit(module, loader(), loader(VAL, shuffle=False))

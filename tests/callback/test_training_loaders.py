@@ -10,7 +10,8 @@ from lightning_calibft import AbsentClassCalibration
 from tests.callback.test_training_untouched import Dropout, seed
 from tests.helpers.runs import TRAIN, assert_same, pretrained, quiet, trainer_of
 
-pytestmark = quiet
+# The classes that a stream or a sampler of its own will draw are not known before the first epoch has ended.
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore:AbsentClassCalibration cannot read from the dataset")]
 
 
 class Drawn(Sampler):

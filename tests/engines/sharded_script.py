@@ -146,7 +146,7 @@ def fit(folder: Path, name: str, devices: int, make=Sharded, tensor=1, distribut
     """Fit, then test two checkpoints and fit on from one, each in a new module."""
     make = make if devices > 1 else Whole
     options = {"devices": devices, "tensor": tensor, "distributed": distributed}
-    best = ModelCheckpoint(folder / name, "best", monitor="val_acc", mode="max", save_weights_only=True)
+    best = ModelCheckpoint(folder / name, "best", monitor="val_acc_all", mode="max", save_weights_only=True)
     each = ModelCheckpoint(folder / name, "{step}", save_top_k=-1, monitor="val_gamma")
     calibration, logged, module = AbsentClassCalibration(refresh_on_validation=True), Logged(), make()
     trainer = trainer_in(folder, calibration, logged, best, each, **options)

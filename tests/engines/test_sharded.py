@@ -90,7 +90,7 @@ def test_a_checkpoint_brings_its_gamma_into_a_new_module(one, ranks):
         for file in ("best.ckpt", "step=4.ckpt"):
             assert rank[name][file] == pytest.approx(one[name][file], **EXACT)
         assert rank[name]["step=4.ckpt"]["gamma"] == pytest.approx(logged["4"]["val_gamma"])
-        assert rank[name]["step=4.ckpt"]["test_acc"] == pytest.approx(logged["4"]["val_acc"])
+        assert rank[name]["step=4.ckpt"]["test_acc_all"] == pytest.approx(logged["4"]["val_acc_all"])
 
 
 def test_a_resumed_fit_begins_without_gamma_and_knows_the_classes(ranks):

@@ -92,6 +92,19 @@ class Nervous(Plain):
         super().__init__(lr=0.05)
 
 
+class Unlisted(Dataset):
+    """Has no list of its labels."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
 class Noisy(Dataset):
     """Draws from every random stream, as augmentations do."""
 

@@ -84,15 +84,15 @@ def test_same_update_shares_one_state():
     for metrics in (alike, own):
         metrics.update(*HARD)
     assert _group_of(alike, "ausuc") == {"ausuc", "curve"}
-    accuracies = {"val_acc", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
-    assert _group_of(own, "val_acc") == accuracies
+    accuracies = {"val_acc_all", "val_acc_seen", "val_acc_absent", "val_acc_harmonic"}
+    assert _group_of(own, "val_acc_all") == accuracies
     assert _group_of(own, "val_ausuc") == {"val_ausuc"}
 
 
 def test_the_groups_of_absent_class_metrics_are_told():
     """Before any batch has been seen; the first of them alone is updated, and reduces each batch once."""
     metrics = absent_class_metrics(4, [0, 1], prefix="val_")
-    assert metrics.compute_groups == {0: ["ausuc", "acc", "acc_absent", "acc_harmonic", "acc_seen"]}
+    assert metrics.compute_groups == {0: ["ausuc", "acc_all", "acc_absent", "acc_harmonic", "acc_seen"]}
     updated = []
     for name, metric in metrics.items(keep_base=True, copy_state=False):
         metric.update = lambda *args, name=name: updated.append(name)
@@ -108,7 +108,7 @@ def test_absent_class_metrics():
     args, kwargs = (logits, target, seen, absent), {"average": "macro"}
     expected = {
         "val_ausuc": F.ausuc(*args, **kwargs),
-        "val_acc": F.split_accuracy(*args, **kwargs),
+        "val_acc_all": F.split_accuracy(*args, **kwargs),
         "val_acc_seen": F.split_accuracy(*args, samples="seen", **kwargs),
         "val_acc_absent": F.split_accuracy(*args, samples="absent", **kwargs),
         "val_acc_harmonic": F.harmonic_mean_accuracy(*args, **kwargs),
@@ -117,7 +117,7 @@ def test_absent_class_metrics():
         {key: value.item() for key, value in expected.items()}, rel=1e-12
     )
     assert set(absent_class_metrics(9, seen, postfix="_t").keys()) == {
-        f"{key}_t" for key in ("ausuc", "acc", "acc_seen", "acc_absent", "acc_harmonic")
+        f"{key}_t" for key in ("ausuc", "acc_all", "acc_seen", "acc_absent", "acc_harmonic")
     }
 
 

@@ -38,7 +38,7 @@ RIGHT = {
     "logit_scale temperature": NUMBERS - {"-1"},
     "learning_rate squeeze": NUMBERS | {"nan", "inf"},
     "prefix postfix folder": {"None", "word"},
-    "path source destination output": {"word"},
+    "path source destination output metric_prefix": {"word"},
     "estimator_kwargs gammas": {"None", "{}"},
     "unpack_batch collate_fn": {"None", *FUNCTIONS},
     "fit_fn": FUNCTIONS,
