@@ -9,7 +9,7 @@ import pickle
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,14 +21,34 @@ from lightning_calibft.checkpoint.metadata import parse_metadata
 # torch does not compress the members of its zip archives, so a file that unpacks to many times its size is forged.
 _LARGEST_UNPACKED, _LARGEST_RATIO = 64 * 2**20, 10
 
+_DTYPES = {  # what safetensors calls the types of torch
+    **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"torch.uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    "torch.bool": "BOOL",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.complex64": "C64",
+}
 
-def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
+
+def read_checkpoint(path: StrPath, *, weights_only: bool, load: Callable[[str], Any] | None = None) -> dict[str, Any]:
     """Load a checkpoint file onto the CPU, or raise an error that says in one line why that is not possible.
 
     The tensors of a safetensors file are returned under ``state_dict`` and its calibration metadata under
     ``METADATA_KEY``, as in a Lightning checkpoint.
+
+    Args:
+        path: The file, which may be remote if ``load`` reads such files.
+        weights_only: As in :func:`~lightning_calibft.load_calibrated`.
+        load: Reads a path, as ``load_checkpoint`` of a Lightning ``CheckpointIO``. Its errors are raised as they are,
+            and ``weights_only`` is its own affair. ``None``: ``torch.load``, or safetensors where the name says so.
     """
-    check_is_file(path)
+    if not is_remote(path):
+        check_is_file(path)
+    if load is not None:
+        return _check_is_dict(load(os.fspath(path)), path)
     if is_safetensors(path):
         return _read_safetensors(path)
     import torch
@@ -52,6 +72,10 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
             f"Expected a checkpoint of tensors and plain values, but {os.fspath(path)!r} holds other Python objects,"
             " which can run code when they are loaded. If you trust the file, pass `weights_only=False`."
         ) from error
+    return _check_is_dict(checkpoint, path)
+
+
+def _check_is_dict(checkpoint: Any, path: StrPath) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"Expected a checkpoint with a state dict, but {os.fspath(path)!r} holds a {type(checkpoint).__name__}."
@@ -112,6 +136,11 @@ def _check_replaceable(path: StrPath) -> None:
         )
 
 
+def is_remote(path: StrPath) -> bool:
+    """Return whether a path names a file on another machine, such as ``s3://bucket/last.ckpt``."""
+    return "://" in os.fspath(path)
+
+
 def is_safetensors(path: StrPath) -> bool:
     """Return whether a file is a safetensors file, judging by its name."""
     return Path(path).suffix == SAFETENSORS
@@ -163,7 +192,12 @@ def signature(path: StrPath) -> Signature | None:
     return Signature(stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
+def write_atomically(
+    checkpoint: dict[str, Any],
+    path: StrPath,
+    replaces: Signature | None = None,
+    save: Callable[[dict[str, Any], str], object] | None = None,
+) -> None:
     """Write a file so that at every instant ``path`` holds either its old content or all of ``checkpoint``.
 
     A safetensors file stores only the state dict and the calibration metadata.
@@ -172,19 +206,19 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Sig
         checkpoint: The content to write.
         path: Where to write it.
         replaces: Signature of the file that may be replaced. ``None``: any file may be replaced.
+        save: Writes the content to a path, as ``save_checkpoint`` of a Lightning ``CheckpointIO``. It must have written
+            when it returns. ``None``: ``torch.save``, or safetensors where the name says so. With a remote path, it
+            writes straight to it: what a reader meets meanwhile is then up to ``save``.
 
     Raises:
         ReplacedError: If the file at ``path`` no longer has this signature. It is left unchanged.
     """
-    import torch
-
-    def write(file: BinaryIO) -> None:
-        if is_safetensors(path):
-            file.write(_to_safetensors(checkpoint))
-        else:
-            torch.save(checkpoint, file)
-
-    replace_atomically(path, write, replaces)
+    save = save or (_save_safetensors if is_safetensors(path) else _save)
+    if is_remote(path):
+        save(checkpoint, os.fspath(path))
+        return
+    with replacing(path, replaces) as temporary:
+        save(checkpoint, os.fspath(temporary))
 
 
 def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
@@ -196,18 +230,29 @@ def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
         write_atomically(state, path)
 
 
-def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], replaces: Signature | None = None) -> None:
+def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path`` that replaces it once it is on the disk."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
+
+
+@contextmanager
+def replacing(path: StrPath, replaces: Signature | None = None) -> Iterator[Path]:
+    """Yield a temporary file next to ``path`` that replaces it at the end, once it is on the disk.
+
+    Raises:
+        ReplacedError: If the file at ``path`` no longer has the signature ``replaces``. It is left unchanged.
+    """
     _check_replaceable(path)
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
+        temporary.touch(exist_ok=False)
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o7777
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
+        temporary.chmod(mode)  # safetensors makes files readable by the owner only
         if replaces is not None and signature(target) != replaces:
             raise ReplacedError(os.fspath(path))
         os.replace(temporary, target)
@@ -241,19 +286,49 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
-def _to_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save
-    from torch import Tensor
+def _save(checkpoint: dict[str, Any], path: str) -> None:
+    import torch
 
-    if others := [(key, value) for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"Expected a state dict of tensors for a safetensors file, but its entry {others[0][0]!r} is a"
-            f" {type(others[0][1]).__name__}. Name the file .ckpt or .pth."
-        )
-    # Copy each tensor: safetensors refuses tensors that share memory, such as tied weights.
-    state = {key: value.detach().clone().contiguous() for key, value in checkpoint["state_dict"].items()}
-    metadata = checkpoint.get(METADATA_KEY)
-    return save(state, {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})})
+    with open(path, "wb") as file:  # given a path, torch aborts the process if the disk is full
+        torch.save(checkpoint, file)
+
+
+def _save_safetensors(checkpoint: dict[str, Any], path: str) -> None:
+    """Write the state dict and the calibration metadata, one tensor after the other.
+
+    The functions of safetensors need twice the size of all tensors in memory. The format is a header of JSON and its
+    length, and then the tensors, the widest types first, so that each is aligned
+    (https://huggingface.co/docs/safetensors).
+    """
+    import torch
+
+    state, metadata = checkpoint["state_dict"], checkpoint.get(METADATA_KEY)
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})}
+    }
+    end = 0
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"Expected a state dict of tensors for a safetensors file, but its entry {key!r} is a"
+                f" {type(value).__name__}. Name the file .ckpt or .pth."
+            )
+        if str(value.dtype) not in _DTYPES:
+            raise ValueError(
+                f"Expected a state dict of plain tensors for a safetensors file, but its entry {key!r} has the dtype"
+                f" {value.dtype}. Name the file .ckpt or .pth."
+            )
+    keys = sorted(state, key=lambda key: -state[key].element_size())
+    for key in keys:
+        start, end = end, end + state[key].nbytes
+        dtype = _DTYPES[str(state[key].dtype)]
+        header[key] = {"dtype": dtype, "shape": list(state[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            file.write(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _sync_folder(folder: Path) -> None:
