@@ -10,6 +10,7 @@ CHILD_NAME = "absent_class_calibration"  # the module inside the head that calib
 OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
 METADATA_KEY = "lightning_calibft"  # what a file says about its calibration, stored with the weights
 SAFETENSORS = ".safetensors"
+GRAPHS = (".onnx", ".pt2")  # files of models with their code
 
 
 def check_path(name: str, value: object) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -20,6 +21,10 @@ from lightning_calibft.checkpoint.metadata import parse_metadata
 
 # torch does not compress the members of its zip archives, so a file that unpacks to many times its size is forged.
 _LARGEST_UNPACKED, _LARGEST_RATIO = 64 * 2**20, 10
+
+# How transformers and accelerate name the files of a checkpoint that they split.
+_PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
+_JOIN = 'Write it into one file first, with `save_pretrained(FOLDER, max_shard_size="1TB")`.'
 
 _DTYPES = {  # what safetensors calls the types of torch
     **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
@@ -59,6 +64,8 @@ def read_checkpoint(path: StrPath, *, weights_only: bool, load: Callable[[str], 
         # timm's training script saves its arguments as a Namespace, which cannot run code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        if weights_only:
+            _check_expanded_size(checkpoint)
     except PermissionError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -91,11 +98,19 @@ def check_is_file(path: StrPath) -> None:
     if os.path.isdir(path):
         remedy = "Consolidate a sharded checkpoint first, with `python -m lightning.fabric.utilities."
         remedy += "consolidate_checkpoint FOLDER`."
-        if weights := sorted(Path(path).glob("*.safetensors")):
-            remedy = f"Name the file in it, such as {str(weights[0])!r}."
+        if weights := sorted(Path(path).glob(f"*{SAFETENSORS}")):
+            is_part = _PART.search(weights[0].name)
+            remedy = _JOIN if is_part else f"Name the file in it, such as {str(weights[0])!r}."
         raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. {remedy}")
     if not os.path.isfile(path):
         raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a device, a pipe or a socket.")
+
+
+def check_is_whole(path: StrPath) -> None:
+    """Raise if the name of a file says that it is one of several that a checkpoint is split into."""
+    check_path("path", path)
+    if _PART.search(Path(path).name):
+        raise ValueError(f"Expected a whole checkpoint file, but {os.fspath(path)!r} is a part of one. {_JOIN}")
 
 
 def check_destination_file(path: StrPath) -> None:
@@ -152,6 +167,19 @@ def _check_unpacked_size(path: StrPath) -> None:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > max(_LARGEST_UNPACKED, _LARGEST_RATIO * os.path.getsize(path)):
             raise ValueError(f"it unpacks to {unpacked / 2**30:.1f} GiB, many times its size")
+
+
+def _check_expanded_size(checkpoint: Any) -> None:
+    """Raise if tensors repeat what is stored so often that copying them would take many times the memory."""
+    import torch
+
+    for state in (checkpoint, *checkpoint.values()) if isinstance(checkpoint, dict) else ():
+        tensors = state.values() if isinstance(state, dict) else ()
+        plain = [value for value in tensors if type(value) is torch.Tensor and value.layout == torch.strided]
+        stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in plain}
+        needed = sum(value.nbytes for value in plain)
+        if needed > max(_LARGEST_UNPACKED, _LARGEST_RATIO * sum(stored.values())):
+            raise ValueError(f"its tensors take {needed / 2**30:.1f} GiB, many times what is stored")
 
 
 def _read_safetensors(path: StrPath) -> dict[str, Any]:

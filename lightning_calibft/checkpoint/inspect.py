@@ -15,12 +15,13 @@ from lightning_calibft.checkpoint.metadata import check_entries, check_metadata,
 _LARGEST_JSON = 64 * 2**20  # bytes: the class ids of the widest heads take a few MiB
 
 
-def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str, Any]:
+def inspect_checkpoint(path: StrPath, *, use_ema: bool | None = None, weights_only: bool = True) -> dict[str, Any]:
     """Return whether a checkpoint is calibrated, and how.
 
     Args:
         path: A checkpoint from Lightning or timm's training script, a plain state dict, a file or folder written by
             :func:`~lightning_calibft.export`, or a timm or transformers folder with a ``config.json`` and weights.
+        use_ema: As in :func:`~lightning_calibft.fold_checkpoint`.
         weights_only: As in :func:`load_calibrated`.
 
     Returns:
@@ -39,15 +40,20 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
     """
     check_path("path", path)
     if Path(path, "config.json").is_file():
-        return _inspect_folder(Path(path), weights_only)
+        return _inspect_folder(Path(path), use_ema, weights_only)
     check_is_file(path)
     if is_safetensors(path):
         return _inspect_safetensors([path])
     if Path(path).suffix in (".pt2", ".onnx"):
         return _information({}, _metadata_of_graph(path), path)
-    from lightning_calibft.checkpoint.state import LIGHTNING_VERSION, calibration_metadata, state_dict_of
+    from lightning_calibft.checkpoint.state import (
+        LIGHTNING_VERSION,
+        calibration_metadata,
+        choose_weights,
+        state_dict_of,
+    )
 
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    checkpoint = choose_weights(read_checkpoint(path, weights_only=weights_only), path, use_ema)
     entries = {key: value for key, value in state_dict_of(checkpoint, path).items() if key.endswith((OFFSET, MASK))}
     information = _information(entries, calibration_metadata(checkpoint, path), path)
     if isinstance(checkpoint.get(LIGHTNING_VERSION), str):
@@ -55,14 +61,15 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
     return information
 
 
-def _inspect_folder(folder: Path, weights_only: bool) -> dict[str, Any]:
+def _inspect_folder(folder: Path, use_ema: bool | None, weights_only: bool) -> dict[str, Any]:
     """Look into the weights of a folder, and into its ``config.json`` if the weights hold no gamma."""
     files = sorted(folder.glob(f"*{SAFETENSORS}"))
     weights = [_inspect_safetensors(files)] if files else []
-    if not files:
-        weights = [
-            inspect_checkpoint(path, weights_only=weights_only) for path in sorted(folder.glob("pytorch_model*.bin"))
+    if not files:  # loaders prefer safetensors
+        others = sorted(folder.glob("pytorch_model*.bin")) or [
+            path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt", ".ckpt")
         ]
+        weights = [inspect_checkpoint(path, use_ema=use_ema, weights_only=weights_only) for path in others]
     for information in weights:
         if information["calibrated"] or information["folded"]:
             return information
@@ -79,10 +86,13 @@ def _inspect_safetensors(paths: Iterable[StrPath]) -> dict[str, Any]:
     file_metadata: dict[str, str] = {}
     path: StrPath = ""
     for path in paths:
+        check_is_file(path)
         try:
             with safe_open(path, "numpy") as file:
                 file_metadata.update(file.metadata() or {})
                 keys = [key for key in file.keys() if key.endswith((OFFSET, MASK))]  # noqa: SIM118
+                if twice := entries.keys() & keys:
+                    raise ValueError(f"another file beside it holds {min(twice)!r} too. Inspect each file on its own")
                 needs_torch = any(file.get_slice(key).get_dtype() == "BF16" for key in keys)
             with safe_open(path, "pt" if needs_torch else "numpy") as file:
                 entries.update({key: file.get_tensor(key) for key in keys})

@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_calibft._format import StrPath
-from lightning_calibft.checkpoint.files import read_checkpoint
+from lightning_calibft.checkpoint.files import check_is_whole, read_checkpoint
 from lightning_calibft.checkpoint.state import (
     LIGHTNING_VERSION,
     calibrated_heads,
     calibration_metadata,
+    choose_weights,
     classes_of,
     state_dict_of,
     without_calibration,
@@ -51,7 +52,8 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
     """
     if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
         raise TypeError(f"Expected argument `module_class` to be a LightningModule class, but got {module_class!r}.")
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    check_is_whole(path)
+    checkpoint = choose_weights(read_checkpoint(path, weights_only=weights_only), path, None)
     heads, metadata = calibrated_heads(checkpoint, path), calibration_metadata(checkpoint, path)
     stripped = io.BytesIO()
     state = without_calibration(state_dict_of(checkpoint, path))

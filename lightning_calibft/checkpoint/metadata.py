@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
@@ -114,6 +115,37 @@ def _is_arguments(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_text, value))
 
 
+def _is_data_config(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() <= _DATA_CONFIG.keys()
+        and all(_DATA_CONFIG[key](value[key]) for key in value)
+    )
+
+
+def _are_numbers(least: float, integers: bool = False) -> Callable[[Any], bool]:
+    """Return a check for one to four finite numbers above ``least``, one for each channel or side of an image."""
+
+    def check(value: Any) -> bool:
+        return (
+            isinstance(value, (list, tuple))
+            and 1 <= len(value) <= 4
+            and all(_is_finite(item) and least < item <= 2**16 for item in value)
+            and all(isinstance(item, int) or not integers for item in value)
+        )
+
+    return check
+
+
+# What timm's `resolve_data_config` returns, and reads of the arguments of its training script.
+_DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda value: _are_numbers(0, integers=True)(value) and len(value) == 3,
+    "mean": _are_numbers(-math.inf),
+    "std": _are_numbers(0),
+    "crop_pct": lambda value: _is_finite(value) and 0 < value <= 2**16,
+    "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+}
+
 _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -126,6 +158,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "absent_classes": _CLASSES,
     "model": _TEXT,
     "model_args": (_is_arguments, "named arguments"),
+    "data_config": (_is_data_config, "the input size, mean, std, crop and interpolation of the images"),
     "version": _TEXT,
     "torch_version": _TEXT,
     "lightning_version": _TEXT,

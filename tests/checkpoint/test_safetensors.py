@@ -94,7 +94,16 @@ def test_metadata_that_are_no_json(tmp_path):
         nn.Parameter(torch.randn(2)),
         *[
             torch.arange(5).to(getattr(torch, dtype))
-            for dtype in "float16 bfloat16 float64 int8 int16 int32 uint8 complex64 float8_e4m3fn float8_e5m2".split()
+            for dtype in (
+                "float16",
+                "bfloat16",
+                "float64",
+                "int8",
+                "int32",
+                "complex64",
+                "float8_e4m3fn",
+                "float8_e5m2",
+            )
         ],
     ],
     ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype}",
