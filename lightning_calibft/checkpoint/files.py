@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -113,6 +114,15 @@ def check_is_whole(path: StrPath) -> None:
         raise ValueError(f"Expected a whole checkpoint file, but {os.fspath(path)!r} is a part of one. {_JOIN}")
 
 
+def check_differs(destination: StrPath, name: str, source: StrPath) -> None:
+    """Raise if the file to write is the one that the argument ``name`` names, or a link to it."""
+    if os.path.realpath(source) == os.path.realpath(destination):
+        raise ValueError(
+            f"Expected argument `destination` to differ from `{name}`, but both are {os.fspath(source)!r}. It cannot be"
+            f" undone: keep the {'calibrated file' if name == 'source' else 'original weights'}."
+        )
+
+
 def check_destination_file(path: StrPath) -> None:
     """Raise if no file can be written to ``path``: its folder is missing, or something other than a file is there."""
     _check_parent(path)
@@ -136,11 +146,15 @@ def check_destination_folder(path: StrPath) -> None:
 
 def _check_parent(path: StrPath) -> None:
     check_path("destination", path)
+    with suppress(FileNotFoundError):
+        os.lstat(path)  # raises if the name is too long
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Expected argument `destination` to be in an existing directory, but there is no {os.fspath(folder)!r}."
         )
+    with tempfile.TemporaryFile(dir=folder):  # raises if no file can be created there
+        pass
 
 
 def _check_replaceable(path: StrPath) -> None:

@@ -14,6 +14,7 @@ from lightning_calibft._arguments import check_type
 from lightning_calibft._format import GRAPHS, METADATA_KEY, StrPath, check_path
 from lightning_calibft.checkpoint.files import (
     check_destination_file,
+    check_differs,
     check_is_whole,
     read_checkpoint,
     write_atomically,
@@ -80,11 +81,7 @@ def fold_checkpoint(
     check_path("destination", destination)
     if prefix is not None:
         check_type("prefix", prefix, str)
-    if os.path.realpath(source) == os.path.realpath(destination):
-        raise ValueError(
-            f"Expected argument `destination` to differ from `source`, but both are {os.fspath(source)!r}. Folding"
-            " cannot be undone: keep the calibrated file."
-        )
+    check_differs(destination, "source", source)
     check_destination_file(destination)
     if Path(destination).suffix in GRAPHS:
         raise ValueError(

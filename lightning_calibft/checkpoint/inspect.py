@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_calibft._format import MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
+from lightning_calibft._format import LARGEST_JSON, MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
 from lightning_calibft.checkpoint.files import check_is_file, is_safetensors, read_checkpoint
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata, parse_metadata
-
-_LARGEST_JSON = 64 * 2**20  # bytes: the class ids of the widest heads take a few MiB
 
 
 def inspect_checkpoint(path: StrPath, *, use_ema: bool | None = None, weights_only: bool = True) -> dict[str, Any]:
@@ -115,7 +113,7 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
         else:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if member.filename.endswith(f"{METADATA_KEY}.json")]
-                if members and members[0].file_size > _LARGEST_JSON:
+                if members and members[0].file_size > LARGEST_JSON:
                     raise ValueError(f"its metadata unpacks to {members[0].file_size / 2**30:.1f} GiB")
                 text = archive.read(members[0]) if members else text
     except (OSError, ModuleNotFoundError):
@@ -126,7 +124,7 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> bytes:
-    if path.stat().st_size > _LARGEST_JSON:
+    if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"Expected a small file, but {os.fspath(path)!r} takes {path.stat().st_size / 2**30:.1f} GiB.")
     return path.read_bytes()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any
 
-from lightning_calibft._format import StrPath
+from lightning_calibft._format import StrPath, parse_json
 
 _MOST_CLASSES = 2**31 - 1
 _LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -22,11 +21,10 @@ def parse_metadata(text: str | bytes, path: StrPath) -> Any:
         ValueError: If the text is not JSON, holds a name twice, or is nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not: {error}"
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(
-            f"Expected the calibration metadata of {os.fspath(path)!r} to be readable JSON, but {reason}."
+            f"Expected the calibration metadata of {os.fspath(path)!r} to be readable JSON, but it is not: {error}."
         ) from error
 
 
@@ -81,12 +79,6 @@ def _plain(array: Any, ndim: int) -> Any:
         return None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(entries := dict(pairs)) < len(pairs):
-        raise ValueError("it holds a name twice")
-    return entries
-
-
 def _expected(path: StrPath) -> str:
     return f"Expected the calibration metadata of {os.fspath(path)!r} to"
 
@@ -130,7 +122,7 @@ def _are_numbers(least: float, integers: bool = False) -> Callable[[Any], bool]:
         return (
             isinstance(value, (list, tuple))
             and 1 <= len(value) <= 4
-            and all(_is_finite(item) and least < item <= 2**16 for item in value)
+            and all(_is_finite(item) and least < item <= 2048 for item in value)  # larger images would fill the memory
             and all(isinstance(item, int) or not integers for item in value)
         )
 
@@ -142,7 +134,7 @@ _DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
     "input_size": lambda value: _are_numbers(0, integers=True)(value) and len(value) == 3,
     "mean": _are_numbers(-math.inf),
     "std": _are_numbers(0),
-    "crop_pct": lambda value: _is_finite(value) and 0 < value <= 2**16,
+    "crop_pct": lambda value: _is_finite(value) and 0.1 <= value <= 2,
     "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
 }
 

@@ -70,8 +70,8 @@ def load_raw(
     use_ema: bool | None = None,
     weights_only: bool = True,
     **model_args: Any,
-) -> nn.Module:
-    """Build a timm model with the weights of a file, and ignore a gamma that the file may hold.
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a timm model with the weights of a file, ignoring a gamma in it, and return the arguments of the model.
 
     What the file says about the images, such as their mean, replaces what timm has in ``pretrained_cfg``.
 
@@ -102,7 +102,8 @@ def load_raw(
         )
     args = model_args or _model_args(metadata, path, weights_only)
     state = without_calibration(state_dict_of(checkpoint, path))
-    return _create(name, unwrapped_state_dict(checkpoint, state, None), path, num_classes, args, metadata)
+    model = _create(name, unwrapped_state_dict(checkpoint, state, None), path, num_classes, args, metadata)
+    return model, args
 
 
 def load_folded(
@@ -173,9 +174,9 @@ def _training_arguments(checkpoint: Mapping[str, Any], path: StrPath) -> dict[st
     return check_metadata({"model": name, "model_args": model_args, "data_config": data}, path)
 
 
-def _model_args(metadata: Mapping[str, Any], path: StrPath, weights_only: bool) -> Mapping[str, Any]:
+def _model_args(metadata: Mapping[str, Any], path: StrPath, weights_only: bool) -> dict[str, Any]:
     """Return the arguments of the model that a file names, if it may."""
-    args: Mapping[str, Any] = metadata.get("model_args", {})
+    args = dict(metadata.get("model_args", {}))
     for key, value in args.items() if weights_only else ():
         if key not in _ARGUMENTS or not _is_plain(value):
             raise ValueError(
