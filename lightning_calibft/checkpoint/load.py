@@ -17,6 +17,7 @@ from lightning_calibft.checkpoint.state import (
     calibration_metadata,
     choose_weights,
     classes_of,
+    is_state_dict,
     state_dict_of,
     without_calibration,
 )
@@ -53,7 +54,9 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
     if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
         raise TypeError(f"Expected argument `module_class` to be a LightningModule class, but got {module_class!r}.")
     check_is_whole(path)
-    checkpoint = choose_weights(read_checkpoint(path, weights_only=weights_only), path, None)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    # Lightning loads `state_dict`, whatever other weights a callback has put beside it.
+    checkpoint = choose_weights(checkpoint, path, False if is_state_dict(checkpoint.get("state_dict")) else None)
     heads, metadata = calibrated_heads(checkpoint, path), calibration_metadata(checkpoint, path)
     stripped = io.BytesIO()
     state = without_calibration(state_dict_of(checkpoint, path))

@@ -71,9 +71,17 @@ def _inspect(args: argparse.Namespace) -> int:
 def _fold(args: argparse.Namespace) -> int:
     from lightning_calibft.checkpoint.fold_checkpoint import fold_checkpoint
 
-    reading = {"use_ema": args.use_ema, "weights_only": not args.unsafe}
-    fold_checkpoint(args.source, args.destination, add_bias=args.add_bias, prefix=args.prefix, **reading)
-    info = inspect_checkpoint(args.destination, **reading)
+    fold_checkpoint(
+        args.source,
+        args.destination,
+        add_bias=args.add_bias,
+        prefix=args.prefix,
+        use_ema=args.use_ema,
+        weights_only=not args.unsafe,
+    )
+    keeps_all = args.destination.suffix == ".ckpt"
+    use_ema = args.use_ema if keeps_all else None
+    info = inspect_checkpoint(args.destination, use_ema=use_ema, weights_only=not args.unsafe)
     _print(args, info, _described(args.destination, info))
     return 0
 
