@@ -92,11 +92,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+    return isinstance(value, str) and value.isprintable() and len(value) <= 1000
 
 
 def _is_classes(value: Any) -> bool:
@@ -142,7 +142,7 @@ _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (_is_finite, "a finite number"),
-    "standard_error": (_is_number, "a number"),
+    "standard_error": (lambda value: _is_number(value) and not _LARGEST_GAMMA < abs(value) < math.inf, "a number"),
     "num_samples": (_is_count, "a number of samples"),
     "estimator": _TEXT,
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
+_LONGEST_LINE = 2000  # characters: the names in a file can have any length
 _DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
 
 
@@ -54,7 +55,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _line(message: object) -> str:
     """Return a message of the Python functions on one line, with the command's flags in place of arguments."""
-    return _printable(_as_flags(" ".join(str(message).split())))
+    text = _printable(_as_flags(" ".join(str(message).split())))
+    return text if len(text) < _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
 
 
 def _printable(text: str) -> str:
@@ -263,7 +265,9 @@ def _as_flags(message: str) -> str:
 
 
 def _print(args: argparse.Namespace, info: dict[str, Any], text: str) -> None:
-    print(json.dumps(info) if args.json else text)  # noqa: T201
+    if args.json:  # JSON has no NaN, which is the standard error of a single sample
+        text = json.dumps({key: None if value != value else value for key, value in info.items()}, allow_nan=False)
+    print(text)  # noqa: T201
 
 
 def _described(path: Path, info: dict[str, Any]) -> str:
