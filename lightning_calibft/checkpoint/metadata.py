@@ -40,15 +40,15 @@ def check_metadata(metadata: Any, path: StrPath) -> dict[str, Any]:
     for key, value in known.items():
         is_valid, kind = _ENTRIES[key]
         if not is_valid(value):
-            raise ValueError(f"{_expected(path)} hold {kind} as `{key}`, but got {short(value)}.")
+            raise ValueError(f"{_expected(path)} hold {kind} as {key!r}, but got {short(value)}.")
     if known.get("folded"):
         for key in ("gamma", "num_classes", "absent_classes"):
             if key not in known:
-                raise ValueError(f"{_expected(path)} hold `{key}`, because gamma is folded, but it is missing.")
+                raise ValueError(f"{_expected(path)} hold {key!r}, because gamma is folded, but it is missing.")
     for key in ("seen_classes", "absent_classes"):
         width = known.get("num_classes", _MOST_CLASSES)
         if any(row >= width for row in known.get(key, ())):
-            raise ValueError(f"{_expected(path)} hold class ids below {width} as `{key}`, but got {short(known[key])}.")
+            raise ValueError(f"{_expected(path)} hold class ids below {width} as {key!r}, but got {short(known[key])}.")
     return known
 
 
