@@ -39,22 +39,13 @@ _DTYPES = {  # what safetensors calls the types of torch
 }
 
 
-def read_checkpoint(path: StrPath, *, weights_only: bool, load: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
     """Load a checkpoint file onto the CPU, or raise an error that says in one line why that is not possible.
 
     The tensors of a safetensors file are returned under ``state_dict`` and its calibration metadata under
     ``METADATA_KEY``, as in a Lightning checkpoint.
-
-    Args:
-        path: The file, which may be remote if ``load`` reads such files.
-        weights_only: As in :func:`~lightning_calibft.load_calibrated`.
-        load: Reads a path, as ``load_checkpoint`` of a Lightning ``CheckpointIO``. Its errors are raised as they are,
-            and ``weights_only`` is its own affair. ``None``: ``torch.load``, or safetensors where the name says so.
     """
-    if not is_remote(path):
-        check_is_file(path)
-    if load is not None:
-        return _check_is_dict(load(os.fspath(path)), path)
+    check_is_file(path)
     if is_safetensors(path):
         return _read_safetensors(path)
     import torch
@@ -80,10 +71,6 @@ def read_checkpoint(path: StrPath, *, weights_only: bool, load: Callable[[str], 
             f"Expected a checkpoint of tensors and plain values, but {os.fspath(path)!r} holds other Python objects,"
             " which can run code when they are loaded. If you trust the file, pass `weights_only=False`."
         ) from error
-    return _check_is_dict(checkpoint, path)
-
-
-def _check_is_dict(checkpoint: Any, path: StrPath) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"Expected a checkpoint with a state dict, but {os.fspath(path)!r} holds a {type(checkpoint).__name__}."
@@ -165,11 +152,6 @@ def _check_replaceable(path: StrPath) -> None:
         )
 
 
-def is_remote(path: StrPath) -> bool:
-    """Return whether a path names a file on another machine, such as ``s3://bucket/last.ckpt``."""
-    return "://" in os.fspath(path)
-
-
 def is_safetensors(path: StrPath) -> bool:
     """Return whether a file is a safetensors file, judging by its name."""
     return Path(path).suffix == SAFETENSORS
@@ -234,12 +216,7 @@ def signature(path: StrPath) -> Signature | None:
     return Signature(stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-def write_atomically(
-    checkpoint: dict[str, Any],
-    path: StrPath,
-    replaces: Signature | None = None,
-    save: Callable[[dict[str, Any], str], object] | None = None,
-) -> None:
+def write_atomically(checkpoint: dict[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
     """Write a file so that at every instant ``path`` holds either its old content or all of ``checkpoint``.
 
     A safetensors file stores only the state dict and the calibration metadata.
@@ -248,19 +225,20 @@ def write_atomically(
         checkpoint: The content to write.
         path: Where to write it.
         replaces: Signature of the file that may be replaced. ``None``: any file may be replaced.
-        save: Writes the content to a path, as ``save_checkpoint`` of a Lightning ``CheckpointIO``. It must have written
-            when it returns. ``None``: ``torch.save``, or safetensors where the name says so. With a remote path, it
-            writes straight to it: what a reader meets meanwhile is then up to ``save``.
 
     Raises:
         ReplacedError: If the file at ``path`` no longer has this signature. It is left unchanged.
     """
-    save = save or (_save_safetensors if is_safetensors(path) else _save)
-    if is_remote(path):
-        save(checkpoint, os.fspath(path))
-        return
-    with replacing(path, replaces) as temporary:
-        save(checkpoint, os.fspath(temporary))
+
+    def write(file: BinaryIO) -> None:
+        if is_safetensors(path):
+            _write_safetensors(checkpoint, file)
+        else:
+            import torch
+
+            torch.save(checkpoint, file)
+
+    replace_atomically(path, write, replaces)
 
 
 def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
@@ -272,29 +250,18 @@ def write_weights(state: Any, metadata: dict[str, Any], path: StrPath) -> None:
         write_atomically(state, path)
 
 
-def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
+def replace_atomically(path: StrPath, write: Callable[[BinaryIO], object], replaces: Signature | None = None) -> None:
     """Let ``write`` fill a temporary file next to ``path`` that replaces it once it is on the disk."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        write(file)
-
-
-@contextmanager
-def replacing(path: StrPath, replaces: Signature | None = None) -> Iterator[Path]:
-    """Yield a temporary file next to ``path`` that replaces it at the end, once it is on the disk.
-
-    Raises:
-        ReplacedError: If the file at ``path`` no longer has the signature ``replaces``. It is left unchanged.
-    """
     _check_replaceable(path)
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = (target if target.exists() else temporary).stat().st_mode & 0o7777
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(mode)  # safetensors makes files readable by the owner only
+        if target.exists():
+            shutil.copymode(target, temporary)
         if replaces is not None and signature(target) != replaces:
             raise ReplacedError(os.fspath(path))
         os.replace(temporary, target)
@@ -328,14 +295,7 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
-def _save(checkpoint: dict[str, Any], path: str) -> None:
-    import torch
-
-    with open(path, "wb") as file:  # given a path, torch aborts the process if the disk is full
-        torch.save(checkpoint, file)
-
-
-def _save_safetensors(checkpoint: dict[str, Any], path: str) -> None:
+def _write_safetensors(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     """Write the state dict and the calibration metadata, one tensor after the other.
 
     The functions of safetensors need twice the size of all tensors in memory. The format is a header of JSON and its
@@ -367,10 +327,9 @@ def _save_safetensors(checkpoint: dict[str, Any], path: str) -> None:
         header[key] = {"dtype": dtype, "shape": list(state[key].shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            file.write(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in keys:
+        file.write(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _sync_folder(folder: Path) -> None:

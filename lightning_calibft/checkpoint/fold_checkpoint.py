@@ -21,7 +21,6 @@ from lightning_calibft.checkpoint.files import (
     write_weights,
 )
 from lightning_calibft.checkpoint.state import (
-    are_calibrated,
     calibrated_heads,
     calibration_metadata,
     choose_weights,
@@ -129,5 +128,4 @@ def _fold_if_calibrated(value: Any, path: StrPath, add_bias: bool) -> Any:
     """Fold an entry of a checkpoint that is another state dict with a gamma: weight averaging keeps a second one."""
     if not is_state_dict(value) or not all(isinstance(name, str) for name in value):
         return value
-    heads = heads_of(value, path)
-    return fold_state_dict(value, heads, path, add_bias) if are_calibrated(heads) else without_calibration(value)
+    return fold_state_dict(value, heads_of(value, path), path, add_bias)

@@ -131,7 +131,9 @@ def calibration_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, tuple[float, Tensor]]:
-    """Return gamma and the mask of each head, by the prefix of its keys.
+    """Return gamma and the mask of each calibrated head, by the prefix of its keys.
+
+    A frozen copy of the model, such as a teacher, has the entries without a gamma, and is left out.
 
     Raises:
         ValueError: If no head is calibrated, if the entries are invalid, or if gamma is already folded into the bias.
@@ -143,7 +145,7 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
             " it like any other checkpoint."
         )
     heads = heads_of(state, path)
-    if not are_calibrated(heads):
+    if not heads:
         key = state_key(checkpoint)
         inside = "" if key in (None, "state_dict") else f" in its {key!r}"
         raise ValueError(
@@ -154,18 +156,14 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
 
 
 def heads_of(state: Mapping[str, Any], path: StrPath) -> dict[str, tuple[float, Tensor]]:
-    """Return gamma and the mask of each attached head in a state dict, by the prefix of its keys."""
+    """Return gamma and the mask of each head in a state dict that has a gamma, by the prefix of its keys."""
     heads: dict[str, tuple[float, Any]] = {}
     for prefix in [key.removesuffix(OFFSET) for key in state if key.endswith(OFFSET)]:
         mask = state.get(prefix + MASK)
-        gamma, _ = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
-        heads[prefix] = gamma, mask
+        gamma, rows = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
+        if any(rows):
+            heads[prefix] = gamma, mask
     return heads
-
-
-def are_calibrated(heads: Mapping[str, tuple[float, Tensor]]) -> bool:
-    """Return whether all of the heads that :func:`heads_of` found have a gamma, and whether there are any."""
-    return bool(heads) and all(mask.any() for _, mask in heads.values())
 
 
 def classes_of(metadata: Mapping[str, Any], mask: Tensor) -> tuple[list[int], list[int]]:

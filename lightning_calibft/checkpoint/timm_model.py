@@ -237,7 +237,7 @@ def _create(
 
     try:
         # First without memory, of which the arguments in a forged file could ask for any amount.
-        with suppress(RuntimeError):  # before timm 1.0.20, some models compute with tensors while they are built
+        with suppress(RuntimeError):  # in older releases of timm, some models compute with tensors in `__init__`
             check_fit(build("meta"))
         model = build("cpu")
     except _UnfitError:

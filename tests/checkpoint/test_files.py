@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import pickle
 import zipfile
@@ -11,10 +9,9 @@ import zipfile
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_calibft import AbsentClassCalibration, attach, fold_checkpoint, inspect_checkpoint, load_calibrated
-from lightning_calibft.checkpoint.files import ReplacedError, read_checkpoint, signature, write_atomically
+from lightning_calibft.checkpoint.files import write_atomically
 from tests.helpers.runs import Plain, loader, pretrained, quiet, read, trainer_of
 
 pytestmark = quiet
@@ -158,50 +155,3 @@ def test_a_long_name(tmp_path):
     path = tmp_path / ("a" * 250 + ".ckpt")
     write_atomically({"a": 1}, path)
     assert read(path) == {"a": 1}
-
-
-class Compressed(TorchCheckpointIO):
-    """Checkpoints as gzip files, as users write them."""
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with gzip.open(path, "wb") as file:
-            file.write(buffer.getvalue())
-
-    def load_checkpoint(self, path, map_location=None, weights_only=None):
-        with gzip.open(path) as file:
-            return torch.load(io.BytesIO(file.read()), map_location=map_location, weights_only=bool(weights_only))
-
-
-def test_with_a_reader_and_a_writer_of_the_users(tmp_path):
-    plugin, path = Compressed(), tmp_path / "last.ckpt"
-    trainer_of(tmp_path, plugins=[plugin], max_epochs=1).fit(pretrained(), loader())
-    plugin.save_checkpoint({"state_dict": pretrained().state_dict(), "epoch": 3}, path)
-    with pytest.raises(ValueError, match="truncated or not a PyTorch file"):
-        read_checkpoint(path, weights_only=False)
-    checkpoint = read_checkpoint(path, weights_only=False, load=plugin.load_checkpoint)
-    before = signature(path)
-    write_atomically({**checkpoint, "epoch": 4}, path, before, plugin.save_checkpoint)
-    assert gzip.decompress(path.read_bytes())
-    assert plugin.load_checkpoint(path)["epoch"] == 4
-    with pytest.raises(ReplacedError):
-        write_atomically(checkpoint, path, before, plugin.save_checkpoint)
-
-    def fail(checkpoint, path):
-        plugin.save_checkpoint(checkpoint, path)
-        raise OSError("the line is down")
-
-    with pytest.raises(OSError, match="the line is down"):
-        write_atomically({}, path, None, fail)
-    assert plugin.load_checkpoint(path)["epoch"] == 4
-    assert [each.name for each in tmp_path.iterdir() if each.suffix != ".ckpt"] == []
-
-
-def test_remote_files_are_read_and_written_where_they_are():
-    plugin, path = TorchCheckpointIO(), "memory://bucket/last.ckpt"
-    write_atomically({"epoch": 3}, path, None, plugin.save_checkpoint)
-    assert read_checkpoint(path, weights_only=True, load=plugin.load_checkpoint) == {"epoch": 3}
-    write_atomically([1], path, None, plugin.save_checkpoint)
-    with pytest.raises(ValueError, match=r"Expected a checkpoint with a state dict, but 'memory://.*' holds a list"):
-        read_checkpoint(path, weights_only=True, load=plugin.load_checkpoint)
