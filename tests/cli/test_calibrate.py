@@ -449,7 +449,11 @@ def test_what_is_wrong_with_validation_data_is_told_first(raw, photos, every_cla
     words = ["calibrate", "test_resnet", raw, photos_without, tmp_path / "out.pth", *READ]
     (tmp_path / "rows.json").write_text(json.dumps(SEEN))
     (tmp_path / "empty" / "1").mkdir(parents=True)
+    for row in range(3):  # as many folders as the map has rows
+        shutil.copytree(every_class / str(row), tmp_path / "others" / str(row))
+    other_folders = "because the validation data has other folders than the training data"
     for more, text in (
+        (["--val", tmp_path / "others", "--class-map", tmp_path / "rows.json"], other_folders),
         (["--val", tmp_path / "missing"], "missing"),
         (["--val", tmp_path / "empty"], "no valid file"),
         (["--val", every_class, "--class-map", tmp_path / "rows.json"], "Expected argument `--class-map` to"),
@@ -459,6 +463,15 @@ def test_what_is_wrong_with_validation_data_is_told_first(raw, photos, every_cla
     assert not (tmp_path / "out.pth").exists()
     assert run(*words) == 1
     assert "0.png" in capsys.readouterr().err
+
+
+def test_a_validation_image_that_cannot_be_read(raw, photos, every_class, tmp_path, capsys):
+    """Gamma does not depend on it, so the file is written."""
+    (every_class / "0" / "0.png").write_bytes(b"no image")
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--val", every_class]
+    assert run(*words) == 1
+    assert "0.png" in capsys.readouterr().err
+    assert inspect_checkpoint(tmp_path / "out.pth")["calibrated"]
 
 
 @pytest.mark.parametrize("name", ["weights", "link", "pretrained"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import stat
 import zipfile
 
@@ -267,6 +268,16 @@ def test_tensors_that_repeat_what_is_stored(tmp_path, capsys):
     state["more"] = torch.zeros(1).expand(1000, 1000)  # as an honest file may hold
     torch.save(state, tmp_path / "honest.pth")
     assert run("fold", tmp_path / "honest.pth", tmp_path / "out.safetensors") == 0
+
+
+def test_a_huge_model_is_not_built(tmp_path, capsys):
+    """The weights of a file do not fit, and building what it names would take 4 GiB to see that."""
+    told = {"model": "test_vit", "model_args": {"img_size": 4096, "patch_size": 1}}
+    state = set_gamma(timm.create_model("test_vit", num_classes=NUM_CLASSES), 2.5, SEEN, head="head").state_dict()
+    write_weights(state, {**TRUE, **told}, tmp_path / "lying.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "but pos_embed has the shape" in refused(capsys, "export", tmp_path / "lying.pth", tmp_path / "out.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
 
 
 def test_a_name_without_end(tmp_path, capsys):
