@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model, check_type
-from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
+from lightning_calibft._format import GRAPHS, METADATA_KEY, SAFETENSORS, StrPath, check_path
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.checkpoint.files import (
     check_destination_file,
@@ -27,7 +27,6 @@ from lightning_calibft.checkpoint.state import calibrated_heads, folded_metadata
 from lightning_calibft.head.fold import fold
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
-_GRAPHS = (".onnx", ".pt2")
 _LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message of at most 2 GiB, graph included
 
 
@@ -84,31 +83,44 @@ def export(
     try:
         copied = fold(copied)
     except ValueError:  # gamma cannot be folded: only a graph can store the attached calibration
-        if Path(destination).suffix not in _GRAPHS:
+        if Path(destination).suffix not in GRAPHS:
             raise
     write_model(copied, destination, metadata, inputs)
+
+
+def check_name(destination: StrPath) -> None:
+    """Raise if the name of ``destination`` stands for no format, or if nothing can be written there.
+
+    Raises:
+        ValueError: If the name has an unknown suffix.
+        FileNotFoundError: If the parent folder is missing.
+        FileExistsError: If a folder is to be written, but something else already exists there.
+    """
+    suffix = Path(destination).suffix
+    if suffix not in (*_WEIGHTS, *GRAPHS, ""):
+        raise ValueError(
+            f"Expected argument `destination` {os.fspath(destination)!r} to end in one of"
+            f" {', '.join((*_WEIGHTS, *GRAPHS))}, or to be a folder."
+        )
+    (check_destination_file if suffix else check_destination_folder)(destination)
 
 
 def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> None:
     """Raise early if :func:`write_model` could not write to ``destination``.
 
     Raises:
-        ValueError: If the name, the model or the inputs do not fit together.
-        FileNotFoundError: If the parent folder is missing.
-        FileExistsError: If a folder is to be written, but something else already exists there.
+        ValueError: If the name, the model or the inputs do not fit together, and as in :func:`check_name`.
         ImportError: If a package is missing or too old.
     """
+    check_name(destination)
     suffix, where = Path(destination).suffix, f"argument `destination` {os.fspath(destination)!r}"
-    if suffix in _GRAPHS:
+    if suffix in GRAPHS:
         rows = inputs if isinstance(inputs, tuple) else (inputs,)
         if not all(isinstance(tensor, Tensor) and tensor.ndim and len(tensor) > 1 for tensor in rows):
             raise ValueError(
                 f"Expected argument `inputs` to hold tensors with at least two rows for the {where}, but got"
                 f" {[tuple(x.shape) if isinstance(x, Tensor) else x for x in rows]}. Exporting runs the model on them."
             )
-    elif suffix not in (*_WEIGHTS, ""):
-        known = ", ".join((*_WEIGHTS, *_GRAPHS))
-        raise ValueError(f"Expected {where} to end in one of {known}, or to be a folder.")
     elif not suffix and _is_timm(model):
         import timm
 
@@ -129,7 +141,6 @@ def check_destination(model: nn.Module, destination: StrPath, inputs: Any) -> No
                 f" {size / 2**30:.1f} GiB. Write a .pt2 or .safetensors file."
             )
         _check_onnx()
-    (check_destination_file if suffix else check_destination_folder)(destination)
 
 
 def write_model(

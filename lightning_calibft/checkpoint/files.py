@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
+import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,6 +22,21 @@ from lightning_calibft.checkpoint.metadata import parse_metadata
 
 # torch does not compress the members of its zip archives, so a file that unpacks to many times its size is forged.
 _LARGEST_UNPACKED, _LARGEST_RATIO = 64 * 2**20, 10
+
+# How transformers and accelerate name the files of a checkpoint that they split.
+_PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
+_JOIN = 'Write it into one file first, with `save_pretrained(FOLDER, max_shard_size="1TB")`.'
+
+_DTYPES = {  # what safetensors calls the types of torch
+    **{f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"torch.uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    "torch.bool": "BOOL",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.complex64": "C64",
+}
 
 
 def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
@@ -39,6 +56,8 @@ def read_checkpoint(path: StrPath, *, weights_only: bool) -> dict[str, Any]:
         # timm's training script saves its arguments as a Namespace, which cannot run code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        if weights_only:
+            _check_expanded_size(checkpoint)
     except PermissionError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -67,11 +86,28 @@ def check_is_file(path: StrPath) -> None:
     if os.path.isdir(path):
         remedy = "Consolidate a sharded checkpoint first, with `python -m lightning.fabric.utilities."
         remedy += "consolidate_checkpoint FOLDER`."
-        if weights := sorted(Path(path).glob("*.safetensors")):
-            remedy = f"Name the file in it, such as {str(weights[0])!r}."
+        if weights := sorted(Path(path).glob(f"*{SAFETENSORS}")):
+            is_part = _PART.search(weights[0].name)
+            remedy = _JOIN if is_part else f"Name the file in it, such as {str(weights[0])!r}."
         raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a directory. {remedy}")
     if not os.path.isfile(path):
         raise ValueError(f"Expected a checkpoint file, but {os.fspath(path)!r} is a device, a pipe or a socket.")
+
+
+def check_is_whole(path: StrPath) -> None:
+    """Raise if the name of a file says that it is one of several that a checkpoint is split into."""
+    check_path("path", path)
+    if _PART.search(Path(path).name):
+        raise ValueError(f"Expected a whole checkpoint file, but {os.fspath(path)!r} is a part of one. {_JOIN}")
+
+
+def check_differs(destination: StrPath, name: str, source: StrPath) -> None:
+    """Raise if the file to write is the one that the argument ``name`` names, or a link to it."""
+    if os.path.realpath(source) == os.path.realpath(destination):
+        raise ValueError(
+            f"Expected argument `destination` to differ from `{name}`, but both are {os.fspath(source)!r}. It cannot be"
+            f" undone: keep the {'calibrated file' if name == 'source' else 'original weights'}."
+        )
 
 
 def check_destination_file(path: StrPath) -> None:
@@ -97,11 +133,15 @@ def check_destination_folder(path: StrPath) -> None:
 
 def _check_parent(path: StrPath) -> None:
     check_path("destination", path)
+    with suppress(FileNotFoundError):
+        os.lstat(path)  # raises if the name is too long
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(
             f"Expected argument `destination` to be in an existing directory, but there is no {os.fspath(folder)!r}."
         )
+    with tempfile.TemporaryFile(dir=folder):  # raises if no file can be created there
+        pass
 
 
 def _check_replaceable(path: StrPath) -> None:
@@ -123,6 +163,19 @@ def _check_unpacked_size(path: StrPath) -> None:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > max(_LARGEST_UNPACKED, _LARGEST_RATIO * os.path.getsize(path)):
             raise ValueError(f"it unpacks to {unpacked / 2**30:.1f} GiB, many times its size")
+
+
+def _check_expanded_size(checkpoint: Any) -> None:
+    """Raise if tensors repeat what is stored so often that copying them would take many times the memory."""
+    import torch
+
+    for state in (checkpoint, *checkpoint.values()) if isinstance(checkpoint, dict) else ():
+        tensors = state.values() if isinstance(state, dict) else ()
+        plain = [value for value in tensors if type(value) is torch.Tensor and value.layout == torch.strided]
+        stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in plain}
+        needed = sum(value.nbytes for value in plain)
+        if needed > max(_LARGEST_UNPACKED, _LARGEST_RATIO * sum(stored.values())):
+            raise ValueError(f"its tensors take {needed / 2**30:.1f} GiB, many times what is stored")
 
 
 def _read_safetensors(path: StrPath) -> dict[str, Any]:
@@ -163,7 +216,7 @@ def signature(path: StrPath) -> Signature | None:
     return Signature(stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
+def write_atomically(checkpoint: dict[str, Any], path: StrPath, replaces: Signature | None = None) -> None:
     """Write a file so that at every instant ``path`` holds either its old content or all of ``checkpoint``.
 
     A safetensors file stores only the state dict and the calibration metadata.
@@ -176,12 +229,13 @@ def write_atomically(checkpoint: Mapping[str, Any], path: StrPath, replaces: Sig
     Raises:
         ReplacedError: If the file at ``path`` no longer has this signature. It is left unchanged.
     """
-    import torch
 
     def write(file: BinaryIO) -> None:
         if is_safetensors(path):
-            file.write(_to_safetensors(checkpoint))
+            _write_safetensors(checkpoint, file)
         else:
+            import torch
+
             torch.save(checkpoint, file)
 
     replace_atomically(path, write, replaces)
@@ -241,19 +295,41 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
-def _to_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save
-    from torch import Tensor
+def _write_safetensors(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """Write the state dict and the calibration metadata, one tensor after the other.
 
-    if others := [(key, value) for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"Expected a state dict of tensors for a safetensors file, but its entry {others[0][0]!r} is a"
-            f" {type(others[0][1]).__name__}. Name the file .ckpt or .pth."
-        )
-    # Copy each tensor: safetensors refuses tensors that share memory, such as tied weights.
-    state = {key: value.detach().clone().contiguous() for key, value in checkpoint["state_dict"].items()}
-    metadata = checkpoint.get(METADATA_KEY)
-    return save(state, {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})})
+    The functions of safetensors need twice the size of all tensors in memory. The format is a header of JSON and its
+    length, and then the tensors, the widest types first, so that each is aligned
+    (https://huggingface.co/docs/safetensors).
+    """
+    import torch
+
+    state, metadata = checkpoint["state_dict"], checkpoint.get(METADATA_KEY)
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", **({METADATA_KEY: json.dumps(metadata)} if metadata else {})}
+    }
+    end = 0
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"Expected a state dict of tensors for a safetensors file, but its entry {key!r} is a"
+                f" {type(value).__name__}. Name the file .ckpt or .pth."
+            )
+        if str(value.dtype) not in _DTYPES:
+            raise ValueError(
+                f"Expected a state dict of plain tensors for a safetensors file, but its entry {key!r} has the dtype"
+                f" {value.dtype}. Name the file .ckpt or .pth."
+            )
+    keys = sorted(state, key=lambda key: -state[key].element_size())
+    for key in keys:
+        start, end = end, end + state[key].nbytes
+        dtype = _DTYPES[str(state[key].dtype)]
+        header[key] = {"dtype": dtype, "shape": list(state[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in keys:
+        file.write(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _sync_folder(folder: Path) -> None:

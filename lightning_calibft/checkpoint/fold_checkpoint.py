@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_calibft._arguments import check_type
-from lightning_calibft._format import MASK, METADATA_KEY, OFFSET, StrPath, check_path
+from lightning_calibft._format import GRAPHS, METADATA_KEY, StrPath, check_path
 from lightning_calibft.checkpoint.files import (
     check_destination_file,
+    check_differs,
+    check_is_whole,
     read_checkpoint,
     write_atomically,
     write_weights,
@@ -21,11 +23,13 @@ from lightning_calibft.checkpoint.files import (
 from lightning_calibft.checkpoint.state import (
     calibrated_heads,
     calibration_metadata,
+    choose_weights,
     folded_metadata,
+    heads_of,
+    is_state_dict,
     state_dict_of,
     state_key,
     unwrapped_state_dict,
-    warn_of_several_state_dicts,
     without_calibration,
 )
 from lightning_calibft.head.fold import folded_biases
@@ -37,6 +41,7 @@ def fold_checkpoint(
     *,
     add_bias: bool = False,
     prefix: str | None = None,
+    use_ema: bool | None = None,
     weights_only: bool = True,
 ) -> None:
     """Add gamma to the bias of the head and write a file that loads anywhere, without this package.
@@ -56,6 +61,9 @@ def fold_checkpoint(
             refuses to load it strictly and otherwise silently drops gamma.
         prefix: The prefix of the model's keys, such as ``"model."``, if the rule above does not fit. Other keys are
             left out. Not for a ``.ckpt`` file.
+        use_ema: Which weights to fold in a file that also has their moving average, as those of timm's training script
+            (``state_dict_ema``). ``None``: what Lightning loads from its own files, and timm from others, with a
+            warning. A ``.ckpt`` file keeps all, and gamma is folded into each that has one.
         weights_only: As in :func:`load_calibrated`.
 
     Raises:
@@ -72,27 +80,33 @@ def fold_checkpoint(
     check_path("destination", destination)
     if prefix is not None:
         check_type("prefix", prefix, str)
-    if os.path.realpath(source) == os.path.realpath(destination):
-        raise ValueError(
-            f"Expected argument `destination` to differ from `source`, but both are {os.fspath(source)!r}. Folding"
-            " cannot be undone: keep the calibrated file."
-        )
+    check_differs(destination, "source", source)
     check_destination_file(destination)
+    if Path(destination).suffix in GRAPHS:
+        raise ValueError(
+            f"Expected argument `destination` to be a file of weights, but got {os.fspath(destination)!r}. Write it"
+            " with `export(model, ...)` or `calibft export`."
+        )
     is_lightning = Path(destination).suffix == ".ckpt"
     if is_lightning and prefix is not None:
         raise ValueError(
             f"Expected argument `prefix` to be None for the `destination` {os.fspath(destination)!r}, but got"
             f" {prefix!r}. A .ckpt file keeps the keys of the LightningModule. Write a .pth or .safetensors file."
         )
+    check_is_whole(source)
     checkpoint = read_checkpoint(source, weights_only=weights_only)
-    heads = calibrated_heads(checkpoint, source)
-    warn_of_several_state_dicts(checkpoint, source)
-    state = fold_state_dict(state_dict_of(checkpoint, source), heads, source, add_bias)
-    metadata = folded_metadata(calibration_metadata(checkpoint, source), heads)
-    if is_lightning and (key := state_key(checkpoint)) is not None:
-        write_atomically({**_uncalibrated(checkpoint), key: state, METADATA_KEY: metadata}, destination)
+    chosen = choose_weights(checkpoint, source, use_ema)
+    heads = calibrated_heads(chosen, source)
+    state = fold_state_dict(state_dict_of(chosen, source), heads, source, add_bias)
+    metadata = folded_metadata(calibration_metadata(chosen, source), heads)
+    if is_lightning and (key := state_key(chosen)) is not None:
+        folded = {
+            name: state if name == key else _fold_if_calibrated(value, source, add_bias)
+            for name, value in checkpoint.items()
+        }
+        write_atomically({**folded, METADATA_KEY: metadata}, destination)
     else:
-        write_weights(state if is_lightning else unwrapped_state_dict(checkpoint, state, prefix), metadata, destination)
+        write_weights(state if is_lightning else unwrapped_state_dict(chosen, state, prefix), metadata, destination)
 
 
 def fold_state_dict(
@@ -110,11 +124,8 @@ def fold_state_dict(
     return folded
 
 
-def _uncalibrated(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Drop the calibration from the other state dicts in a checkpoint (weight averaging keeps a second one)."""
-    return {
-        key: without_calibration(value)
-        if isinstance(value, dict) and any(str(name).endswith((OFFSET, MASK)) for name in value)
-        else value
-        for key, value in checkpoint.items()
-    }
+def _fold_if_calibrated(value: Any, path: StrPath, add_bias: bool) -> Any:
+    """Fold an entry of a checkpoint that is another state dict with a gamma: weight averaging keeps a second one."""
+    if not is_state_dict(value) or not all(isinstance(name, str) for name in value):
+        return value
+    return fold_state_dict(value, heads_of(value, path), path, add_bias)

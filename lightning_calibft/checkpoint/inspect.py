@@ -8,19 +8,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_calibft._format import MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
+from lightning_calibft._format import LARGEST_JSON, MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
 from lightning_calibft.checkpoint.files import check_is_file, is_safetensors, read_checkpoint
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata, parse_metadata
 
-_LARGEST_JSON = 64 * 2**20  # bytes: the class ids of the widest heads take a few MiB
 
-
-def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str, Any]:
+def inspect_checkpoint(path: StrPath, *, use_ema: bool | None = None, weights_only: bool = True) -> dict[str, Any]:
     """Return whether a checkpoint is calibrated, and how.
 
     Args:
         path: A checkpoint from Lightning or timm's training script, a plain state dict, a file or folder written by
             :func:`~lightning_calibft.export`, or a timm or transformers folder with a ``config.json`` and weights.
+        use_ema: As in :func:`~lightning_calibft.fold_checkpoint`.
         weights_only: As in :func:`load_calibrated`.
 
     Returns:
@@ -39,15 +38,20 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
     """
     check_path("path", path)
     if Path(path, "config.json").is_file():
-        return _inspect_folder(Path(path), weights_only)
+        return _inspect_folder(Path(path), use_ema, weights_only)
     check_is_file(path)
     if is_safetensors(path):
         return _inspect_safetensors([path])
     if Path(path).suffix in (".pt2", ".onnx"):
         return _information({}, _metadata_of_graph(path), path)
-    from lightning_calibft.checkpoint.state import LIGHTNING_VERSION, calibration_metadata, state_dict_of
+    from lightning_calibft.checkpoint.state import (
+        LIGHTNING_VERSION,
+        calibration_metadata,
+        choose_weights,
+        state_dict_of,
+    )
 
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    checkpoint = choose_weights(read_checkpoint(path, weights_only=weights_only), path, use_ema)
     entries = {key: value for key, value in state_dict_of(checkpoint, path).items() if key.endswith((OFFSET, MASK))}
     information = _information(entries, calibration_metadata(checkpoint, path), path)
     if isinstance(checkpoint.get(LIGHTNING_VERSION), str):
@@ -55,14 +59,15 @@ def inspect_checkpoint(path: StrPath, *, weights_only: bool = True) -> dict[str,
     return information
 
 
-def _inspect_folder(folder: Path, weights_only: bool) -> dict[str, Any]:
+def _inspect_folder(folder: Path, use_ema: bool | None, weights_only: bool) -> dict[str, Any]:
     """Look into the weights of a folder, and into its ``config.json`` if the weights hold no gamma."""
     files = sorted(folder.glob(f"*{SAFETENSORS}"))
     weights = [_inspect_safetensors(files)] if files else []
-    if not files:
-        weights = [
-            inspect_checkpoint(path, weights_only=weights_only) for path in sorted(folder.glob("pytorch_model*.bin"))
+    if not files:  # loaders prefer safetensors
+        others = sorted(folder.glob("pytorch_model*.bin")) or [
+            path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt", ".ckpt")
         ]
+        weights = [inspect_checkpoint(path, use_ema=use_ema, weights_only=weights_only) for path in others]
     for information in weights:
         if information["calibrated"] or information["folded"]:
             return information
@@ -79,10 +84,13 @@ def _inspect_safetensors(paths: Iterable[StrPath]) -> dict[str, Any]:
     file_metadata: dict[str, str] = {}
     path: StrPath = ""
     for path in paths:
+        check_is_file(path)
         try:
             with safe_open(path, "numpy") as file:
                 file_metadata.update(file.metadata() or {})
                 keys = [key for key in file.keys() if key.endswith((OFFSET, MASK))]  # noqa: SIM118
+                if twice := entries.keys() & keys:
+                    raise ValueError(f"another file beside it holds {min(twice)!r} too. Inspect each file on its own")
                 needs_torch = any(file.get_slice(key).get_dtype() == "BF16" for key in keys)
             with safe_open(path, "pt" if needs_torch else "numpy") as file:
                 entries.update({key: file.get_tensor(key) for key in keys})
@@ -105,7 +113,7 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
         else:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if member.filename.endswith(f"{METADATA_KEY}.json")]
-                if members and members[0].file_size > _LARGEST_JSON:
+                if members and members[0].file_size > LARGEST_JSON:
                     raise ValueError(f"its metadata unpacks to {members[0].file_size / 2**30:.1f} GiB")
                 text = archive.read(members[0]) if members else text
     except (OSError, ModuleNotFoundError):
@@ -116,7 +124,7 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> bytes:
-    if path.stat().st_size > _LARGEST_JSON:
+    if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"Expected a small file, but {os.fspath(path)!r} takes {path.stat().st_size / 2**30:.1f} GiB.")
     return path.read_bytes()
 

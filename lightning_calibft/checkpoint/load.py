@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from lightning_calibft._format import StrPath
-from lightning_calibft.checkpoint.files import read_checkpoint
+from lightning_calibft.checkpoint.files import check_is_whole, read_checkpoint
 from lightning_calibft.checkpoint.state import (
     LIGHTNING_VERSION,
     calibrated_heads,
     calibration_metadata,
+    choose_weights,
     classes_of,
+    is_state_dict,
     state_dict_of,
     without_calibration,
 )
@@ -64,7 +66,10 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
     packages = {base.__module__.split(".")[0] for base in bases if base.__name__ == "LightningModule"}
     if not (known := packages & {"lightning", "pytorch_lightning"}):
         raise TypeError(f"Expected argument `module_class` to be a LightningModule class, but got {module_class!r}.")
+    check_is_whole(path)
     checkpoint = read_checkpoint(path, weights_only=weights_only)
+    # Lightning loads `state_dict`, whatever other weights a callback has put beside it.
+    checkpoint = choose_weights(checkpoint, path, False if is_state_dict(checkpoint.get("state_dict")) else None)
     heads, metadata = calibrated_heads(checkpoint, path), calibration_metadata(checkpoint, path)
     stripped = io.BytesIO()
     state = without_calibration(state_dict_of(checkpoint, path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any
 
-from lightning_calibft._format import StrPath
+from lightning_calibft._format import StrPath, parse_json
 
 _MOST_CLASSES = 2**31 - 1
 _LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -21,11 +21,10 @@ def parse_metadata(text: str | bytes, path: StrPath) -> Any:
         ValueError: If the text is not JSON, holds a name twice, or is nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not: {error}"
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(
-            f"Expected the calibration metadata of {os.fspath(path)!r} to be readable JSON, but {reason}."
+            f"Expected the calibration metadata of {os.fspath(path)!r} to be readable JSON, but it is not: {error}."
         ) from error
 
 
@@ -41,15 +40,15 @@ def check_metadata(metadata: Any, path: StrPath) -> dict[str, Any]:
     for key, value in known.items():
         is_valid, kind = _ENTRIES[key]
         if not is_valid(value):
-            raise ValueError(f"{_expected(path)} hold {kind} as `{key}`, but got {short(value)}.")
+            raise ValueError(f"{_expected(path)} hold {kind} as {key!r}, but got {short(value)}.")
     if known.get("folded"):
         for key in ("gamma", "num_classes", "absent_classes"):
             if key not in known:
-                raise ValueError(f"{_expected(path)} hold `{key}`, because gamma is folded, but it is missing.")
+                raise ValueError(f"{_expected(path)} hold {key!r}, because gamma is folded, but it is missing.")
     for key in ("seen_classes", "absent_classes"):
         width = known.get("num_classes", _MOST_CLASSES)
         if any(row >= width for row in known.get(key, ())):
-            raise ValueError(f"{_expected(path)} hold class ids below {width} as `{key}`, but got {short(known[key])}.")
+            raise ValueError(f"{_expected(path)} hold class ids below {width} as {key!r}, but got {short(known[key])}.")
     return known
 
 
@@ -80,12 +79,6 @@ def _plain(array: Any, ndim: int) -> Any:
         return None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(entries := dict(pairs)) < len(pairs):
-        raise ValueError("it holds a name twice")
-    return entries
-
-
 def _expected(path: StrPath) -> str:
     return f"Expected the calibration metadata of {os.fspath(path)!r} to"
 
@@ -99,11 +92,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+    return isinstance(value, str) and value.isprintable() and len(value) <= 1000
 
 
 def _is_classes(value: Any) -> bool:
@@ -114,11 +107,42 @@ def _is_arguments(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_text, value))
 
 
+def _is_data_config(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() <= _DATA_CONFIG.keys()
+        and all(_DATA_CONFIG[key](value[key]) for key in value)
+    )
+
+
+def _are_numbers(least: float, integers: bool = False) -> Callable[[Any], bool]:
+    """Return a check for one to four finite numbers above ``least``, one for each channel or side of an image."""
+
+    def check(value: Any) -> bool:
+        return (
+            isinstance(value, (list, tuple))
+            and 1 <= len(value) <= 4
+            and all(_is_finite(item) and least < item <= 2048 for item in value)  # larger images would fill the memory
+            and all(isinstance(item, int) or not integers for item in value)
+        )
+
+    return check
+
+
+# What timm's `resolve_data_config` returns, and reads of the arguments of its training script.
+_DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda value: _are_numbers(0, integers=True)(value) and len(value) == 3,
+    "mean": _are_numbers(-math.inf),
+    "std": _are_numbers(0),
+    "crop_pct": lambda value: _is_finite(value) and 0.1 <= value <= 2,
+    "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+}
+
 _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (_is_finite, "a finite number"),
-    "standard_error": (_is_number, "a number"),
+    "standard_error": (lambda value: _is_number(value) and not _LARGEST_GAMMA < abs(value) < math.inf, "a number"),
     "num_samples": (_is_count, "a number of samples"),
     "estimator": _TEXT,
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
@@ -126,6 +150,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "absent_classes": _CLASSES,
     "model": _TEXT,
     "model_args": (_is_arguments, "named arguments"),
+    "data_config": (_is_data_config, "the input size, mean, std, crop and interpolation of the images"),
     "version": _TEXT,
     "torch_version": _TEXT,
     "lightning_version": _TEXT,

@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.metadata import version
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,31 +23,66 @@ if TYPE_CHECKING:
 LIGHTNING_VERSION = "pytorch-lightning_version"  # Lightning writes this key into each checkpoint
 
 # The keys under which training scripts save the weights, in the order in which timm looks for them.
-_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_EMA_KEYS = ("state_dict_ema", "model_ema")
+_STATE_KEYS = (*_EMA_KEYS, "state_dict", "model")
 
 
 def state_key(checkpoint: Mapping[str, Any]) -> str | None:
     """Return the key of the state dict in a checkpoint, or ``None`` if the checkpoint itself is a state dict."""
-    return next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+    return next(iter(_state_keys(checkpoint)), None)
 
 
-def warn_of_several_state_dicts(checkpoint: Mapping[str, Any], path: StrPath) -> None:
-    """Warn if a checkpoint has several state dicts, and say which one is used."""
-    keys = [key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)]
-    if len(keys) > 1:
+def choose_weights(checkpoint: dict[str, Any], path: StrPath, use_ema: bool | None) -> dict[str, Any]:
+    """Return a checkpoint that holds only one of its state dicts.
+
+    Args:
+        checkpoint: The content of a file.
+        path: The file, for errors.
+        use_ema: Whether to choose the moving average of the weights. ``None``: what Lightning loads from its own files,
+            and timm from others; if there are several state dicts, a warning says which one this is.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    keys = _state_keys(checkpoint)
+    chosen = keys if use_ema is None else [key for key in keys if (key in _EMA_KEYS) is use_ema]
+    if not chosen and (keys or use_ema):
+        raise ValueError(
+            f"Expected {os.fspath(path)!r} to hold {'averaged weights (EMA)' if use_ema else 'weights without EMA'},"
+            f" because of `use_ema={use_ema}`, but it holds {' and '.join(map(repr, keys)) or 'one state dict'}."
+        )
+    if len(keys) < 2:
+        return checkpoint
+    if use_ema is None:
+        used = "as Lightning does" if LIGHTNING_VERSION in checkpoint else "as timm does"
         warnings.warn(
-            f"{os.fspath(path)!r} holds {' and '.join(map(repr, keys))}. {keys[0]!r} is used, as timm does.",
+            f"{os.fspath(path)!r} holds {' and '.join(map(repr, keys))}. {keys[0]!r} is used, {used}. Choose with"
+            " `use_ema=True` or `use_ema=False`.",
             stacklevel=3,
         )
+    return {key: value for key, value in checkpoint.items() if key not in keys or key == chosen[0]}
+
+
+def _state_keys(checkpoint: Mapping[str, Any]) -> list[str]:
+    keys = ("state_dict", *_STATE_KEYS) if LIGHTNING_VERSION in checkpoint else _STATE_KEYS
+    return [key for key in dict.fromkeys(keys) if is_state_dict(checkpoint.get(key))]
+
+
+def is_state_dict(value: Any) -> bool:
+    """Return whether a value is a mapping that holds tensors by name."""
+    return isinstance(value, Mapping) and any(isinstance(key, str) and isinstance(value[key], Tensor) for key in value)
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], path: StrPath) -> OrderedDict[str, Any]:
     """Return a copy of the state dict in a Lightning or timm checkpoint, or of a plain state dict."""
     key = state_key(checkpoint)
     state = checkpoint if key is None else checkpoint[key]
-    tensors = state.values() if all(isinstance(name, str) for name in state) else ()
-    if not any(isinstance(value, Tensor) for value in tensors):
-        raise ValueError(f"Expected a checkpoint with a state dict, but {os.fspath(path)!r} holds no named tensors.")
+    if not is_state_dict(state) or not all(isinstance(name, str) for name in state):
+        nested = [name for name, value in checkpoint.items() if is_state_dict(value)]
+        inside = f" outside {', '.join(map(short, nested[:3]))}. Save the one that you mean alone" if nested else ""
+        raise ValueError(
+            f"Expected a checkpoint with a state dict, but {os.fspath(path)!r} holds no named tensors{inside}."
+        )
     return _like(state, state)
 
 
@@ -108,19 +144,25 @@ def calibrated_heads(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, 
             f"Expected a calibrated checkpoint, but in {os.fspath(path)!r} gamma is already folded into the bias. Load"
             " it like any other checkpoint."
         )
+    heads = heads_of(state, path)
+    if not heads:
+        key = state_key(checkpoint)
+        inside = "" if key in (None, "state_dict") else f" in its {key!r}"
+        raise ValueError(
+            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Calibrate its weights"
+            " first, with `calibft calibrate` or, in Python, with `calibrate(model, loader)`."
+        )
+    return heads
+
+
+def heads_of(state: Mapping[str, Any], path: StrPath) -> dict[str, tuple[float, Tensor]]:
+    """Return gamma and the mask of each head in a state dict that has a gamma, by the prefix of its keys."""
     heads: dict[str, tuple[float, Any]] = {}
     for prefix in [key.removesuffix(OFFSET) for key in state if key.endswith(OFFSET)]:
         mask = state.get(prefix + MASK)
         gamma, rows = check_entries(prefix.rstrip("."), state[prefix + OFFSET], mask, path)
         if any(rows):
             heads[prefix] = gamma, mask
-    if not heads:
-        key = state_key(checkpoint)
-        inside = "" if key in (None, "state_dict") else f" in its {key!r}, which is used before its other weights"
-        raise ValueError(
-            f"Expected a calibrated checkpoint, but {os.fspath(path)!r} holds no gamma{inside}. Calibrate its weights"
-            " first, with `calibft calibrate` or, in Python, with `calibrate(model, loader)`."
-        )
     return heads
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,12 +17,15 @@ from lightning_calibft.cli.options import EPILOG, add_classes, add_command, add_
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from lightning_calibft.calibration.result import CalibrationResult
 
 # Each command imports what it needs, so that `calibft --help` does not wait for torch.
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
+_LONGEST_LINE = 2000  # characters: the names in a file can have any length
 _DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
 
 
@@ -51,7 +55,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _line(message: object) -> str:
     """Return a message of the Python functions on one line, with the command's flags in place of arguments."""
-    return _printable(_as_flags(" ".join(str(message).split())))
+    text = _printable(_as_flags(" ".join(str(message).split())))
+    return text if len(text) < _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
 
 
 def _printable(text: str) -> str:
@@ -60,7 +65,7 @@ def _printable(text: str) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    info = inspect_checkpoint(args.file, weights_only=not args.unsafe)
+    info = inspect_checkpoint(args.file, use_ema=args.use_ema, weights_only=not args.unsafe)
     _print(args, info, _described(args.file, info))
     return 0 if info["calibrated"] or info["folded"] else EXIT_NOT_CALIBRATED
 
@@ -69,21 +74,35 @@ def _fold(args: argparse.Namespace) -> int:
     from lightning_calibft.checkpoint.fold_checkpoint import fold_checkpoint
 
     fold_checkpoint(
-        args.source, args.destination, add_bias=args.add_bias, prefix=args.prefix, weights_only=not args.unsafe
+        args.source,
+        args.destination,
+        add_bias=args.add_bias,
+        prefix=args.prefix,
+        use_ema=args.use_ema,
+        weights_only=not args.unsafe,
     )
-    info = inspect_checkpoint(args.destination, weights_only=not args.unsafe)
+    keeps_all = args.destination.suffix == ".ckpt"
+    use_ema = args.use_ema if keeps_all else None
+    info = inspect_checkpoint(args.destination, use_ema=use_ema, weights_only=not args.unsafe)
     _print(args, info, _described(args.destination, info))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    from lightning_calibft.checkpoint.export import check_destination, check_name, write_model
+    from lightning_calibft.checkpoint.files import check_differs
+
+    check_differs(args.destination, "source", args.source)
+    check_name(args.destination)
+
     import torch
 
-    from lightning_calibft.checkpoint.export import check_destination, write_model
     from lightning_calibft.checkpoint.timm_model import load_folded
     from lightning_calibft.labels.image_folders import data_config
 
-    model, metadata = load_folded(args.model, args.source, weights_only=not args.unsafe, **args.model_args)
+    model, metadata = load_folded(
+        args.model, args.source, use_ema=args.use_ema, weights_only=not args.unsafe, **args.model_args
+    )
     size = data_config(model, img_size=args.img_size)["input_size"]
     inputs = torch.zeros(2, *size)
     check_destination(model, args.destination, inputs)
@@ -93,13 +112,16 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from lightning_calibft.checkpoint.files import check_destination_file, write_weights
+    from lightning_calibft.checkpoint.files import check_destination_file, check_differs, write_weights
 
     if args.destination.suffix not in _CALIBRATED:
         raise ValueError(
             f"Expected argument `destination` to end in one of {', '.join(_CALIBRATED)}, but got"
             f" {str(args.destination)!r}."
         )
+    for name in ("weights", "pretrained"):
+        if (source := getattr(args, name)) is not None:
+            check_differs(args.destination, name, source)
     check_destination_file(args.destination)
 
     import torch
@@ -107,10 +129,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from lightning_calibft.calibration.calibrate import calibrate
     from lightning_calibft.checkpoint.state import versions
-    from lightning_calibft.labels.image_folders import data_config, open_folder, rows_of_folders
+    from lightning_calibft.labels.image_folders import check_same_numbers, data_config, open_folder
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _load(args, args.weights, device)
+    model, model_args = _load(args, args.weights, args.use_ema, device)
     config = data_config(
         model,
         img_size=args.img_size,
@@ -119,34 +141,98 @@ def _calibrate(args: argparse.Namespace) -> int:
         std=args.std,
         interpolation=args.interpolation,
     )
-    dataset = open_folder(args.data, config)
-    rows = rows_of_folders(dataset.classes, args.class_map, args.label_names, cast(int, model.num_classes))
-    dataset.target_transform = rows.__getitem__
-    loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
+    data, seen = open_folder(args.data, config, args.class_map, args.label_names, cast(int, model.num_classes))
+    val = None
+    if args.val is not None:  # opened now, so that what is wrong with it is told before the images are read
+        val, _ = open_folder(args.val, config, args.class_map, args.label_names, cast(int, model.num_classes))
+        check_same_numbers(args.class_map, data.classes, val.classes)
     with torch.autocast(device.type, enabled=args.amp):
         result = calibrate(
             model,
-            loader,
-            seen_classes=sorted(set(rows.values())),
+            DataLoader(data, args.batch_size, num_workers=args.num_workers),
+            seen_classes=seen,
             estimator=args.estimator,
             estimator_kwargs=args.estimator_kwargs,
             max_samples=args.max_samples,
             tolerance=args.tolerance,
-            pretrained=None if args.pretrained is None else _load(args, args.pretrained, device),
+            pretrained=None if args.pretrained is None else _load(args, args.pretrained, None, device)[0],
             progress=args.progress,
         )
-    metadata = {**result.as_dict(), "model": args.model, "model_args": args.model_args, **versions()}
-    write_weights(model.cpu().state_dict(), metadata, args.destination)
+    images = {name: config[name] for name in ("input_size", "mean", "std", "crop_pct", "interpolation")}
+    made_of = {"model": args.model, "model_args": model_args, "data_config": images}
+    write_weights(model.cpu().state_dict(), {**result.as_dict(), **made_of, **versions()}, args.destination)
     info = inspect_checkpoint(args.destination)
-    _print(args, info, _described(args.destination, info))
+    text = _described(args.destination, info)
+    if val is not None:
+        loader = DataLoader(val, args.batch_size, num_workers=args.num_workers)
+        with torch.autocast(device.type, enabled=args.amp):
+            info["validation"] = _validate(model.to(device), loader, result, args.progress)
+        text += _validation_text(info["validation"])
+        before, after = (info["validation"][when]["acc"] for when in ("without_gamma", "with_gamma"))
+        if before > after:
+            warnings.warn(
+                f"On the validation images, this gamma lowers the accuracy from {before:.1%} to {after:.1%}. Choose"
+                " another `estimator`, or use the weights without gamma.",
+                stacklevel=2,
+            )
+    _print(args, info, text)
     return 0
 
 
-def _load(args: argparse.Namespace, path: Path, device: torch.device) -> nn.Module:
+def _load(
+    args: argparse.Namespace, path: Path, use_ema: bool | None, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
     from lightning_calibft.checkpoint.timm_model import load_raw
 
-    model = load_raw(args.model, path, num_classes=args.num_classes, weights_only=not args.unsafe, **args.model_args)
-    return model.to(device)
+    model, model_args = load_raw(
+        args.model,
+        path,
+        num_classes=args.num_classes,
+        use_ema=use_ema,
+        weights_only=not args.unsafe,
+        **args.model_args,
+    )
+    return model.to(device), model_args
+
+
+def _validate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], result: CalibrationResult, progress: bool
+) -> dict[str, Any]:
+    """Return the accuracies on labelled images without and with gamma. ``None`` stands for a group without images."""
+    import torch
+    from tqdm import tqdm
+
+    from lightning_calibft.functional import calibrate_logits
+    from lightning_calibft.head.record import one_forward, record_logits
+    from lightning_calibft.metrics import absent_class_metrics
+
+    device, split, num_samples = next(model.parameters()).device, result.split, 0
+    classes = split.num_classes, split.seen_classes, split.absent_classes
+    without_gamma, with_gamma = (absent_class_metrics(*classes).to(device) for _ in range(2))
+    recorder = record_logits(model)
+    with torch.inference_mode():
+        for images, target in tqdm(loader, desc="Validating", disable=not progress):
+            with recorder as recorded:
+                model(images.to(device))
+                logits = one_forward(recorded, len(target), split.num_classes)
+            without_gamma.update(logits, target.to(device))
+            with_gamma.update(calibrate_logits(logits, result.gamma, *classes[1:]), target.to(device))
+            num_samples += len(target)
+    found: dict[str, Any] = {"num_samples": num_samples}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about groups without images
+        for name, metrics in (("without_gamma", without_gamma), ("with_gamma", with_gamma)):
+            values = {key: value.item() for key, value in metrics.compute().items()}
+            found[name] = {key: None if math.isnan(value) else value for key, value in values.items()}
+    return found
+
+
+def _validation_text(found: dict[str, Any]) -> str:
+    lines = [f"\n  accuracy on {found['num_samples']:,} validation images, without gamma -> with gamma"]
+    for name, key in (("all", "acc"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
+        values = [found[when][key] for when in ("without_gamma", "with_gamma")]
+        lines.append(f"  {name:9}  {' -> '.join('no images' if value is None else f'{value:.1%}' for value in values)}")
+    return "\n".join(lines)
 
 
 def _as_flags(message: str) -> str:
@@ -154,19 +240,24 @@ def _as_flags(message: str) -> str:
     for argument in (
         "add_bias",
         "class_map",
+        "estimator",
         "estimator_kwargs",
         "label_names",
         "max_samples",
+        "mean",
         "model",
         "num_classes",
         "prefix",
         "pretrained",
+        "std",
         "tolerance",
     ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     for argument, flag in (
         ("add_bias=True", "add-bias"),
         ("model_args", "model-kwargs"),
+        ("use_ema=False", "no-ema"),
+        ("use_ema=True", "ema"),
         ("weights_only=False", "unsafe"),
     ):
         message = message.replace(f"`{argument}`", f"`--{flag}`")
@@ -174,7 +265,9 @@ def _as_flags(message: str) -> str:
 
 
 def _print(args: argparse.Namespace, info: dict[str, Any], text: str) -> None:
-    print(json.dumps(info) if args.json else text)  # noqa: T201
+    if args.json:  # JSON has no NaN, which is the standard error of a single sample
+        text = json.dumps({key: None if value != value else value for key, value in info.items()}, allow_nan=False)
+    print(text)  # noqa: T201
 
 
 def _described(path: Path, info: dict[str, Any]) -> str:

@@ -77,6 +77,12 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     )
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--ema",
+        dest="use_ema",
+        action=argparse.BooleanOptionalAction,
+        help="in a file that has both, use the moving average of the weights, or the weights themselves",
+    )
     command.add_argument("--unsafe", action="store_true", help="unpickle any object (only for files that you trust)")
     return command
 
@@ -140,4 +146,7 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mean", type=finite_number, nargs="+", help="like --crop-pct")
     command.add_argument("--std", type=positive_number, nargs="+", help="like --crop-pct")
     command.add_argument("--interpolation", choices=_INTERPOLATIONS, help="like --crop-pct")
+    command.add_argument(
+        "--val", type=Path, help="labelled images to measure what gamma changes, a folder like the data, all classes"
+    )
     command.add_argument("--no-progress", dest="progress", action="store_false", help="do not show a progress bar")

@@ -42,8 +42,8 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
 
     Raises:
         ValueError: If ``model`` is not calibrated or is already folded, if its head has no bias and ``add_bias`` is
-            false, if the head shares its bias with another layer, or if it is not a ``Linear`` or ``Conv2d``, with
-            or without LoRA.
+            false, if the head shares its bias with another layer, if gamma does not fit into the dtype of the bias, or
+            if the head is not a ``Linear`` or ``Conv2d``, with or without LoRA.
 
     Example:
         >>> from lightning_calibft.head import set_gamma
@@ -126,18 +126,19 @@ def folded_biases(
         shift = shift.to(bias.device, torch.promote_types(bias.dtype, torch.float32))
         if f"{layer}bias_orig" in tensors:
             mask = tensors[f"{layer}bias_mask"]
-            changes[f"{layer}bias_orig"] = torch.where(shift != 0, _add(bias * mask, shift), bias)
+            changes[f"{layer}bias_orig"] = torch.where(shift != 0, _add(bias * mask, shift, head), bias)
             changes[f"{layer}bias_mask"] = torch.where(shift != 0, torch.ones_like(mask), mask)
-            biases[f"{layer}bias_orig"] = head, shift
+            biases[f"{layer}bias_orig"] = biases[f"{layer}bias_mask"] = head, shift
         else:
-            changes[f"{layer}bias"] = _add(bias, shift)
+            changes[f"{layer}bias"] = _add(bias, shift, head)
             biases[f"{layer}bias"] = head, shift
     for name, (head, shift) in biases.items():
         for other in _names_of_same(tensors, name):
-            if other not in biases:
+            is_same = _addresses(tensors[other]) == _addresses(tensors[name])
+            if other not in biases or not is_same:
                 raise ValueError(
-                    f"{_expected(head)} but {other!r} is the same tensor, which gamma would change too. Give the head"
-                    " a bias of its own, or keep the calibration attached."
+                    f"{_expected(head)} but {other!r} {'is the same tensor' if is_same else 'shares its memory'}, which"
+                    " gamma would change too. Give the head a bias of its own, or keep the calibration attached."
                 )
             if not torch.equal(biases[other][1], shift):
                 raise ValueError(
@@ -165,23 +166,32 @@ def _expected(head: str) -> str:
     return f"Expected {head} to be a Linear or Conv2d with a bias of its own to fold gamma into,"
 
 
-def _add(bias: Tensor, shift: Tensor) -> Tensor:
-    return (bias.detach() + shift).to(bias.dtype)  # the shift has at least float32 precision, so the sum does too
+def _add(bias: Tensor, shift: Tensor, head: str) -> Tensor:
+    total = (bias.detach() + shift).to(bias.dtype)  # the shift has at least float32 precision, so the sum does too
+    if not bias.is_meta and bool((total.isinf() & ~bias.isinf()).any()):
+        raise ValueError(
+            f"{_expected(head)} but its {bias.dtype} cannot hold a gamma of {shift[shift.abs().argmax()].item():.6g}."
+            " Convert the head to float32 first."
+        )
+    return total
 
 
 def _names_of_same(tensors: Mapping[str, Tensor], name: str) -> list[str]:
-    """Return the other names of the tensors that share memory with the named one."""
+    """Return the other names of memory that the named tensor lies in, in whole or in part."""
     if (tensor := tensors.get(name)) is None:
         return []
-    return [
-        other
-        for other, value in tensors.items()
-        if other != name and value.shape == tensor.shape and (value is tensor or _address(value) == _address(tensor))
-    ]
+    start, stop = _addresses(tensor)
+    spans = {other: (value, *_addresses(value)) for other, value in tensors.items() if other != name}
+    return [other for other, (value, first, end) in spans.items() if value is tensor or (first < stop and start < end)]
 
 
-def _address(tensor: Tensor) -> int:
-    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return where the memory that a tensor spans starts and stops."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_meta or not tensor.numel():
+        return id(tensor), id(tensor)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _check_layer(name: str, head: nn.Module) -> None:

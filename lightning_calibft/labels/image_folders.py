@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from timm.data import create_transform, infer_imagenet_subset, resolve_model_data_config
@@ -14,18 +12,56 @@ from torchvision.datasets import ImageFolder
 
 from lightning_calibft._format import StrPath
 from lightning_calibft.labels.class_map import resolve_class_map
+from lightning_calibft.labels.label_names import CLASS_MAPS, read_json
 
 
 def data_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
     """Return timm's input size, normalization and cropping for a model. Overrides other than ``None`` replace them."""
     given = {key: value for key, value in overrides.items() if value is not None}
-    config: dict[str, Any] = resolve_model_data_config(model, given)
+    channels = model.pretrained_cfg["input_size"][0]  # type: ignore[index]
+    for name in ("mean", "std"):
+        if len(given.get(name, [0])) not in (1, channels):
+            raise ValueError(
+                f"Expected argument `{name}` to hold one number, or one for each of the {channels} channels, but got"
+                f" {given[name]}."
+            )
+    config: dict[str, Any] = resolve_model_data_config(model, {"in_chans": channels, **given})
     return config
 
 
-def open_folder(root: StrPath, config: Mapping[str, Any]) -> ImageFolder:
-    """Open a folder that has one folder of images per class, with timm's evaluation transforms."""
-    return ImageFolder(os.fspath(root), transform=create_transform(**config, is_training=False))
+def open_folder(
+    root: StrPath, config: Mapping[str, Any], class_map: str | None, label_names: str | None, num_classes: int
+) -> tuple[ImageFolder, list[int]]:
+    """Open a folder that has one folder of images per class, with timm's evaluation transforms.
+
+    Args:
+        root: The folder.
+        config: The return value of :func:`data_config`.
+        class_map: As in :func:`rows_of_folders`.
+        label_names: As in :func:`rows_of_folders`.
+        num_classes: Number of rows of the head.
+
+    Returns:
+        The dataset, whose targets are rows of the head, and the sorted rows that it has.
+    """
+    dataset = ImageFolder(os.fspath(root), transform=create_transform(**config, is_training=False))
+    rows = rows_of_folders(dataset.classes, class_map, label_names, num_classes)
+    dataset.target_transform = rows.__getitem__
+    return dataset, sorted(set(rows.values()))
+
+
+def check_same_numbers(class_map: str | None, folders: Sequence[str], others: Sequence[str]) -> None:
+    """Raise if a class map that goes by the numbers of folders would give folders of one name different rows.
+
+    Raises:
+        ValueError: If the names differ and ``class_map`` is neither ``None`` nor a JSON file that maps names.
+    """
+    if class_map is not None and _rows_by_name(class_map) is None and list(folders) != list(others):
+        raise ValueError(
+            "Expected argument `class_map` to map the names of folders to rows, because the validation data has other"
+            f" folders than the training data, but got {class_map!r}, which goes by their numbers. Write a JSON file of"
+            " folder: row."
+        )
 
 
 def rows_of_folders(
@@ -48,7 +84,7 @@ def rows_of_folders(
         named_by_rows = label_names is None and all(name.isdecimal() for name in folders)
         targets = [int(name) for name in folders] if named_by_rows else list(folders)
         label_names = label_names or infer_imagenet_subset({"num_classes": num_classes})
-    elif os.path.isfile(class_map) and isinstance(by_name := json.loads(Path(class_map).read_text()), Mapping):
+    elif (by_name := _rows_by_name(class_map)) is not None:
         if missing := sorted(set(folders) - by_name.keys()):
             raise ValueError(f"Expected {class_map!r} to name every folder, but it does not name {', '.join(missing)}.")
         targets = [by_name[name] for name in folders]
@@ -59,3 +95,9 @@ def rows_of_folders(
             " the folders by WordNet ids and pass `label_names`, or map the folder names in a JSON file."
         )
     return rows
+
+
+def _rows_by_name(class_map: str) -> Mapping[str, Any] | None:
+    """Return what a JSON file maps names of folders to, or ``None`` for another class map."""
+    content = read_json("class_map", class_map, CLASS_MAPS) if os.path.isfile(class_map) else None
+    return content if isinstance(content, Mapping) else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from lightning_calibft._format import LARGEST_JSON, parse_json
 
 LabelNames = list[str] | str | os.PathLike[str]
 
@@ -91,9 +92,10 @@ def label_set_of(num_classes: int | None) -> str:
 
 def read_json(argument: str, path: Any, known: Sequence[str]) -> Any:
     """Return the content of a JSON file. If it is missing, the error lists the ``known`` names."""
+    text = _read(argument, path, known)
     try:
-        return json.loads(_read(argument, path, known))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(
             f"Expected argument `{argument}` to be a JSON file, but {os.fspath(path)!r} is not: {error}."
         ) from error
@@ -101,6 +103,10 @@ def read_json(argument: str, path: Any, known: Sequence[str]) -> Any:
 
 def _read(argument: str, path: Any, known: Sequence[str]) -> str:
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError("it is a device, a pipe or a socket")  # which may give nothing, or never end
+        if os.path.getsize(path) > LARGEST_JSON:
+            raise OSError(f"it takes {os.path.getsize(path) / 2**30:.1f} GiB")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: the file is not text, or the path has a null byte
         raise ValueError(

@@ -80,3 +80,48 @@ def test_metadata_that_are_no_json(tmp_path):
     assert not inspect_checkpoint(tmp_path / "a.safetensors")["calibrated"]
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"lightning_calibft": "[1]"}
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(1.5),
+        torch.zeros(0, 3),
+        torch.tensor([True, False]),
+        torch.randn(3, 4).T,
+        torch.arange(7)[::2],
+        torch.ones(1).expand(4),
+        nn.Parameter(torch.randn(2)),
+        *[
+            torch.arange(5).to(getattr(torch, dtype))
+            for dtype in (
+                "float16",
+                "bfloat16",
+                "float64",
+                "int8",
+                "int32",
+                "complex64",
+                "float8_e4m3fn",
+                "float8_e5m2",
+            )
+        ],
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.dtype}",
+)
+def test_other_readers_read_what_is_written(tensor, tmp_path):
+    state = {"odd": torch.ones(3, dtype=torch.uint8), 'a "name"\n': tensor}
+    write_atomically({"state_dict": state, "lightning_calibft": {"gamma": 2.5}}, tmp_path / "ours.safetensors")
+    read = load_file(tmp_path / "ours.safetensors")
+    for key, value in state.items():
+        assert (read[key].shape, read[key].dtype) == (value.shape, value.dtype)
+        assert read[key].double().equal(value.double()) if value.dtype != torch.complex64 else read[key].equal(value)
+    content = (tmp_path / "ours.safetensors").read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    start = json.loads(content[8:size])['a "name"\n']["data_offsets"][0]
+    assert (size + start) % tensor.element_size() == 0
+
+
+def test_a_dtype_that_no_safetensors_file_holds(tmp_path):
+    with pytest.raises(ValueError, match=r"'w' has the dtype torch\.complex128\. Name the file \.ckpt or \.pth"):
+        write_atomically({"state_dict": {"w": torch.ones(1, dtype=torch.complex128)}}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import shutil
 import signal
@@ -14,13 +16,23 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_pil_image
 
-from lightning_calibft import attach, calibrate, get_gamma, inspect_checkpoint
+from lightning_calibft import (
+    attach,
+    calibrate,
+    detach,
+    fold,
+    get_gamma,
+    inspect_checkpoint,
+    load_calibrated,
+    set_gamma,
+)
 from lightning_calibft.estimators import QuantileGap
 from lightning_calibft.functional import pseudo_absent_gamma
 from tests.cli.running import READ, X, plain, run
 from tests.helpers.runs import quiet
-from tests.shipping.consumer import NUM_CLASSES
+from tests.shipping.consumer import NUM_CLASSES, Classifier
 from tests.shipping.fine_tuned import SEEN
 
 pytestmark = quiet
@@ -212,6 +224,7 @@ def test_another_estimator_and_its_arguments(raw, photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("a" * 300 + ".pth", "name too long"),
         ("no_such_folder/out.pth", "`destination` to be in an existing directory, but there is no"),
         ("out.h5", "`destination` to end in one of .pth, .pt, .bin, .safetensors, but got"),
         ("photos", "`destination` to end in"),
@@ -243,6 +256,261 @@ def test_a_file_with_averaged_weights(raw, photos, tmp_path, capsys):
     torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "both.pth")
     assert run("calibrate", "test_resnet", tmp_path / "both.pth", photos, tmp_path / "out.pth", *READ) == 0
     assert "holds 'state_dict_ema' and 'state_dict'. 'state_dict_ema' is used, as timm does." in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(raw, tmp_path):
+    """A file of timm's training script: two kinds of weights, and its arguments."""
+    state = torch.load(raw, weights_only=True)
+    averaged = {key: value.clone() for key, value in state.items()}
+    averaged["fc.bias"][SEEN] += 1
+    args = argparse.Namespace(
+        model="test_resnet", img_size=48, input_size=None, mean=(0.1, 0.2, 0.3), std=[0.4, 0.5, 0.6], crop_pct=0.8,
+        interpolation="nearest", model_kwargs={"drop_rate": 0.1}, gp=None, in_chans=None,
+    )  # fmt: skip
+    kept = {"epoch": 3, "arch": "test_resnet", "args": args, "state_dict": state, "state_dict_ema": averaged}
+    torch.save(kept, tmp_path / "model_best.pth.tar")
+    return tmp_path / "model_best.pth.tar"
+
+
+def test_the_weights_are_chosen(trained, photos, tmp_path, capsys):
+    """The averaged bias of the seen classes is larger by 1, and so is gamma."""
+    gammas = {}
+    for choice in ("--ema", "--no-ema"):
+        out = tmp_path / f"{choice}.pth"
+        assert run("calibrate", "test_resnet", trained, photos, out, *READ, choice) == 0
+        assert "warning" not in capsys.readouterr().err
+        gammas[choice] = inspect_checkpoint(out)["gamma"]
+    assert gammas["--ema"] == pytest.approx(gammas["--no-ema"] + 1, abs=1e-4)
+    assert run("calibrate", "test_resnet", tmp_path / "--ema.pth", photos, tmp_path / "o.pth", *READ, "--ema") == 1
+    assert "to hold averaged weights (EMA), because of `--ema`, but it holds one" in capsys.readouterr().err
+
+
+def test_both_kinds_of_weights_are_folded(tmp_path, capsys):
+    model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
+    averaged = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 3.5, SEEN)
+    raw_averaged = detach(copy.deepcopy(averaged)).state_dict()
+    kept = {"state_dict": model.state_dict(), "state_dict_ema": averaged.state_dict()}
+    torch.save(kept, tmp_path / "both.ckpt")
+    torch.save({**kept, "state_dict_ema": raw_averaged}, tmp_path / "one.ckpt")
+    for choice, expected in (("--ema", averaged), ("--no-ema", model)):
+        assert run("fold", tmp_path / "both.ckpt", tmp_path / "folded.ckpt", choice) == 0
+        folded = torch.load(tmp_path / "folded.ckpt", weights_only=True)
+        for key, source in (("state_dict", model), ("state_dict_ema", averaged)):
+            assert torch.equal(folded[key]["fc.bias"], fold(copy.deepcopy(source)).fc.bias)
+        assert run("fold", tmp_path / "both.ckpt", tmp_path / "folded.pth", choice) == 0
+        torch.testing.assert_close(plain(tmp_path / "folded.pth")(X), expected.eval()(X), rtol=0, atol=1e-5)
+        assert run("inspect", tmp_path / "both.ckpt", choice, "--json") == 0
+    capsys.readouterr()
+    # Gamma is not looked for in other weights than the chosen ones.
+    assert run("fold", tmp_path / "one.ckpt", tmp_path / "o.ckpt") == 1
+    assert "holds no gamma in its 'state_dict_ema'" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "one.ckpt") == 3
+    assert "holds 'state_dict_ema' and 'state_dict'. 'state_dict_ema' is used" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "one.ckpt", "--no-ema") == 0
+    assert run("fold", tmp_path / "one.ckpt", tmp_path / "o.ckpt", "--no-ema") == 0
+    assert torch.load(tmp_path / "o.ckpt")["state_dict_ema"]["fc.bias"].equal(raw_averaged["fc.bias"])
+
+
+def test_a_lightning_file_with_other_weights_beside(best, expected, tmp_path, capsys):
+    """Lightning loads ``state_dict``, which the callback has calibrated."""
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["model_ema"] = {key: value + 1 for key, value in checkpoint["state_dict"].items() if "absent" not in key}
+    torch.save(checkpoint, tmp_path / "more.ckpt")
+    assert run("inspect", tmp_path / "more.ckpt") == 0
+    assert "'state_dict' is used, as Lightning does" in capsys.readouterr().err
+    torch.testing.assert_close(load_calibrated(Classifier, tmp_path / "more.ckpt")(X), expected)
+    assert run("fold", tmp_path / "more.ckpt", tmp_path / "folded.ckpt") == 0
+    torch.testing.assert_close(Classifier.load_from_checkpoint(tmp_path / "folded.ckpt").eval()(X), expected)
+
+
+def test_what_a_file_says_of_its_images(trained, raw, photos, tmp_path, capsys):
+    out = tmp_path / "out.pth"
+    words = ["calibrate", "test_resnet", trained, photos, out, *READ, "--ema"]
+    words = [word for word in words if word not in ("--img-size", "32")]
+    assert run(*words) == 0
+    told = {
+        "input_size": [3, 48, 48], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.8,
+        "interpolation": "nearest",
+    }  # fmt: skip
+    info = inspect_checkpoint(out)
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in info["data_config"].items()} == told
+    assert info["model_args"] == {"drop_rate": 0.1}
+    # The same gamma as with these values as options, and another one than without them.
+    options = ["--img-size", "48", "--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6"]
+    options += ["--crop-pct", "0.8", "--interpolation", "nearest"]
+    state = torch.load(trained, weights_only=False)["state_dict_ema"]
+    torch.save(state, tmp_path / "alone.pth")
+    gammas = []
+    for more in (options, ["--img-size", "48"]):
+        assert run("calibrate", "test_resnet", tmp_path / "alone.pth", photos, tmp_path / "o.pth", *READ, *more) == 0
+        gammas.append(inspect_checkpoint(tmp_path / "o.pth")["gamma"])
+    assert info["gamma"] == gammas[0] != gammas[1]
+    # An option wins.
+    assert run(*words, "--std", "0.5", "--img-size", "32") == 0
+    config = inspect_checkpoint(out)["data_config"]
+    assert (list(config["std"]), list(config["input_size"])) == ([0.5] * 3, [3, 32, 32])
+    # What is exported has them too, and knows its model.
+    assert run("calibrate", "test_resnet", trained, photos, out, *READ, "--ema", "--img-size", "48") == 0
+    assert run("export", out, tmp_path / "folder") == 0
+    exported = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    config = resolve_model_data_config(exported)
+    assert {key: list(v) if isinstance(v, tuple) else v for key, v in config.items() if key in told} == told
+
+
+def test_a_calibrated_file_of_the_training_script_names_its_model(trained, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    checkpoint = {**torch.load(trained, weights_only=False), "state_dict": set_gamma(model, 2.5, SEEN).state_dict()}
+    torch.save(checkpoint, tmp_path / "calibrated.pth.tar")
+    assert run("export", tmp_path / "calibrated.pth.tar", tmp_path / "out.pt2", "--no-ema") == 0
+    x = torch.randn(2, 3, 48, 48)
+    exported = torch.export.load(tmp_path / "out.pt2").module()
+    torch.testing.assert_close(exported(x), model.eval()(x), rtol=0, atol=1e-5)
+
+
+def test_another_model_than_the_file_says(trained, photos, tmp_path, capsys):
+    assert run("calibrate", "test_resnet.r160_in1k", trained, photos, tmp_path / "out.pth", *READ, "--ema") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run("calibrate", "test_vit", trained, photos, tmp_path / "o.pth", *READ, "--ema") == 1
+    assert "holds a 'test_resnet', as it says, but 'test_vit' is built." in capsys.readouterr().err
+
+
+@pytest.fixture
+def every_class(photos, tmp_path):
+    """A folder with images of all classes."""
+    root = tmp_path / "val"
+    generator = torch.Generator().manual_seed(1)
+    for row in range(NUM_CLASSES):
+        (root / str(row)).mkdir(parents=True)
+        for index in range(3):
+            to_pil_image(torch.rand(3, 40, 48, generator=generator)).save(root / str(row) / f"{index}.png")
+    return root
+
+
+def test_whether_gamma_helps(raw, photos, every_class, tmp_path, capsys):
+    out = tmp_path / "out.pth"
+    words = ["calibrate", "test_resnet", raw, photos, out, *READ, "--val", every_class]
+    words += ["--estimator", "fixed", "--estimator-kwargs"]
+    assert run(*words, "gamma=50.0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["validation"]
+    assert found["num_samples"] == 3 * NUM_CLASSES
+    model = plain(raw)
+    dataset = ImageFolder(every_class, create_transform(**resolve_model_data_config(model, {"img_size": 32})))
+    images, target = next(iter(torch.utils.data.DataLoader(dataset, 64)))
+    seen = torch.isin(target, torch.tensor(SEEN))
+    with torch.no_grad():
+        logits = model(images)
+    shift = 50 * (~torch.isin(torch.arange(NUM_CLASSES), torch.tensor(SEEN))).float()
+    for name, gamma in (("without_gamma", 0), ("with_gamma", shift)):
+        right = ((logits + gamma).argmax(1) == target).double()
+        assert found[name]["acc"] == pytest.approx(right.mean().item())
+        assert found[name]["acc_seen"] == pytest.approx(right[seen].mean().item())
+        assert found[name]["acc_absent"] == pytest.approx(right[~seen].mean().item())
+    assert found["with_gamma"]["acc_seen"] == 0  # so large a gamma lets no seen class win
+    assert run(*words, "gamma=50.0") == 0
+    assert f"accuracy on {3 * NUM_CLASSES} validation images, without gamma -> with gamma" in capsys.readouterr().out
+
+
+def test_a_gamma_that_harms(raw, photos, every_class, tmp_path, capsys):
+    state = torch.load(raw, weights_only=True)
+    state["fc.weight"] *= 1e-3
+    state["fc.bias"].zero_()
+    state["fc.bias"][SEEN[0]], state["fc.bias"][0] = 1, 0.5  # the class of every image, or with a large gamma 0
+    torch.save(state, tmp_path / "raw.pth")
+    shutil.copy(every_class / "0" / "0.png", every_class / str(SEEN[0]) / "more.png")
+    words = ["calibrate", "test_resnet", tmp_path / "raw.pth", photos, tmp_path / "out.pth", *READ]
+    words += ["--val", every_class, "--estimator", "fixed", "--estimator-kwargs"]
+    assert run(*words, "gamma=0.25") == 0
+    captured = capsys.readouterr()
+    assert "  all        12.9% -> 12.9%\n" in captured.out
+    assert captured.err == ""
+    assert run(*words, "gamma=50.0") == 0
+    captured = capsys.readouterr()
+    assert "  all        12.9% -> 9.7%\n" in captured.out
+    assert "this gamma lowers the accuracy from 12.9% to 9.7%. Choose another `--estimator`" in captured.err
+
+
+def test_validation_data_without_absent_classes(raw, photos, tmp_path, capsys):
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--val", photos]
+    assert run(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["validation"]
+    assert (found["with_gamma"]["acc_absent"], found["with_gamma"]["ausuc"]) == (None, None)
+    assert run(*words) == 0
+    captured = capsys.readouterr()
+    assert "absent     no images -> no images" in captured.out
+    assert captured.err == ""
+
+
+def test_what_is_wrong_with_validation_data_is_told_first(raw, photos, every_class, tmp_path, capsys):
+    (photos_without := tmp_path / "data").mkdir()
+    for row in SEEN:
+        (photos_without / str(row)).mkdir()
+        (photos_without / str(row) / "0.png").write_bytes(b"no image")  # which reading it would tell
+    words = ["calibrate", "test_resnet", raw, photos_without, tmp_path / "out.pth", *READ]
+    (tmp_path / "rows.json").write_text(json.dumps(SEEN))
+    (tmp_path / "empty" / "1").mkdir(parents=True)
+    for row in range(3):  # as many folders as the map has rows
+        shutil.copytree(every_class / str(row), tmp_path / "others" / str(row))
+    other_folders = "because the validation data has other folders than the training data"
+    for more, text in (
+        (["--val", tmp_path / "others", "--class-map", tmp_path / "rows.json"], other_folders),
+        (["--val", tmp_path / "missing"], "missing"),
+        (["--val", tmp_path / "empty"], "no valid file"),
+        (["--val", every_class, "--class-map", tmp_path / "rows.json"], "Expected argument `--class-map` to"),
+    ):
+        assert run(*words, *more) == 1
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+    assert run(*words) == 1
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_a_validation_image_that_cannot_be_read(raw, photos, every_class, tmp_path, capsys):
+    """Gamma does not depend on it, so the file is written."""
+    (every_class / "0" / "0.png").write_bytes(b"no image")
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--val", every_class]
+    assert run(*words) == 1
+    assert "0.png" in capsys.readouterr().err
+    assert inspect_checkpoint(tmp_path / "out.pth")["calibrated"]
+
+
+@pytest.mark.parametrize("name", ["weights", "link", "pretrained"])
+def test_a_destination_that_is_read(name, raw, photos, tmp_path, capsys):
+    weights, before = shutil.copy(raw, tmp_path / "weights.pth"), shutil.copy(raw, tmp_path / "before.pth")
+    target = {"weights": weights, "link": tmp_path / "link.pth", "pretrained": before}[name]
+    if name == "link":
+        target.symlink_to(weights)
+    content = target.read_bytes()
+    words = ["calibrate", "test_resnet", weights, photos, target, *READ, "--pretrained", before]
+    assert run(*words, "--estimator", "pseudo_absent") == 1
+    assert "`destination` to differ from" in capsys.readouterr().err
+    assert target.read_bytes() == content
+
+
+def test_an_export_onto_its_source(best, tmp_path, capsys):
+    source = shutil.copy(best, tmp_path / "best.pth")
+    before = source.read_bytes()
+    assert run("export", source, source, "--model", "test_resnet") == 1
+    assert "to differ from `source`, but both are" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_fold_writes_no_graph(name, best, tmp_path, capsys):
+    assert run("fold", best, tmp_path / name) == 1
+    assert "with `export(model, ...)` or `calibft export`" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("no/out.pth", "no '"), ("out.h5", "to end in one of"), ("a" * 300 + ".pth", "name too long")]
+)
+@pytest.mark.parametrize("command", ["fold", "export"])
+def test_a_destination_is_checked_before_the_source(command, name, text, tmp_path, capsys):
+    if (command, name) == ("fold", "out.h5"):
+        pytest.skip("fold writes a state dict under any other name")
+    assert run(command, "no_such_source", tmp_path / name) == 1
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fold", "export"])

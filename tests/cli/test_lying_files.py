@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import resource
 import stat
 import zipfile
 
@@ -64,6 +66,19 @@ class Boom:
         {"model": "test_resnet.no_such_tag"},
         {"model": ["test_resnet"]},
         {"model": "test\x1b[2Jresnet"},
+        {"model": "test_resnet", "model_args": {"global_pool": "nonsense"}},
+        {"model": "test_resnet", "model_args": {"in_chans": 0}},
+        {"model": "test_resnet", "model_args": {"output_stride": 5}},
+        {"model": "test_vit", "model_args": {"img_size": 60_000, "patch_size": 1}},
+        {"model": "test_vit", "model_args": {"patch_size": 0}},
+        {"model": "test_resnet", "data_config": {"input_size": [3, 10**6, 10**6]}},
+        {"model": "test_resnet", "data_config": {"input_size": [3, 32]}},
+        {"model": "test_resnet", "data_config": {"mean": [float("nan")] * 3}},
+        {"model": "test_resnet", "data_config": {"std": [0.5, 0.0, 0.5]}},
+        {"model": "test_resnet", "data_config": {"crop_pct": 1e-9}},
+        {"model": "test_resnet", "data_config": {"interpolation": ["bicubic"]}},
+        {"model": "test_resnet", "data_config": {"file": "payload.bin"}},
+        {"model": "test_resnet", "data_config": [1]},
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -90,6 +105,44 @@ def test_arguments_that_a_file_may_name(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"model_kwargs": {"checkpoint_path": "payload.bin"}},
+        {"model_kwargs": {"pretrained_cfg": {"file": "payload.bin"}}},
+        {"model_kwargs": [1]},
+        {"gp": "../x"},
+        {"in_chans": 10**12},
+        {"img_size": 10**9},
+        {"img_size": "32"},
+        {"input_size": [3, 10**9, 32]},
+        {"mean": [float("inf")] * 3},
+        {"std": "x"},
+        {"crop_pct": 1e-300},
+        {"interpolation": "magic"},
+    ],
+)
+def test_what_the_arguments_of_a_training_script_say(told, raw, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EXPLOIT", str(tmp_path / "exploited"))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Boom()}, "payload.bin")
+    args = argparse.Namespace(model="test_resnet", **told)
+    torch.save({"state_dict": torch.load(raw, weights_only=True), "args": args}, "lying.pth")
+    torch.save({"state_dict": state_dict(), "args": args}, "lying_calibrated.pth")
+    before = sorted(os.listdir())
+    refused(capsys, "calibrate", "test_resnet", "lying.pth", photos, "out.pth", *READ)
+    refused(capsys, "export", "lying_calibrated.pth", "out.pth")
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("model", ["hf-hub:attacker/model", ["test_resnet"], "no_such_model", 3, None])
+def test_a_training_script_of_another_kind(model, raw, photos, tmp_path):
+    """Its arguments mean other things, and say nothing of a timm model."""
+    checkpoint = {"state_dict": torch.load(raw, weights_only=True), "arch": model, "img_size": -1}
+    torch.save({**checkpoint, "args": {"model": model, "mean": "x"}}, tmp_path / "other.pth")
+    assert run("calibrate", "test_resnet", tmp_path / "other.pth", photos, tmp_path / "out.pth", *READ) == 0
+
+
 FOLDED = {**TRUE, "folded": True}
 
 
@@ -107,6 +160,9 @@ FOLDED = {**TRUE, "folded": True}
         {**FOLDED, "absent_classes": ["1"]},
         {**FOLDED, "seen_classes": [1, 1]},
         {**FOLDED, "standard_error": None},
+        {**FOLDED, "standard_error": 10**400},
+        {**FOLDED, "num_samples": 10**4000},
+        {**FOLDED, "estimator": "x" * 10**6},
         {**FOLDED, "estimator": "alg\n  seen: all"},
         {**FOLDED, "version": ["1"]},
         {**FOLDED, "folded": "no"},
@@ -199,6 +255,47 @@ def test_archives_that_unpack_to_gigabytes(tmp_path, capsys):
     assert run("inspect", tmp_path / "large.pth") == 3  # of its true size
 
 
+def test_tensors_that_repeat_what_is_stored(tmp_path, capsys):
+    """A few bytes that stand for gigabytes, once they are copied."""
+    state = state_dict()
+    state["more"] = torch.zeros(1).expand(10**5, 10**5)
+    torch.save(state, tmp_path / "lying.pth")
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "lying.ckpt")
+    for name in ("lying.pth", "lying.ckpt"):
+        assert "its tensors take 37.3 GiB, many times what is stored" in refused(
+            capsys, "fold", tmp_path / name, tmp_path / "out.safetensors"
+        )
+    state["more"] = torch.zeros(1).expand(1000, 1000)  # as an honest file may hold
+    torch.save(state, tmp_path / "honest.pth")
+    assert run("fold", tmp_path / "honest.pth", tmp_path / "out.safetensors") == 0
+
+
+def test_a_huge_model_is_not_built(tmp_path, capsys):
+    """The weights of a file do not fit, and building what it names would take 4 GiB to see that."""
+    told = {"model": "test_vit", "model_args": {"img_size": 4096, "patch_size": 1}}
+    state = set_gamma(timm.create_model("test_vit", num_classes=NUM_CLASSES), 2.5, SEEN, head="head").state_dict()
+    write_weights(state, {**TRUE, **told}, tmp_path / "lying.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "but pos_embed has the shape" in refused(capsys, "export", tmp_path / "lying.pth", tmp_path / "out.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
+
+
+def test_a_name_without_end(tmp_path, capsys):
+    save_file({"x" * 10**6: torch.ones(1), **state_dict()}, tmp_path / "lying.safetensors")
+    assert run("export", tmp_path / "lying.safetensors", tmp_path / "o.pth", "--model", "test_resnet") == 1
+    captured = capsys.readouterr().err
+    assert "has unknown xxx" in captured
+    assert len(captured) < 2100
+
+
+def test_no_json_holds_nan(tmp_path, capsys):
+    write_weights(state_dict(), {**TRUE, "standard_error": float("nan")}, tmp_path / "one_sample.pth")
+    assert run("inspect", tmp_path / "one_sample.pth", "--json") == 0
+    text = capsys.readouterr().out
+    assert "NaN" not in text
+    assert json.loads(text)["standard_error"] is None
+
+
 def test_names_that_order_a_terminal_about(tmp_path, capsys):
     state = set_gamma(torch.nn.Linear(3, 5), 2.5, [0, 1]).state_dict()
     save_file({f"a\x1b[2J\nb.{key}": value for key, value in state.items()}, tmp_path / "lying.safetensors")
@@ -222,6 +319,80 @@ def test_a_config_does_not_hide_the_weights_beside_it(sharded, tmp_path, capsys)
     assert f"Name the file in it, such as '{tmp_path / names[0]}'" in refused(
         capsys, "fold", tmp_path, tmp_path / "o.pth"
     )
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "last.ckpt"])
+def test_a_config_does_not_hide_weights_of_another_name(name, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["X"]}')
+    torch.save(state_dict(), tmp_path / name)
+    assert run("inspect", tmp_path) == 0
+    assert "7 absent" in capsys.readouterr().out
+    save_file(torch.nn.Linear(2, 3).state_dict(), tmp_path / "model.safetensors")  # which loaders prefer
+    assert run("inspect", tmp_path) == 3
+
+
+def test_two_calibrated_files_in_a_folder(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("best", "last"):
+        save_file(state_dict(), tmp_path / f"{name}.safetensors")
+    assert "'fc.absent_class_calibration.mask' too. Inspect each file on its own" in refused(
+        capsys, "inspect", tmp_path
+    )
+
+
+def test_a_part_of_a_checkpoint(raw, photos, tmp_path, capsys):
+    """One part alone would make an incomplete model, and might hold no head."""
+    first = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(state_dict(), first)
+    torch.save(state_dict(), tmp_path / "pytorch_model-00001-of-00002.bin")
+    for name in (first.name, "pytorch_model-00001-of-00002.bin"):
+        for words in (
+            ["fold", tmp_path / name, tmp_path / "out.pth"],
+            ["export", tmp_path / name, tmp_path / "out.pth", "--model", "test_resnet"],
+            ["calibrate", "test_resnet", tmp_path / name, photos, tmp_path / "out.pth", *READ],
+        ):
+            assert "is a part of one. Write it into one file first" in refused(capsys, *words)
+    assert "is a directory. Write it into one file first" in refused(capsys, "fold", tmp_path, tmp_path / "out.pth")
+    assert run("inspect", first) == 0
+    first.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert run("fold", tmp_path / "model-00001-of-00001.safetensors", tmp_path / "out.pth") == 0
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "folder"])
+def test_a_source_that_is_no_file(kind, raw, photos, tmp_path, capsys):
+    source = tmp_path / "source.pth"
+    if kind == "fifo":
+        os.mkfifo(source)
+    elif kind == "folder":
+        source.mkdir()
+    else:
+        source.symlink_to("/dev/zero" if kind == "device" else source)
+    calibrating = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ]
+    for words in (
+        ["inspect", source],
+        ["fold", source, tmp_path / "out.pth"],
+        ["export", source, tmp_path / "out.pth", "--model", "test_resnet"],
+        ["calibrate", "test_resnet", source, *calibrating[3:]],
+        [*calibrating, "--pretrained", source],
+        [*calibrating, "--class-map", source],
+        [*calibrating, "--label-names", source],
+    ):
+        refused(capsys, *words)
+    assert [each.name for each in tmp_path.iterdir()] == ["source.pth"]
+
+
+def test_weights_in_a_folder_that_are_no_file(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "is a device, a pipe or a socket" in refused(capsys, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"1": 1, "4": 4, "7": 7, "1": 2}', "{", "\x00", "9" * 10_000])
+@pytest.mark.parametrize("option", ["--class-map", "--label-names"])
+def test_class_maps_that_cannot_be_read(option, text, raw, photos, tmp_path, capsys):
+    (tmp_path / "lying.json").write_text(text)
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, option, tmp_path / "lying.json"]
+    assert f"`{option}` to be a JSON file, but '{tmp_path}/lying.json' is not: " in refused(capsys, *words)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link_to_fifo", "device"])

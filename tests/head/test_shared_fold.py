@@ -154,3 +154,95 @@ def test_a_reparametrized_bias():
     set_gamma(model, GAMMA, SEEN, head="fc")
     with pytest.raises(ValueError, match=r"but it holds .*parametrizations\.bias\.original"):
         fold(model)
+
+
+def sharing_memory_with_another_layer():
+    model = Plain()
+    model.other = nn.Linear(8, NUM_CLASSES + 2)
+    model.fc.bias = nn.Parameter(model.other.bias[1:-1].detach())  # a view of a part of it
+    return set_gamma(model, GAMMA, SEEN, head="fc")
+
+
+def test_a_bias_that_is_a_part_of_another_one(tmp_path):
+    model = sharing_memory_with_another_layer()
+    before = copy_of(model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    text = "but 'other.bias' shares its memory, which gamma would change too"
+    with pytest.raises(ValueError, match=text):
+        fold(model)
+    with pytest.raises(ValueError, match=text):
+        fold_checkpoint(tmp_path / "model.pth", tmp_path / "folded.pth")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_biases_that_lie_beside_each_other():
+    """As after flattening all parameters into one: the memory is one, but each entry has its own."""
+    model, x = Distilled().eval(), inputs()
+    biases = nn.Parameter(torch.randn(2 * NUM_CLASSES))
+    model.head.bias = nn.Parameter(biases[:NUM_CLASSES].detach())
+    model.head_dist.bias = nn.Parameter(biases[NUM_CLASSES:].detach())
+    set_gamma(model, GAMMA, SEEN)
+    calibrated = model(x)
+    fold(model)
+    torch.testing.assert_close(model(x), calibrated)
+
+
+def test_a_pruned_head_that_shares_its_mask():
+    model = pruned()
+    model.other = nn.Linear(8, NUM_CLASSES)
+    prune.identity(model.other, "bias")
+    model.other.bias_mask = model.fc.bias_mask
+    set_gamma(model, GAMMA, SEEN, head="fc")
+    with pytest.raises(ValueError, match=r"but 'other\.bias_mask' is the same tensor"):
+        fold(model)
+
+
+@pytest.mark.parametrize("suffix", [None, *SUFFIXES])
+def test_gamma_that_a_half_precision_bias_cannot_hold(suffix, tmp_path):
+    model = set_gamma(Plain().half(), 1e5, SEEN)
+    text = r"but its torch\.float16 cannot hold a gamma of 100000\. Convert the head to float32 first"
+    if suffix is None:
+        with pytest.raises(ValueError, match=text):
+            fold(model)
+    else:
+        save(model, tmp_path / f"model{suffix}")
+        with pytest.raises(ValueError, match=text):
+            fold_checkpoint(tmp_path / f"model{suffix}", tmp_path / f"folded{suffix}")
+        assert [each.name for each in tmp_path.iterdir()] == [f"model{suffix}"]
+    assert model.fc.bias.isfinite().all()
+
+
+def test_a_quantized_head():
+    model = set_gamma(Plain().eval(), GAMMA, SEEN)
+    model.fc = torch.ao.nn.quantized.dynamic.Linear(8, NUM_CLASSES)
+    with pytest.raises(ValueError, match="Expected argument `model` to be calibrated"):
+        fold(model)
+    set_gamma(model, GAMMA, SEEN, head="fc")
+    with pytest.raises(ValueError, match=r"the head 'fc' to be a Linear or Conv2d .* Keep the calibration attached"):
+        fold(model)
+
+
+def test_a_normalized_weight():
+    model, x = Plain().eval(), inputs()
+    nn.utils.parametrizations.weight_norm(model.fc)
+    set_gamma(model, GAMMA, SEEN, head="fc")
+    calibrated = model(x)
+    fold(model)
+    torch.testing.assert_close(model(x), calibrated)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        torch.optim.swa_utils.AveragedModel,
+    ],
+)
+def test_a_wrapped_model(wrap):
+    model, x = Plain().eval(), inputs()
+    wrapped = wrap(model)
+    wrapped.eval()
+    calibrated = set_gamma(wrapped, GAMMA, SEEN)(x)
+    assert fold(wrapped) is wrapped
+    torch.testing.assert_close(wrapped(x), calibrated)
