@@ -28,7 +28,8 @@ from tests.helpers.runs import (
     without_calibration,
 )
 
-pytestmark = quiet
+# The noisy data lists no labels.
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore:AbsentClassCalibration cannot read from the dataset")]
 
 
 class Dropout(Plain):
