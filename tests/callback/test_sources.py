@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
@@ -161,6 +163,18 @@ def test_an_estimator_and_its_arguments(tmp_path):
     assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0], rel=1e-9)
 
 
+def test_a_told_share(tmp_path):
+    module, callback = pretrained(Watched), steps(absent_share=0.1)
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
+    shift = math.log(0.1 / len(ABSENT)) - math.log(0.9 / len(SEEN))
+    assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0] + shift, rel=1e-9)
+    assert callback.result.absent_share == 0.1
+
+
+def test_a_share_reaches_pseudo_cross_validation():
+    assert AbsentClassCalibration(estimator="pcv", absent_share=0.1)._search.retraining.plan.absent_share == 0.1
+
+
 def test_a_resumed_fit_with_nothing_left_to_do(tmp_path):
     first = pretrained(Watched)
     trainer = trainer_of(tmp_path, steps(), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
@@ -210,6 +224,11 @@ def test_averaged_weights_are_in_no_step(tmp_path, averaging):
         ),
         ({"estimator": "fixed", "estimator_kwargs": {"g": 0.5}}, "to hold 'gamma' for .*, but got 'g'"),
         ({"estimator_kwargs": {"gamma": 0.5}}, "`estimator_kwargs` to hold nothing for the estimator 'alg'"),
+        ({"absent_share": 1.5}, "`absent_share` to be None or a number in .0, 1., but got 1.5"),
+        (
+            {"estimator": "fixed", "estimator_kwargs": {"gamma": 1.0}, "absent_share": 0.5},
+            "which does not depend on it",
+        ),
         ({"estimator": "fixed"}, "`estimator_kwargs` to hold 'gamma' for the estimator 'fixed', but got {}"),
         ({"estimator": "fixed", "estimator_kwargs": {"gamma": float("inf")}}, "`gamma` to be finite, but got inf"),
         (
