@@ -110,7 +110,7 @@ def test_the_small_tables_have_four_gammas_of_each_model(printed, rows):
 def test_gamma_changes_what_it_can_change(rows):
     for model in MODELS:
         of_model = [row for name, row in rows.items() if name == model or name.startswith(f"{model} + ")]
-        assert len(of_model) == (12 if model == "fine-tuned" else 3)
+        assert len(of_model) == (3 + len(OF_FINE_TUNED) if model == "fine-tuned" else 3)
         assert [row["gamma"] for row in of_model].count(0.0) == 1
         for column in UNCHANGED:
             assert len({row[column] for row in of_model}) == 1
