@@ -105,3 +105,16 @@ def check_values(name: str, value: Tensor) -> None:
     """Raise if a tensor has a shape but no values."""
     if value.is_meta:
         raise TypeError(f"Expected argument `{name}` to have values, but got a tensor on the device 'meta'.")
+
+
+def check_absent_share(value: object) -> float | None:
+    """Return a share of absent samples as a float, or ``None``; raise if it is neither."""
+    if value is None:
+        return None
+    share = check_number("absent_share", value)
+    if not 0 < share < 1:
+        raise ValueError(
+            f"Expected argument `absent_share` to be None or a number in (0, 1), but got {value!r}. It is the share of"
+            " samples of absent classes that the model will meet. If there are none, do not calibrate."
+        )
+    return share

@@ -28,7 +28,6 @@ from table import Outputs, Rows, estimate, markdown, oracle, run, score, side_by
 from torch.utils.data import Subset
 
 from lightning_calibft import pseudo_cross_validation
-from lightning_calibft.estimators import ESTIMATORS, needs_absent_samples
 from lightning_calibft.functional import weight_aligning
 
 OF_EVERY_MODEL = ("alg", "pseudo_absent")
@@ -71,10 +70,7 @@ def fine_tuned_rows(setting: Setting) -> Rows:
     """Score ordinary fine-tuning, with all that can be done to its logits."""
     module = fine_tuned(setting)
     outputs = run(module, setting)
-    others = [each for each in ESTIMATORS if each not in (*OF_EVERY_MODEL, "fixed") and not needs_absent_samples(each)]
-    gammas = {label("fine-tuned", each): estimate(each, outputs, before(setting), setting) for each in others}
     rows = gamma_rows("fine-tuned", outputs, setting)
-    rows |= {row: score(outputs, setting, gamma) for row, gamma in gammas.items()}
     for row, (gamma, cost) in cross_validated(setting).items():
         rows[row] = score(outputs, setting, gamma, cost)
     number = len(setting.data.held_out)

@@ -2,26 +2,203 @@
 
     python examples/benchmarks/estimators.py
 
-The loss of a gamma is the best overall test accuracy that any gamma has, less that of this one, in points. Test labels
-serve for nothing else, but where "labelled" is said.
+The loss of a gamma at a share of absent samples is the best accuracy that any gamma has at this share, less that of
+this one, in points. The labels of the samples that gamma is scored on serve for nothing else, except where "labeled" is
+said.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
-from ideas import BEYOND_A_NUMBER, IDEAS, slope
-from recorded import Run, read_runs
+from ideas import (
+    BEYOND_A_NUMBER,
+    FORMER,
+    IDEAS,
+    Method,
+    Variant,
+    alg,
+    mean_of_both,
+    pseudo_absent,
+    pseudo_absent_samples,
+    shifted,
+)
+from recorded import GROUPS, Run, read_picture_runs, read_small_runs
 from torch import Tensor
 
 from lightning_calibft.estimators import Estimator, make_estimator, needs_pretrained_logits
 from lightning_calibft.functional import best_gamma, split_accuracy
+from lightning_calibft.functional.pseudo_absent_gamma import accuracy_change, break_even_share
 
-Losses = dict[str, dict[str, float]]  # of each method on each run
-SLOPES, SIZES, DRAWS = (0.5, 1.0, 2.0, 4.0), (50, 200, 1000), 20
+Losses = dict[str, float]  # by the name of the run
+NATURAL = None  # the share of absent classes among those that occur
+SHARES = (NATURAL, 0.05, 0.1, 0.25, 0.5)
+MANY_SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
+KINDS = {
+    "digits and glyphs": ("digits", "glyphs"),
+    "pictures, near": ("pictures A, near", "pictures B, near"),
+    "pictures, test": ("pictures A, test", "pictures B, test"),
+}
+SIZES, DRAWS = (50, 200, 1000), 20
+
+METHODS: dict[str, Method] = {
+    "gamma 0": lambda run, share: 0.0,
+    "`alg`": lambda run, share: alg(run),
+    "`alg`, share told": shifted(alg),
+    "`pseudo_absent`": lambda run, share: pseudo_absent(run, 0.5),
+    "`pseudo_absent`, share told": pseudo_absent,
+}
+
+
+def losses(method: Method, runs: Iterable[Run], shares: Sequence[float | None] = SHARES, factor: float = 1) -> Losses:
+    """The loss on each run, averaged over shares. The share that is told is odds of ``factor`` times the true ones."""
+    found = {}
+    for run in runs:
+        lost = []
+        for share in shares:
+            true = run.natural if share is NATURAL else share
+            told = factor * true / (1 - true + factor * true)
+            lost.append(run.loss(method(run, told), true))
+        found[run.name] = statistics.mean(lost)
+    return found
+
+
+def mean_of_rows(values: Losses, runs: Iterable[Run]) -> dict[str, float]:
+    """The mean of each kind of run."""
+    rows: dict[str, list[float]] = {}
+    for run in runs:
+        rows.setdefault(run.row, []).append(values[run.name])
+    return {row: statistics.mean(found) for row, found in rows.items()}
+
+
+def cell(values: Losses, runs: Sequence[Run]) -> str:
+    """Mean, in which each kind of run has the same weight, and its standard error over runs."""
+    mean = statistics.mean(mean_of_rows(values, runs).values())
+    of_runs = [values[run.name] for run in runs]
+    return f"{mean:.1f} ± {statistics.stdev(of_runs) / len(of_runs) ** 0.5:.1f}"
+
+
+def table(title: str, methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
+    """One line a method: its mean loss over five shares in each group of runs, and the worst kinds of run."""
+    yield f"| {title} | " + " | ".join(GROUPS) + " | mean | worst row | worst against gamma 0 |"
+    yield "| :-- |" + " --: |" * (len(GROUPS) + 3)
+    zero = {share: mean_of_rows(losses(METHODS["gamma 0"], runs, [share]), runs) for share in SHARES}
+    for name, method in methods.items():
+        by_share = {share: losses(method, runs, [share]) for share in SHARES}
+        values = {run.name: statistics.mean(found[run.name] for found in by_share.values()) for run in runs}
+        cells = [cell(values, [run for run in runs if run.group == group]) for group in GROUPS]
+        of_kinds = [_of_kind(values, runs, groups) for groups in KINDS.values()]
+        rows = {share: mean_of_rows(found, runs) for share, found in by_share.items()}
+        worst = max(value for found in rows.values() for value in found.values())
+        harm = max(value - zero[share][row] for share, found in rows.items() for row, value in found.items())
+        yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(of_kinds):.2f}** | {worst:.1f} | {harm:+.1f} |"
+
+
+def _of_kind(values: Losses, runs: Iterable[Run], groups: Sequence[str]) -> float:
+    return statistics.mean(mean_of_rows(values, [run for run in runs if run.group in groups]).values())
+
+
+def by_share(methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
+    """One line a method and kind of data, one column a share."""
+    shares = (NATURAL, *MANY_SHARES)
+    yield "| held-out samples | runs | natural | " + " | ".join(f"{100 * share:.0f} %" for share in MANY_SHARES) + " |"
+    yield "| :-- | :-- |" + " --: |" * len(shares)
+    for name, method in methods.items():
+        for kind, groups in KINDS.items():
+            of_kind = [run for run in runs if run.group in groups]
+            cells = [cell(losses(method, of_kind, [share]), of_kind) for share in shares]
+            yield f"| {name} | {kind} | {' | '.join(cells)} |"
+
+
+def told_wrongly(runs: list[Run]) -> Iterator[str]:
+    """Losses where the odds that are told are a multiple of the true ones."""
+    yield "| odds told, times the true ones | runs | 1/4 | 1/2 | 1 | 2 | 4 |"
+    yield "| :-- | :-- |" + " --: |" * 5
+    for name in ("`alg`, share told", "`pseudo_absent`, share told"):
+        for kind, groups in KINDS.items():
+            of_kind = [run for run in runs if run.group in groups]
+            cells = [cell(losses(METHODS[name], of_kind, factor=factor), of_kind) for factor in (0.25, 0.5, 1, 2, 4)]
+            yield f"| {name} | {kind} | {' | '.join(cells)} |"
+
+
+def not_told(runs: list[Run]) -> Iterator[str]:
+    """Losses over shares from 5 to 90 % of the gamma of one share: means over shares, and of each run's worst share."""
+    yield "| gamma for a share of | " + " | ".join(f"{kind}, mean | worst share" for kind in KINDS) + " | mean |"
+    yield "| :-- |" + " --: |" * 7
+    shares = MANY_SHARES[1:]
+    methods: dict[str, Method] = {"(gamma 0)": METHODS["gamma 0"]}
+    for assumed in (0.2, 0.3, 0.4, 0.5, 0.6):
+        methods[f"{100 * assumed:.0f} %"] = lambda run, share, assumed=assumed: pseudo_absent(run, assumed)  # type: ignore[misc]
+    methods["that of the classes"] = lambda run, _: pseudo_absent(run, len(run.absent) / (len(run.seen + run.absent)))
+    for name, method in methods.items():
+        cells, means = [], []
+        for groups in KINDS.values():
+            of_kind = [run for run in runs if run.group in groups]
+            found = [losses(method, of_kind, [share]) for share in shares]
+            worst = {run.name: max(each[run.name] for each in found) for run in of_kind}
+            means.append(statistics.mean(_of_kind(each, of_kind, groups) for each in found))
+            cells += [f"{means[-1]:.1f}", f"{_of_kind(worst, of_kind, groups):.1f}"]
+        yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(means):.2f}** |"
+
+
+def expectations(runs: list[Run]) -> Iterator[str]:
+    """How good the changes and the break-even shares are that the estimator expects, of gamma for a share of a half."""
+    yield (
+        "| runs | seen change: error, mean | root mean square | absent change: error, mean | root mean square |"
+        " break-even share within a factor of 2 | right about whether gamma pays |"
+    )
+    yield "| :-- |" + " --: |" * 6
+    for kind, groups in KINDS.items():
+        errors, within, right = [], [], []
+        for run in (run for run in runs if run.group in groups):
+            samples, gamma = pseudo_absent_samples(run), pseudo_absent(run, 0.5)
+            expected = accuracy_change(samples, torch.tensor(gamma))
+            after, before = run.accuracies(gamma), run.accuracies(0.0)
+            true = [(one - other).item() for one, other in zip(after, before, strict=True)]
+            errors.append([100 * value.item() - change for value, change in zip(expected, true, strict=True)])
+            share = break_even_share(samples, torch.tensor(gamma)).item()
+            if true[0] * true[1] < 0 and abs(gamma) > 0.5:
+                ratio = share / (true[0] / (true[0] - true[1]))
+                within.append(0.5 <= ratio <= 2)
+            for met in MANY_SHARES:
+                change = run.accuracy(gamma, met) - run.accuracy(0.0, met)
+                if abs(change) > 0.3:
+                    right.append(((met > share) == (gamma > 0)) == (change > 0))
+        cells = []
+        for column in zip(*errors, strict=True):
+            cells += [f"{statistics.mean(column):+.1f}", f"{statistics.mean(e * e for e in column) ** 0.5:.1f}"]
+        cells += [f"{100 * statistics.mean(each):.0f} % of {len(each)}" for each in (within, right)]
+        yield f"| {kind} | {' | '.join(cells)} |"
+
+
+def leave_one_row_out(runs: list[Run]) -> Iterator[str]:
+    """Choose slopes, and how much absent classes gain, by all other groups of runs."""
+    grid = itertools.product((2.0, 2.5, 3.0), (0.25, 0.5, 1.0), (0.5, 1.0))
+    values = {choice: losses(Variant(choice[0], choice[1], gained=choice[2]), runs) for choice in grid}
+    yield "| left out | seen slope, copy slope and gain chosen by the others | its loss | that of 2.5, 1/2 and 1 |"
+    yield "| :-- | :-- | --: | --: |"
+    left_out = ["digits", "glyphs", *dict.fromkeys(run.row.split(", ")[2] for run in runs if "pictures" in run.group)]
+    for name in left_out:
+        inside = [run for run in runs if run.group == name or run.row.endswith(f", {name}")]
+        others = [run for run in runs if run not in inside]
+        means = {
+            choice: statistics.mean(
+                _of_kind(found, others, groups)
+                for groups in KINDS.values()
+                if any(run.group in groups for run in others)
+            )
+            for choice, found in values.items()
+        }
+        best = min(means, key=means.__getitem__)
+        lost = [statistics.mean(mean_of_rows(values[choice], inside).values()) for choice in (best, (2.5, 0.5, 1.0))]
+        yield f"| {name} | {', '.join(f'{value:g}' for value in best)} | {lost[0]:.2f} | {lost[1]:.2f} |"
+
+
 # Which runs to take how many of their seen and of their absent classes from.
 SOME_CLASSES = [
     *(("glyphs_resnet", "50", pair) for pair in ((78, 40), (78, 20), (78, 8), (10, 79))),
@@ -32,37 +209,28 @@ SOME_CLASSES = [
 ]
 
 
-def estimate(name: str, run: Run, **options: object) -> float:
-    """Gamma by one of the package's estimators."""
-    return _metric(name, run, slice(None), **options).compute().item()
+def some_classes(runs: list[Run]) -> Iterator[str]:
+    """Losses where classes are taken out of the head and of the test data: other shares of seen classes."""
+    methods = {name: METHODS[name] for name in ("`alg`, share told", "`pseudo_absent`, share told")}
+    methods["mean of weighted and unweighted, slope 1"] = mean_of_both
+    yield "| runs | seen : absent | " + " | ".join(methods) + " |"
+    yield "| :-- | --: |" + " --: |" * len(methods)
+    means = []
+    for kind, percent, (seen, absent) in SOME_CLASSES:
+        chosen = [run for run in runs if run.name.startswith(kind) and f"_{percent}_" in run.name]
+        parts = [run.of_some_classes(seen, absent, seed) for run in chosen for seed in range(2)]
+        rows = [list(losses(method, parts).values()) for method in methods.values()]
+        means.append([statistics.mean(row) for row in rows])
+        cells = [f"{statistics.mean(row):.1f} ± {statistics.stdev(row) / len(row) ** 0.5:.1f}" for row in rows]
+        yield f"| {chosen[0].row} | {seen} : {absent} | {' | '.join(cells)} |"
+    columns = list(zip(*means, strict=True))
+    yield "| mean | | " + " | ".join(f"**{statistics.mean(column):.2f}**" for column in columns) + " |"
+    yield "| worst row | | " + " | ".join(f"{max(column):.1f}" for column in columns) + " |"
 
 
-def _metric(name: str, run: Run, index: Tensor | slice, **options: object) -> Estimator:
-    """An estimator that was fed with some samples of a run."""
-    metric = make_estimator(name, run.split, options)
-    before = (run.pretrained_logits[index],) if needs_pretrained_logits(name) else ()
-    metric.update(run.logits[index], run.target[index], *before)
-    return metric
-
-
-ESTIMATORS: dict[str, Callable[[Run], float]] = {
-    "gamma 0": lambda run: 0.0,
-    "`alg`": partial(estimate, "alg"),
-    "`pseudo_absent`": partial(estimate, "pseudo_absent"),
-    "`confusion_matched`": partial(estimate, "confusion_matched"),
-    "`midpoint`": partial(estimate, "midpoint"),
-    "`matched_maxima`": partial(estimate, "matched_maxima"),
-    "`log_sum_exp_gap`": partial(estimate, "log_sum_exp_gap"),
-    "`log_sum_exp_gap`, temperature 2": partial(estimate, "log_sum_exp_gap", temperature=2.0),
-    "`quantile_gap`, 0.75": partial(estimate, "quantile_gap", quantile=0.75),
-    "`quantile_gap`, 0.9": partial(estimate, "quantile_gap", quantile=0.9),
-    "`quantile_gap`, 1 (maxima)": partial(estimate, "quantile_gap", quantile=1.0),
-}
-
-
-def cross_validated(run: Run, candidates: str) -> float:
+def cross_validated(run: Run, share: float | None, candidates: str) -> float:
     """Gamma of pseudo cross-validation, from the recorded models that were fine-tuned on half of the seen classes."""
-    seen, gammas = run.arrays["seen_classes"], []
+    seen, gammas = torch.tensor(run.seen), []
     target = torch.searchsorted(seen, run.target)  # the columns: seen classes, then the largest absent logit
     before = run.pretrained_logits
     before = torch.cat([before[:, run.seen], before[:, run.absent].amax(1, keepdim=True)], 1)
@@ -73,130 +241,87 @@ def cross_validated(run: Run, candidates: str) -> float:
         reached = split_accuracy(before, target, *classes, samples="absent").item()
         logits = run.arrays[f"pseudo{k}_{run.part}_logits"]
         try:
-            gammas.append(best_gamma(logits, target, *classes, min_absent_accuracy=reached).item())
+            gammas.append(best_gamma(logits, target, *classes, min_absent_accuracy=reached, absent_share=share).item())
         except ValueError:  # no gamma reaches the accuracy that the pre-trained model has
             continue
     return statistics.mean(gammas) if gammas else 0.0  # no split is left in one run
 
 
-RETRAINING: dict[str, Callable[[Run], float]] = {
-    "pseudo cross-validation over S": partial(cross_validated, candidates="seen"),
-    "pseudo cross-validation over Y": partial(cross_validated, candidates="all"),
-}
+def small(runs: list[Run]) -> Iterator[str]:
+    """Losses of what needs more than logits of one model, on digits and glyphs, over the five shares."""
+    methods: dict[str, Callable[[Run], Losses]] = {
+        name: lambda run, method=METHODS[name]: losses(method, [run])  # type: ignore[misc]
+        for name in ("`alg`", "`pseudo_absent`, share told")
+    }
+    for candidates, over in (("seen", "S"), ("all", "Y")):
+        for told in (False, True):
+
+            def of(run: Run, share: float, candidates: str = candidates, told: bool = told) -> float:
+                return cross_validated(run, share if told else None, candidates)
+
+            name = f"pseudo cross-validation over {over}{', share told' if told else ''}"
+            methods[name] = lambda run, of=of: losses(of, [run])  # type: ignore[misc]
+    rows = list(dict.fromkeys(run.row for run in runs))
+    yield "| training samples, digits and glyphs | " + " | ".join(rows) + " | mean |"
+    yield "| :-- |" + " --: |" * (len(rows) + 1)
+    for name, method in methods.items():
+        values = {key: value for run in runs for key, value in method(run).items()}
+        cells = [cell(values, [run for run in runs if run.row == row]) for row in rows]
+        yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(mean_of_rows(values, runs).values()):.2f}** |"
 
 
-def labelled(run: Run, size: int | None, name: str | None = None) -> float:
+def natural(title: str, methods: dict[str, Callable[[Run], float]], runs: list[Run]) -> Iterator[str]:
+    """Losses at the natural share, on digits and glyphs."""
+    rows = list(dict.fromkeys(run.row for run in runs))
+    yield f"| {title} | " + " | ".join(rows) + " | mean | worst row |"
+    yield "| :-- |" + " --: |" * (len(rows) + 2)
+    for name, lost in methods.items():
+        values = {run.name: lost(run) for run in runs}
+        cells = [cell(values, [run for run in runs if run.row == row]) for row in rows]
+        means = mean_of_rows(values, runs).values()
+        yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(means):.2f}** | {max(means):.1f} |"
+
+
+def labelled(run: Run, size: int | None, method: Method | None = None) -> float:
     """Mean loss on the test samples that are left when ``size`` of them (half) are taken to choose gamma with.
 
-    With a ``name``, gamma is that of an estimator, and the samples only leave.
+    With a ``method``, gamma is that of it, and the samples only leave.
     """
-    logits, target, losses = run.arrays["test_logits"], run.arrays["test_target"], []
+    logits, target, found = run.arrays["test_logits"], run.arrays["test_target"], []
     generator = torch.Generator().manual_seed(0)
-    gamma = None if name is None else estimate(name, run)
+    gamma = None if method is None else method(run, run.natural)
     for _ in range(DRAWS):
         order = torch.randperm(len(target), generator=generator)
         size = size or len(target) // 2
         taken, left = order[:size], order[size:]
-        rest = Run(run.name, {**run.arrays, "test_logits": logits[left], "test_target": target[left]})
-        chosen = best_gamma(logits[taken], target[taken], run.seen).item() if gamma is None else gamma
-        losses.append(rest.loss(chosen))
-    return statistics.mean(losses)
+        rest = replace(run, margin=run.margin[left], right=run.right[left], is_seen=run.is_seen[left])
+        chosen = gamma
+        if chosen is None:
+            chosen = best_gamma(logits[taken], target[taken], run.seen, absent_share=run.natural).item()
+        found.append(rest.loss(chosen))
+    return statistics.mean(found)
 
 
 LABELLED: dict[str, Callable[[Run], float]] = {
-    "best gamma of 50 labelled samples of all classes": partial(labelled, size=50),
-    "best gamma of 100 labelled samples": partial(labelled, size=100),
-    "best gamma of 200 labelled samples": partial(labelled, size=200),
+    "best gamma of 50 labeled samples of all classes": partial(labelled, size=50),
+    "best gamma of 100 labeled samples": partial(labelled, size=100),
+    "best gamma of 200 labeled samples": partial(labelled, size=200),
     "best gamma of half of the test samples": partial(labelled, size=None),
-    "`pseudo_absent`, on the other half": partial(labelled, size=None, name="pseudo_absent"),
+    "`pseudo_absent`, share told, on the other half": partial(labelled, size=None, method=pseudo_absent),
 }
 
 
-def of_last_epoch(name: str, run: Run) -> float:
+def of_last_epoch(run: Run) -> float:
     """Gamma of the logits that the steps of the last epoch saw, in train mode."""
     arrays = {"train_logits": run.arrays["last_epoch_logits"], "train_target": run.arrays["last_epoch_target"]}
-    return estimate(name, Run(run.name, {**run.arrays, **arrays}))
-
-
-def losses(methods: dict[str, Callable[[Run], float]], runs: Iterable[Run]) -> Losses:
-    """The loss of each method's gamma on each run."""
-    runs = list(runs)
-    return {name: {run.name: run.loss(gamma(run)) for run in runs} for name, gamma in methods.items()}
-
-
-def table(title: str, values: Losses, runs: list[Run]) -> Iterator[str]:
-    """One line a method: its mean loss with standard error on each kind of run, their mean, and the worst."""
-    kinds = list(dict.fromkeys(run.row for run in runs))
-    yield f"| {title} | " + " | ".join(kinds) + " | mean | worst row | worst run |"
-    yield "| :-- |" + " --: |" * (len(kinds) + 3)
-    for name, of_runs in values.items():
-        rows = [[of_runs[run.name] for run in runs if run.row == kind] for kind in kinds]
-        means = [statistics.mean(row) for row in rows]
-        cells = [f"{statistics.mean(row):.1f} ± {statistics.stdev(row) / len(row) ** 0.5:.1f}" for row in rows]
-        # The rows weigh the same, so their standard errors add up as squares.
-        error = sum(statistics.variance(row) / len(row) for row in rows) ** 0.5 / len(rows)
-        cells += [
-            f"**{statistics.mean(means):.2f}** ± {error:.2f}",
-            f"{max(means):.1f}",
-            f"{max(of_runs.values()):.1f}",
-        ]
-        yield f"| {name} | " + " | ".join(cells) + " |"
-
-
-def leave_one_row_out(runs: list[Run]) -> Iterator[str]:
-    """Choose the slope of the logistic curve by all other rows, and the method among all of the package likewise."""
-    slopes = losses({f"slope {value:g}": slope(value) for value in SLOPES}, runs)
-    methods = losses({name: gamma for name, gamma in ESTIMATORS.items() if name != "gamma 0"}, runs)
-    kinds = list(dict.fromkeys(run.row for run in runs))
-    yield "| left out | slope chosen by the others | its loss | that of slope 1 | method chosen by them | its loss |"
-    yield "| :-- | --: | --: | --: | :-- | --: |"
-    for kind in kinds:
-        means = [
-            {
-                name: (
-                    _mean_of_rows(values, runs, [kind]),
-                    _mean_of_rows(values, runs, [k for k in kinds if k != kind]),
-                )
-                for name, values in candidates.items()
-            }
-            for candidates in (slopes, methods)
-        ]
-        best, method = (min(of, key=lambda name, of=of: of[name][1]) for of in means)
-        yield (
-            f"| {kind} | {best.removeprefix('slope ')} | {means[0][best][0]:.2f} | {means[0]['slope 1'][0]:.2f} |"
-            f" {method} | {means[1][method][0]:.2f} |"
-        )
-
-
-def _mean_of_rows(values: dict[str, float], runs: list[Run], kinds: list[str]) -> float:
-    rows = [[values[run.name] for run in runs if run.row == kind] for kind in kinds]
-    return statistics.mean(statistics.mean(row) for row in rows)
-
-
-def some_classes(runs: list[Run]) -> Iterator[str]:
-    """Losses where classes are taken out of the head and of the test data: other shares of seen classes."""
-    methods = {"`alg`": ESTIMATORS["`alg`"], "`pseudo_absent`": ESTIMATORS["`pseudo_absent`"]}
-    methods |= {f"with slope {value:g}": slope(value) for value in (2.0, 4.0)}
-    yield "| runs | seen : absent | " + " | ".join(methods) + " |"
-    yield "| :-- | --: |" + " --: |" * len(methods)
-    means = []
-    for kind, percent, (seen, absent) in SOME_CLASSES:
-        chosen = [run for run in runs if run.name.startswith(kind) and f"_{percent}_" in run.name]
-        parts = [run.of_some_classes(seen, absent, seed) for run in chosen for seed in range(4)]
-        rows = [[part.loss(gamma(part)) for part in parts] for gamma in methods.values()]
-        means.append([statistics.mean(row) for row in rows])
-        cells = [f"{statistics.mean(row):.1f} ± {statistics.stdev(row) / len(row) ** 0.5:.1f}" for row in rows]
-        yield f"| {chosen[0].row} | {seen} : {absent} | {' | '.join(cells)} |"
-    columns = list(zip(*means, strict=True))
-    yield "| mean | | " + " | ".join(f"**{statistics.mean(column):.2f}**" for column in columns) + " |"
-    yield "| worst row | | " + " | ".join(f"{max(column):.1f}" for column in columns) + " |"
+    return alg(replace(run, arrays={**run.arrays, **arrays}))
 
 
 def sample_sizes(runs: list[Run]) -> Iterator[str]:
     """Gamma of bootstrap samples: its error against that of all samples, and how often the interval holds that."""
     yield "| estimator | samples | standard error told | root mean square error | 95 % interval holds gamma | loss |"
     yield "| :-- | --: | --: | --: | --: | --: |"
-    for name in ("alg", "pseudo_absent", "matched_maxima", "midpoint"):
+    for name in ("alg", "pseudo_absent"):
         for size in SIZES:
             drawn = [result for run in runs for result in _draws(name, run, size)]
             errors, squares, held, lost = (statistics.mean(column) for column in zip(*drawn, strict=True))
@@ -207,8 +332,17 @@ def sample_sizes(runs: list[Run]) -> Iterator[str]:
         yield f"| `{name}` | all | {errors:.2f} | | | {lost:.1f} |"
 
 
+def _metric(name: str, run: Run, index: Tensor | slice) -> Estimator:
+    """An estimator that was fed with some samples of a run."""
+    metric = make_estimator(name, run.split, {"absent_share": run.natural})
+    before = (run.pretrained_logits[index],) if needs_pretrained_logits(name) else ()
+    metric.update(run.logits[index], run.target[index], *before)
+    return metric
+
+
 def _draws(name: str, run: Run, size: int) -> Iterator[tuple[float, float, bool, float]]:
-    everything, generator = estimate(name, run), torch.Generator().manual_seed(0)
+    everything = _metric(name, run, slice(None)).compute().item()
+    generator = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
         index = torch.randint(len(run.target), (size,), generator=generator)
         metric = _metric(name, run, index)
@@ -218,26 +352,30 @@ def _draws(name: str, run: Run, size: int) -> Iterator[tuple[float, float, bool,
 
 def tables() -> dict[str, list[str]]:
     """Return each table as the lines of Markdown."""
-    runs = read_runs()
-    held_out = [run.on("heldout") for run in runs]
-    methods = {**ESTIMATORS, **RETRAINING}
-    with_labels = {name: {run.name: lost(run) for run in runs} for name, lost in LABELLED.items()}
-    changed = {name: {run.name: run.loss_of_logits(of(run)) for run in runs} for name, of in BEYOND_A_NUMBER.items()}
-    steps: dict[str, Callable[[Run], float]] = {}
-    for name in ("alg", "matched_maxima", "confusion_matched"):
-        steps[f"`{name}`, a pass in eval mode"] = partial(estimate, name)
-        steps[f"`{name}`, training steps"] = partial(of_last_epoch, name)
+    of_small, of_pictures = read_small_runs(), read_picture_runs()
+    trained = of_small + of_pictures
+    held_out = [run.on("heldout") for run in trained]
+    small_held_out = [run for run in held_out if run.group in KINDS["digits and glyphs"]]
+    beyond = {name: lambda run, of=of: run.loss_of_logits(of(run)) for name, of in BEYOND_A_NUMBER.items()}
+    steps: dict[str, Callable[[Run], float]] = {
+        "`alg`, a pass in eval mode": lambda run: run.loss(alg(run)),
+        "`alg`, training steps": lambda run: run.loss(of_last_epoch(run)),
+    }
     return {
-        "methods": list(table("training samples", losses(methods, runs), runs)),
-        "methods, held-out": list(table("held-out samples", losses(methods, held_out), runs)),
-        "labelled": list(table("labelled samples", with_labels, runs)),
-        "leave one row out": list(leave_one_row_out(runs)),
-        "some classes": list(some_classes(runs)),
-        "ideas": list(table("idea, training samples", losses(IDEAS, runs), runs)),
-        "ideas, held-out": list(table("idea, held-out samples", losses(IDEAS, held_out), runs)),
-        "more than a number": list(table("more than a number", changed, runs)),
-        "steps": list(table("training samples", losses(steps, runs), runs)),
-        "sizes": list(sample_sizes(runs)),
+        "methods": list(table("held-out samples", {**METHODS, **FORMER}, held_out)),
+        "methods, training": list(table("training samples", {**METHODS, **FORMER}, trained)),
+        "by share": list(by_share(METHODS, held_out)),
+        "told wrongly": list(told_wrongly(held_out)),
+        "not told": list(not_told(held_out)),
+        "expectations": list(expectations(held_out)),
+        "ideas": list(table("idea, share told, held-out samples", IDEAS, held_out)),
+        "leave one row out": list(leave_one_row_out(held_out)),
+        "some classes": list(some_classes(small_held_out)),
+        "small": list(small(of_small)),
+        "labeled": list(natural("natural share", LABELLED, small_held_out)),
+        "more than a number": list(natural("natural share", beyond, small_held_out)),
+        "steps": list(natural("natural share", steps, of_small)),
+        "sizes": list(sample_sizes(small_held_out)),
     }
 
 

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 
+import numpy as np
 import torch
 from recorded import Run
+from scipy.optimize import brentq
+from scipy.stats import nbinom
 from torch import Tensor
 
-from lightning_calibft.estimators import ConfusionMatched, Midpoint
-from lightning_calibft.functional import pseudo_absent_gamma, weight_aligning
+from lightning_calibft.functional import average_logit_gap, weight_aligning
+from lightning_calibft.functional.average_logit_gap import prior_shift
+from lightning_calibft.functional.pseudo_absent_gamma import WeighedSamples, pseudo_absent_compute, weigh
+
+Method = Callable[[Run, float], float]  # gamma for a run at a share of absent samples
+_SAMPLES: dict[tuple[str, str], WeighedSamples] = {}
+
+
+def pseudo_absent_samples(run: Run) -> WeighedSamples:
+    """The samples and copies of the package's estimator."""
+    key = run.name, run.part
+    if key not in _SAMPLES:
+        leads, sums = _leads(run)
+        _SAMPLES[key] = weigh(leads, sums, len(run.absent))
+    return _SAMPLES[key]
+
+
+def pseudo_absent(run: Run, share: float) -> float:
+    return pseudo_absent_compute(pseudo_absent_samples(run), share).gamma.item()
+
+
+def shifted(gap: Callable[[Run], float]) -> Method:
+    """A gamma that knows no share, shifted by the log-odds of the classes."""
+    return lambda run, share: gap(run) + prior_shift(share, len(run.seen), len(run.absent))
+
+
+def alg(run: Run) -> float:
+    return average_logit_gap(run.logits, run.target, run.seen, run.absent).gamma.item()
 
 
 def root(function: Callable[[float], float], low: float = -300.0, high: float = 300.0) -> float:
@@ -21,174 +52,195 @@ def root(function: Callable[[float], float], low: float = -300.0, high: float = 
     return (low + high) / 2
 
 
-def pseudo_absent(run: Run) -> float:
-    return pseudo_absent_gamma(run.logits, run.target, run.pretrained_logits, run.seen).gamma.item()
-
-
-def soft_mass(run: Run) -> float:
-    """The mean softmax probability of an absent class is that of a wrong seen class."""
+def balance(samples: WeighedSamples, share: float, copy_slope: float) -> float:
+    """Where as much is lost on either side; slopes may differ from those of the package."""
+    margin, right, copy_margin, copy_right, slope = samples
 
     def surplus(gamma: float) -> float:
-        absent = run.logits[:, run.absent] + gamma
-        probability = torch.cat([run.own.unsqueeze(1), run.others, absent], 1).softmax(1)
-        wrong = run.others.shape[1]
-        return (probability[:, 1 + wrong :].mean() - probability[:, 1 : 1 + wrong].mean()).item()
+        lost = (right * torch.sigmoid(slope * (gamma - margin))).mean()
+        missed = (copy_right * torch.sigmoid(copy_slope * (copy_margin - gamma))).mean()
+        return ((1 - share) * lost - share * missed).item()
 
     return root(surplus)
 
 
-def threshold(run: Run, seen: Tensor, pseudo: Tensor, slope: float, weights: Tensor | None = None) -> float:
-    """Where as many seen samples fall to the absent classes as pseudo-absent copies to the seen ones, softly."""
-    weights = torch.full_like(pseudo, 1 / len(pseudo)) if weights is None else weights
+@dataclass(frozen=True)
+class Variant:
+    """The pseudo-absent estimator with one thing or another changed."""
 
-    def surplus(gamma: float) -> float:
-        falling = torch.sigmoid(slope * (gamma - seen)).mean()
-        staying = (weights * torch.sigmoid(slope * (pseudo - gamma))).sum()
-        return (len(run.seen) * falling - len(run.absent) * staying).item()
+    seen_slope: float | None = 2.5  # per standard deviation of the margins; None: 1 per logit
+    copy_slope: float = 0.5  # per logit
+    reference: str = "other seen classes"  # what the copy's logit of before is compared with
+    gained: float = 1.0  # how much of what the seen classes have gained the absent ones gain, if all features changed
+    follows_features: bool = True  # whether that depends on how much the features have changed
+    weighs: bool = True  # whether samples count by how likely they are right in their group
+    power: float = 1.0  # of the weights of copies
+    objective: bool = False  # the best softened accuracy instead of equal losses
 
-    return root(surplus)
-
-
-def slope(value: float) -> Callable[[Run], float]:
-    return lambda run: threshold(run, *run.margins, value)
-
-
-def free_slope(run: Run) -> float:
-    """A logistic regression of "seen or absent" on the margin, slope and all."""
-    margins = torch.cat(run.margins)
-    centre, scale = margins.mean(), margins.std()
-    seen, pseudo = ((part - centre) / scale for part in run.margins)
-    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        lost = len(run.seen) * torch.nn.functional.softplus(-weights[0] * seen - weights[1]).mean()
-        lost = lost + len(run.absent) * torch.nn.functional.softplus(weights[0] * pseudo + weights[1]).mean()
-        lost.backward()
-        return lost
-
-    optimizer.step(loss)
-    return (centre - weights[1].detach() / weights[0].detach() * scale).item()
+    def __call__(self, run: Run, share: float) -> float:
+        """Gamma for a run at a share of absent samples."""
+        margin, right, copy_margin, copy_right = _variant_samples(self, run)
+        slope = torch.tensor(1.0) if self.seen_slope is None else self.seen_slope / margin.std(correction=0)
+        if not self.weighs:
+            right, copy_right = torch.ones_like(right), torch.ones_like(copy_right)
+        if not self.objective:
+            samples = WeighedSamples(margin, right, copy_margin, copy_right**self.power, slope)
+            return balance(samples, share, self.copy_slope)
+        grid = torch.linspace(-20, 30, 501, dtype=torch.float64)
+        kept = (right * torch.sigmoid(slope * (margin - grid.unsqueeze(1)))).mean(1)
+        found = (copy_right * torch.sigmoid(self.copy_slope * (grid.unsqueeze(1) - copy_margin))).mean(1)
+        return grid[((1 - share) * kept + share * found).argmax()].item()
 
 
-def best_of_grid(run: Run, seen: Tensor, pseudo: Tensor, seen_width: Tensor, pseudo_width: Tensor) -> float:
-    """The gamma with the best expected accuracy of samples and copies, each blurred by a normal distribution."""
-    grid = torch.linspace(torch.cat(run.margins).min(), torch.cat(run.margins).max(), 800, dtype=torch.float64)
-    kept = torch.special.ndtr((seen - grid.unsqueeze(1)) / seen_width).sum(1) / len(run.target)
-    found = torch.special.ndtr((grid.unsqueeze(1) - pseudo) / pseudo_width).sum(1) / len(run.target)
-    return grid[(len(run.seen) * kept + len(run.absent) * found).argmax()].item()
+def _variant_samples(variant: Variant, run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    leads, sums = _leads(run)
+    if variant.reference == "absent classes":  # the group's own bias before fine-tuning is carried over, too
+        leads = leads + _of_reference(run)
+    count = len(leads)
+    own, rival, copy = leads.unbind(1)
+    right = (own > rival).double()
+    accuracy, accuracy_before = ((number + 0.5) / (count + 1) for number in (right.sum(), sums[4]))
+    spread = (sums[1] * sums[3]).sqrt()
+    changed = torch.where(spread > 0, 1 - sums[2] / spread, 0.0).clamp(0, 1) if variant.follows_features else 1.0
+    gain = variant.gained * changed * (accuracy.logit() - accuracy_before.logit()).clamp(min=0)
+    fewer = math.inf if len(run.absent) == 1 else -math.log1p(-1 / len(run.absent))
+    copy_right = torch.sigmoid(copy - sums[0] / count + gain + fewer)
+    return torch.maximum(own, rival), (right * count + 0.5) / (count + 1), rival - copy.clamp(min=0), copy_right
 
 
-def kernels(run: Run) -> float:
-    seen, pseudo = run.margins
-    width = len(seen) ** -0.2
-    return best_of_grid(run, seen, pseudo, width * seen.std(), width * pseudo.std())
+_LEADS: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
 
-def right_kernels(run: Run) -> float:
-    """Only samples and copies count that are right within their own group."""
-    seen, pseudo = run.margins
-    width = len(seen) ** -0.2
-    right = run.own > run.others.amax(1)
-    carried = carried_over(run)[0] > run.logits[:, run.absent].amax(1)
-    return best_of_grid(run, seen[right], pseudo[carried], width * seen.std(), width * pseudo.std())
+def _leads(run: Run) -> tuple[Tensor, Tensor]:
+    key = run.name, run.part
+    if key not in _LEADS:
+        _LEADS[key] = run.leads
+    return _LEADS[key]
 
 
-def normals(run: Run) -> float:
-    """Both margins have normal distributions."""
-    seen, pseudo = run.margins
-    count = len(run.target)
-    means = seen.mean().expand(count), pseudo.mean().expand(count)
-    return best_of_grid(run, *means, seen.std(), pseudo.std())
+_REFERENCES: dict[tuple[str, str], Tensor] = {}
 
 
-def log_sum_exp_margins(run: Run) -> float:
-    absent, carried = run.logits[:, run.absent], carried_over(run)[0].unsqueeze(1)
-    seen = run.logits[:, run.seen].logsumexp(1) - absent.logsumexp(1)
-    pseudo = run.others.logsumexp(1) - torch.cat([carried, absent], 1).logsumexp(1)
-    return threshold(run, seen, pseudo, 1.0)
+def _of_reference(run: Run) -> Tensor:
+    """What the leads change by if copies stand above the absent classes as before, ``(N, 3)``."""
+    key = run.name, run.part
+    if key not in _REFERENCES:
+        now, before = run.logits[:, run.absent], run.pretrained_logits[:, run.absent]
+        change = _scale(now, before) * (_other_mean(run) - before.mean(1))
+        _REFERENCES[key] = torch.stack([torch.zeros_like(change), torch.zeros_like(change), change], 1)
+    return _REFERENCES[key]
 
 
-def carried_over(run: Run, how: str = "scale") -> tuple[Tensor, float]:
-    """The true class's logit of before, on the absent classes' scale of now; and the spread about it."""
-    now, before = run.logits[:, run.absent], run.pretrained_logits[:, run.absent]
-    own = run.pretrained_logits.gather(1, run.target.unsqueeze(1)).squeeze(1) - before.mean(1)
-    now_centred, before_centred = (part - part.mean(1, keepdim=True) for part in (now, before))
-    if how == "scale":
-        return now.mean(1) + now.std(1, correction=0) / before.std(1, correction=0) * own, 0.0
-    if how == "shift":
-        return now.mean(1) + own, 0.0
-    if how == "pooled":
-        return now.mean(1) + (now_centred.square().mean() / before_centred.square().mean()).sqrt() * own, 0.0
-    coefficient = (now_centred * before_centred).sum() / before_centred.square().sum()
-    return now.mean(1) + coefficient * own, (now_centred - coefficient * before_centred).std().item()
+def _scale(now: Tensor, before: Tensor) -> Tensor:
+    now, before = now.std(1, correction=0), before.std(1, correction=0)
+    return torch.where((now > 0) & (before > 0), now / before, 1.0)
 
 
-def carried(how: str, noise: bool = False) -> Callable[[Run], float]:
-    """The pseudo-absent estimator with another way to carry the true class over."""
-
-    def gamma(run: Run) -> float:
-        own, spread = carried_over(run, how)
-        absent, others = run.logits[:, run.absent].amax(1), run.others.amax(1)
-        nodes = torch.linspace(-3, 3, 25, dtype=torch.float64) if noise else torch.zeros(1, dtype=torch.float64)
-        density = (-nodes.square() / 2).exp()
-        copies = [others - torch.maximum(own + spread * node, absent) for node in nodes]
-        weights = (density / density.sum()).repeat_interleave(len(own)) / len(own)
-        return threshold(run, run.margins[0], torch.cat(copies), 1.0, weights)
-
-    return gamma
+def _other_mean(run: Run) -> Tensor:
+    others = torch.tensor(run.seen) != run.target.unsqueeze(1)
+    return run.pretrained_logits[:, run.seen][others].view(len(run.target), -1).mean(1)
 
 
-def fewer_rivals(run: Run, extrapolate: bool = False) -> float:
-    """An absent sample has |U| - 1 absent rivals, and |S| seen ones: a copy has one more, and one fewer."""
-    own, count = carried_over(run)[0], len(run.absent)
-    first, second = run.logits[:, run.absent].topk(2, 1).values.unbind(1)
-    others = run.others.topk(2, 1).values
-    rival = others[:, 0] + (others[:, 0] - others[:, 1]) / len(run.seen) if extrapolate else others[:, 0]
-    pseudo = torch.cat([rival - torch.maximum(own, first), rival - torch.maximum(own, second)])
-    weights = torch.cat([torch.full_like(own, 1 - 1 / count), torch.full_like(own, 1 / count)]) / len(own)
-    return threshold(run, run.margins[0], pseudo, 1.0, weights)
+def of_classes(run: Run, _: float) -> float:
+    """The estimator of version 0.1: unweighted, and the share is that of the classes."""
+    share = len(run.absent) / (len(run.seen) + len(run.absent))
+    return Variant(None, 1.0, "absent classes", weighs=False)(run, share)
+
+
+def mean_of_both(run: Run, share: float) -> float:
+    weighted = Variant(None, 1.0, "absent classes", gained=0.0)
+    return (weighted(run, share) + Variant(None, 1.0, "absent classes", weighs=False)(run, share)) / 2
 
 
 def confusion_matched(run: Run) -> float:
-    metric = ConfusionMatched(run.split.num_classes, run.seen)
-    metric.update(run.logits, run.target)
-    return metric.compute().item()
+    """Absent classes outrank the true class of a seen sample as often as the same number of seen classes would."""
+    above = (run.others > run.own.unsqueeze(1)).sum(1).double()
+    lead = run.own - run.logits[:, run.absent].amax(1)
+    mean, none = above.mean().item(), (above == 0).double().mean().item()
+    factor = len(run.absent) / (len(run.seen) - 1)
+    if mean == 0:
+        rate = 0.0
+    elif math.exp(-mean) >= none:  # they spread less than a Poisson distribution's
+        rate = 1 - math.exp(-factor * mean)
+    else:
+        shape = math.exp(brentq(lambda s: nbinom.pmf(0, math.exp(s), 1 / (1 + mean / math.exp(s))) - none, -14, 14))
+        rate = 1 - nbinom.pmf(0, shape, 1 / (1 + factor * mean / shape))
+    return float(np.quantile(lead, rate))
 
 
 def midpoint(run: Run) -> float:
-    metric = Midpoint(run.split.num_classes, run.seen)
-    metric.update(run.logits, run.target, run.pretrained_logits)
-    return metric.compute().item()
+    """Halfway between the margins of samples and of copies."""
+    margin, _, copy_margin, _ = _variant_samples(Variant(reference="absent classes"), run)
+    return ((margin + copy_margin).mean() / 2).item()
 
 
-def mean_of_two(run: Run) -> float:
-    return (confusion_matched(run) + pseudo_absent(run)) / 2
+def matched_maxima(run: Run) -> float:
+    """The gap between the expected maxima of equally many seen and absent logits."""
+    size = min(len(run.seen) - 1, len(run.absent))
+    return (_expected_maximum(run.others, size) - _expected_maximum(run.logits[:, run.absent], size)).mean().item()
 
 
-def median_of_three(run: Run) -> float:
-    return sorted([confusion_matched(run), pseudo_absent(run), midpoint(run)])[1]
+def _expected_maximum(values: Tensor, size: int) -> Tensor:
+    return values.sort(1).values[:, size - 1 :] @ _shares_of_subsets(values.shape[1], size)
 
 
-IDEAS: dict[str, Callable[[Run], float]] = {
-    "softmax mass per class, absent = wrong seen": soft_mass,
-    "pseudo-absent, slope 1/2": slope(0.5),
-    "pseudo-absent, slope 2": slope(2.0),
-    "pseudo-absent, slope 4": slope(4.0),
-    "pseudo-absent, slope fitted as well": free_slope,
-    "pseudo-absent, accuracy with kernels": kernels,
-    "pseudo-absent, accuracy, only where right": right_kernels,
-    "pseudo-absent, two normal distributions": normals,
-    "pseudo-absent, log-sum-exp for maxima": log_sum_exp_margins,
-    "pseudo-absent, true class shifted, not scaled": carried("shift"),
-    "pseudo-absent, one scale for all samples": carried("pooled"),
-    "pseudo-absent, true class by regression": carried("regression"),
-    "pseudo-absent, by regression with its noise": carried("regression", noise=True),
-    "pseudo-absent, one absent rival fewer": fewer_rivals,
-    "pseudo-absent, and one seen rival more": lambda run: fewer_rivals(run, extrapolate=True),
-    "mean with confusion-matched": mean_of_two,
-    "median with confusion-matched and midpoint": median_of_three,
+@cache
+def _shares_of_subsets(count: int, size: int) -> Tensor:
+    """The share of subsets of ``size`` whose largest rank is ``size - 1``, ..., ``count - 1``."""
+    shares = [size / count]
+    for rank in range(count - 1, size - 1, -1):
+        shares.append(shares[-1] * (rank - size + 1) / rank)
+    return torch.tensor(shares[::-1], dtype=torch.float64)
+
+
+def log_sum_exp_gap(run: Run) -> float:
+    """The gap between the soft maximum of the seen logits and that of the absent ones, both per class."""
+    others, absent = run.others, run.logits[:, run.absent]
+    gap = others.logsumexp(1) - absent.logsumexp(1) - math.log(others.shape[1] / absent.shape[1])
+    return gap.mean().item()
+
+
+def quantile_gap(run: Run) -> float:
+    """The gap between the 0.9 quantiles of the seen and of the absent logits."""
+    return (run.others.quantile(0.9, 1) - run.logits[:, run.absent].quantile(0.9, 1)).mean().item()
+
+
+FORMER: dict[str, Method] = {
+    "`pseudo_absent` of 0.1, share of the classes": of_classes,
+    "`confusion_matched`": lambda run, _: confusion_matched(run),
+    "`confusion_matched`, shifted": shifted(confusion_matched),
+    "`midpoint`": lambda run, _: midpoint(run),
+    "`midpoint`, shifted": shifted(midpoint),
+    "`matched_maxima`": lambda run, _: matched_maxima(run),
+    "`matched_maxima`, shifted": shifted(matched_maxima),
+    "`log_sum_exp_gap`": lambda run, _: log_sum_exp_gap(run),
+    "`log_sum_exp_gap`, shifted": shifted(log_sum_exp_gap),
+    "`quantile_gap`, 0.9": lambda run, _: quantile_gap(run),
+    "`quantile_gap`, 0.9, shifted": shifted(quantile_gap),
+}
+
+IDEAS: dict[str, Method] = {
+    "`pseudo_absent`": Variant(),
+    "copies stand above the absent classes as before": Variant(reference="absent classes"),
+    "absent classes gain nothing": Variant(gained=0.0),
+    "absent classes gain half as much": Variant(gained=0.5),
+    "absent classes gain as the seen ones, whatever the features": Variant(follows_features=False),
+    "absent classes gain half of that, whatever the features": Variant(gained=0.5, follows_features=False),
+    "no gain, square roots of the weights": Variant(gained=0.0, power=0.5),
+    "all samples and copies count alike": Variant(weighs=False),
+    "slope 1 per logit on both sides": Variant(seen_slope=None, copy_slope=1.0),
+    "seen slope 1 per logit": Variant(seen_slope=None),
+    "seen slope 2 per deviation": Variant(seen_slope=2.0),
+    "seen slope 3 per deviation": Variant(seen_slope=3.0),
+    "seen slope 4 per deviation": Variant(seen_slope=4.0),
+    "copy slope 1/4 per logit": Variant(copy_slope=0.25),
+    "copy slope 1 per logit": Variant(copy_slope=1.0),
+    "copy slope 2 per logit": Variant(copy_slope=2.0),
+    "best softened accuracy": Variant(objective=True),
+    "best softened accuracy, slopes twice as steep": Variant(5.0, 1.0, objective=True),
+    "slopes 1, weights, no gain, absent classes as reference": Variant(None, 1.0, "absent classes", gained=0.0),
+    "slopes 1, no weights, absent classes as reference": Variant(None, 1.0, "absent classes", weighs=False),
+    "mean of these two": mean_of_both,
 }
 
 
@@ -205,7 +257,7 @@ def class_offsets(run: Run, share: float, to_pretrained: bool) -> Tensor:
     wanted = run.pretrained_logits[:, run.absent].mean(0) if to_pretrained else torch.zeros_like(drift)
     offsets = (wanted - wanted.mean()) - (drift - drift.mean())
     logits = run.arrays["test_logits"].clone()
-    logits[:, run.absent] += pseudo_absent(run) + share * offsets
+    logits[:, run.absent] += pseudo_absent(run, run.natural) + share * offsets
     return logits
 
 
@@ -223,8 +275,8 @@ def spread(run: Run, to_pretrained: bool) -> Tensor:
         absent = logits[:, run.absent]
         logits[:, run.absent] = absent.mean(1, keepdim=True) + scale * (absent - absent.mean(1, keepdim=True))
         scaled[key] = logits
-    gamma = pseudo_absent(Run(run.name, {**run.arrays, **scaled}, run.part))
-    scaled["test_logits"][:, run.absent] += gamma
+    changed = replace(run, name=f"{run.name}, {to_pretrained}", arrays={**run.arrays, **scaled})
+    scaled["test_logits"][:, run.absent] += pseudo_absent(changed, run.natural)
     return scaled["test_logits"]
 
 

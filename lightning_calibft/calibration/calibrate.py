@@ -20,6 +20,7 @@ from lightning_calibft.calibration.evaluation_pass import (
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
+from lightning_calibft.estimators.choice import with_absent_share
 from lightning_calibft.head.attach import attach, detach, set_attached_gamma
 from lightning_calibft.head.offset import attached_heads, offset_of, remove_offset
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
@@ -36,6 +37,7 @@ def calibrate(
     head: str | nn.Module | None = None,
     estimator: str | Estimator = "alg",
     estimator_kwargs: Mapping[str, Any] | None = None,
+    absent_share: float | None = None,
     unpack_batch: UnpackBatch | str | None = None,
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
@@ -57,10 +59,11 @@ def calibrate(
 
     Args:
         model: A classifier. It stays on its device, and batches are moved there.
-        loader: The fine-tuning data: a ``DataLoader``, a collection of them, or any iterable of batches. A batch is a
-            pair ``(inputs, target)``, a longer tuple with one vector of class ids, or a mapping or object with its
-            target under ``label``, ``labels``, ``target``, ``targets``, ``y`` or the like. One-hot vectors are class
-            ids, too. A plain ``DataLoader`` is read in order and completely: no shuffling, no dropped last batch.
+        loader: The fine-tuning data, or, better for ``"pseudo_absent"``, other samples of its classes: a
+            ``DataLoader``, a collection of them, or any iterable of batches. A batch is a pair ``(inputs, target)``, a
+            longer tuple with one vector of class ids, or a mapping or object with its target under ``label``,
+            ``labels``, ``target``, ``targets``, ``y`` or the like. One-hot vectors are class ids, too. A plain
+            ``DataLoader`` is read in order and completely: no shuffling, no dropped last batch.
         seen_classes: Head rows of the fine-tuning classes. ``None``: the labels in ``loader``, which is then read
             twice.
         absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
@@ -70,6 +73,9 @@ def calibrate(
             ``"operating_point"`` needs a ``loader`` of validation data that includes absent classes.
         estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` for
             ``"operating_point"``.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1). ``None``: as the
+            estimator documents it. ``"alg"`` then is that of the paper, ``"pseudo_absent"`` assumes 0.5, and
+            ``"operating_point"`` takes the share in its samples.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional arguments of ``model``, and a mapping its keyword arguments.
         class_map: The head's row for each target in ``loader``, if they differ, as with image folders, which number
@@ -105,6 +111,7 @@ def calibrate(
     """
     errors = SharedErrors()
     with errors.shared():
+        estimator_kwargs = with_absent_share(estimator, estimator_kwargs, absent_share)
         check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
         check_max_samples(max_samples)
         check_tolerance(tolerance)

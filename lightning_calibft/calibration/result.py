@@ -17,10 +17,17 @@ class CalibrationResult:
 
     Attributes:
         gamma: The number that is added to the logits of the absent classes.
-        standard_error: Standard error of ``gamma`` over the samples, in logits.
+        standard_error: Standard error of ``gamma`` over the samples, in logits. It is the sampling error alone:
+            ``gamma`` can be further off if the samples or the estimator's assumptions are.
         num_samples: Number of fine-tuning samples that ``gamma`` was computed from.
         split: The seen and the absent classes.
         estimator: Name of the estimator that found ``gamma``.
+        absent_share: The share of samples of absent classes that ``gamma`` is for. ``None`` if none was given.
+        seen_change: What ``gamma`` is expected to change in the accuracy on samples of seen classes, in [-1, 1].
+            ``None`` if the estimator cannot tell, and likewise the next two.
+        absent_change: The same on samples of absent classes.
+        break_even_share: The share of samples of absent classes above which a positive ``gamma`` is expected to pay,
+            and below which a negative one is.
 
     Example:
         >>> from lightning_calibft import ClassSplit
@@ -34,10 +41,17 @@ class CalibrationResult:
     num_samples: int
     split: ClassSplit
     estimator: str
+    absent_share: float | None = None
+    seen_change: float | None = None
+    absent_change: float | None = None
+    break_even_share: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain Python numbers, strings and lists, which are safe in a checkpoint, in JSON, and in YAML."""
-        return {
+        """Return plain Python numbers, strings and lists, which are safe in a checkpoint, in JSON, and in YAML.
+
+        What is not known is left out.
+        """
+        values = {
             "gamma": self.gamma,
             "standard_error": self.standard_error,
             "num_samples": self.num_samples,
@@ -45,7 +59,12 @@ class CalibrationResult:
             "num_classes": self.split.num_classes,
             "seen_classes": list(self.split.seen_classes),
             "absent_classes": list(self.split.absent_classes),
+            "absent_share": self.absent_share,
+            "seen_change": self.seen_change,
+            "absent_change": self.absent_change,
+            "break_even_share": self.break_even_share,
         }
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResult:
@@ -54,12 +73,17 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
     Raises:
         ValueError: If gamma is not finite in float32.
     """
+    change, share = (getattr(estimator, name, None) for name in ("expected_change", "break_even_share"))
     result = CalibrationResult(
         gamma=float(estimator.compute()),
         standard_error=float(estimator.standard_error),
         num_samples=int(estimator.num_samples),
         split=estimator.split,
         estimator=choice if isinstance(choice, str) else type(choice).__name__,
+        absent_share=getattr(estimator, "absent_share", None),
+        seen_change=None if change is None else float(change.seen),
+        absent_change=None if change is None else float(change.absent),
+        break_even_share=None if share is None else float(share),
     )
     if not abs(result.gamma) <= torch.finfo(torch.float32).max:  # the head keeps it in float32
         raise ValueError(

@@ -45,6 +45,7 @@ from lightning_calibft.callback.trainer_data import (
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
+from lightning_calibft.estimators.choice import with_absent_share
 from lightning_calibft.head.attach import attached_split, reset_gamma, set_attached_gamma
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.dataset_labels import class_names_of_loaders
@@ -103,6 +104,8 @@ class AbsentClassCalibration(LightningCallback):
         estimator_kwargs: Further arguments of the estimator, such as ``{"min_seen_accuracy": 0.9}`` for
             ``"operating_point"``. For ``"pcv"``: ``num_splits``, ``candidates``, ``seed``, ``folder`` and ``epochs``,
             the length of each training as a share of the fit's epochs (or steps).
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1). ``None``: as the
+            estimator documents it; ``"alg"`` then is that of the paper, and ``"pseudo_absent"`` assumes 0.5.
         source: The data that gamma is found on. ``"train"``: one more pass over the training data, in eval mode.
             ``"validation"``: a pass over the validation data, where only ``"operating_point"`` uses the samples of
             absent classes. ``"training_steps"``: the logits of the training steps themselves, if a pass would take too
@@ -156,6 +159,7 @@ class AbsentClassCalibration(LightningCallback):
         head: str | None = None,
         estimator: str | Metric = "alg",
         estimator_kwargs: dict[str, Any] | None = None,
+        absent_share: float | None = None,
         source: Source = "train",
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
@@ -177,6 +181,7 @@ class AbsentClassCalibration(LightningCallback):
         self.head = head
         self.estimator = checked
         self.estimator_kwargs = estimator_kwargs
+        self.absent_share = absent_share
         self.source = source
         self.unpack_batch = unpack_batch
         self.class_map = class_map
@@ -189,7 +194,7 @@ class AbsentClassCalibration(LightningCallback):
         self.calibrate_checkpoints = calibrate_checkpoints
         self._search = GammaSearch(
             checked,
-            estimator_kwargs,
+            with_absent_share(checked, estimator_kwargs, absent_share),
             source,
             max_samples,
             tolerance,

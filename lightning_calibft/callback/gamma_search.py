@@ -60,7 +60,7 @@ class GammaSearch:
     def __init__(
         self,
         estimator: str | Estimator,
-        estimator_kwargs: dict[str, Any] | None,
+        estimator_kwargs: Mapping[str, Any] | None,
         source: Source,
         max_samples: int | None,
         tolerance: float | None,

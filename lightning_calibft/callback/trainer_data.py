@@ -189,7 +189,7 @@ def calibration_pass(
     model: LightningModule,
     source: Source,
     estimator: str | Estimator,
-    estimator_kwargs: dict[str, Any] | None,
+    estimator_kwargs: Mapping[str, Any] | None,
     reader: BatchReader,
     max_samples: int | None,
     tolerance: float | None,

@@ -153,6 +153,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             seen_classes=seen,
             estimator=args.estimator,
             estimator_kwargs=args.estimator_kwargs,
+            absent_share=args.absent_share,
             max_samples=args.max_samples,
             tolerance=args.tolerance,
             pretrained=None if args.pretrained is None else _load(args, args.pretrained, None, device)[0],
@@ -238,6 +239,7 @@ def _validation_text(found: dict[str, Any]) -> str:
 def _as_flags(message: str) -> str:
     """Replace the arguments of Python functions with the flags of the command."""
     for argument in (
+        "absent_share",
         "add_bias",
         "class_map",
         "estimator",

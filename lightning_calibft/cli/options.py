@@ -16,16 +16,7 @@ gamma in the file; 130 interrupted. With --json, the result is one JSON object o
 
 # The estimators that need no samples of absent classes, and timm's interpolations. They are written out here because
 # looking them up would import torch and timm.
-_ESTIMATORS = (
-    "alg",
-    "pseudo_absent",
-    "matched_maxima",
-    "quantile_gap",
-    "log_sum_exp_gap",
-    "midpoint",
-    "confusion_matched",
-    "fixed",
-)
+_ESTIMATORS = ("alg", "pseudo_absent", "fixed")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -129,8 +120,9 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         "--estimator-kwargs", nargs="*", default={}, action=_Arguments, metavar="NAME=VALUE", help="its arguments"
     )
     command.add_argument(
-        "--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent and midpoint"
+        "--absent-share", type=float, help="share of samples of absent classes that the model will meet, such as 0.1"
     )
+    command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
     command.add_argument("--batch-size", type=_integer(1), default=64, help="(%(default)s)")

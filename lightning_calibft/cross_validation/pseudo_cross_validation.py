@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchmetrics.utilities.prints import rank_zero_info
 from tqdm.auto import tqdm
 
-from lightning_calibft._arguments import check_integer, check_model
+from lightning_calibft._arguments import check_absent_share, check_integer, check_model
 from lightning_calibft._format import StrPath
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch, check_rows
 from lightning_calibft.calibration.data_check import empty_error
@@ -32,6 +32,7 @@ def pseudo_cross_validation(
     seen_classes: ClassIds | None = None,
     *,
     absent_classes: ClassIds | None = None,
+    absent_share: float | None = None,
     num_splits: int = 3,
     candidates: Candidates = "seen",
     head: str | None = None,
@@ -63,6 +64,8 @@ def pseudo_cross_validation(
             fine-tunes the copy and returns it, or changes the copy in place and returns ``None``.
         seen_classes: Head rows of the fine-tuning classes, at least three. ``None``: the labels in ``dataset``.
         absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1), which weights the
+            accuracies on both halves. ``None``: the share of the pseudo-absent samples.
         num_splits: Number of splits. They all differ, as long as there are enough different halves.
         candidates: The classes that the argmax runs over, as in ``SplitAccuracy``: ``"seen"``, or ``"all"``, where the
             absent classes are shifted together with the pseudo-absent classes.
@@ -111,7 +114,7 @@ def pseudo_cross_validation(
     check_model("model", model)
     check_integer("batch_size", batch_size, least=1)
     check_integer("num_workers", num_workers, least=0)
-    plan = CrossValidationPlan(num_splits, candidates, seed, folder)
+    plan = CrossValidationPlan(num_splits, candidates, seed, folder, check_absent_share(absent_share))
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"Expected argument `dataset` to be map-style, so that parts of it can be taken, but got a"

@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_calibft._arguments import check_choice, check_integer, check_path
+from lightning_calibft._arguments import check_absent_share, check_choice, check_integer, check_path
 from lightning_calibft._format import StrPath
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.calibration.result import CalibrationResult
@@ -35,15 +35,17 @@ class CrossValidationPlan:
     """How to cross-validate; see :func:`pseudo_cross_validation` for the fields.
 
     Raises:
-        TypeError: If ``num_splits`` or ``seed`` is not an integer, or ``folder`` is not a path.
-        ValueError: If ``num_splits`` or ``seed`` is out of range, or ``candidates`` is neither ``"seen"`` nor
-            ``"all"``.
+        TypeError: If ``num_splits`` or ``seed`` is not an integer, ``folder`` is not a path, or ``absent_share`` is not
+            a number.
+        ValueError: If ``num_splits``, ``seed`` or ``absent_share`` is out of range, or ``candidates`` is neither
+            ``"seen"`` nor ``"all"``.
     """
 
     num_splits: int = 3
     candidates: Candidates = "seen"
     seed: int = 0
     folder: StrPath | None = None
+    absent_share: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("num_splits", self.num_splits, least=1, most=_MOST_SPLITS)
@@ -51,6 +53,7 @@ class CrossValidationPlan:
         if self.folder is not None:
             check_path("folder", self.folder)
         check_choice("candidates", self.candidates, get_args(Candidates))
+        check_absent_share(self.absent_share)
 
     def pseudo_splits(self, split: ClassSplit) -> list[ClassSplit]:
         """Split the seen classes at random: one half stays seen, the other plays absent. Splits differ if possible.
@@ -102,6 +105,7 @@ def cross_validate(
     pseudo_splits = plan.pseudo_splits(split)
     all_settings = {
         "candidates": plan.candidates,
+        "absent_share": plan.absent_share,
         "seed": plan.seed,
         "weights": digest(before),
         "seen_classes": list(split.seen_classes),
@@ -118,7 +122,7 @@ def cross_validate(
             curve = SeenUnseenCurve(split.num_classes, pseudo_split.seen_classes, pseudo_split.absent_classes)
             read = reading(fit(index, pseudo_split))
             read.feed(curve.to(read.device), split)
-            outcome = {**needed[index], "gamma": _gamma(curve, needed[index]["pretrained_accuracy"])}
+            outcome = {**needed[index], "gamma": _gamma(curve, needed[index]["pretrained_accuracy"], plan)}
             store.write(index, {**outcome, "pseudo_seen": list(pseudo_split.seen_classes)})
             known[index] = outcome
     return _result([outcome for outcome in known if outcome is not None], split)
@@ -140,9 +144,9 @@ def _accuracies_before(
     ]
 
 
-def _gamma(curve: SeenUnseenCurve, least: float) -> float | None:
+def _gamma(curve: SeenUnseenCurve, least: float, plan: CrossValidationPlan) -> float | None:
     try:
-        return float(curve.best_gamma(min_absent_accuracy=least))
+        return float(curve.best_gamma(min_absent_accuracy=least, absent_share=plan.absent_share))
     except UnreachableAccuracyError:
         return None
 

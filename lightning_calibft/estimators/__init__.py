@@ -9,13 +9,8 @@ from lightning_calibft.estimators.choice import (
     needs_absent_samples as needs_absent_samples,
     needs_pretrained_logits as needs_pretrained_logits,
 )
-from lightning_calibft.estimators.confusion_matched import ConfusionMatched as ConfusionMatched
 from lightning_calibft.estimators.fixed_gamma import FixedGamma as FixedGamma
-from lightning_calibft.estimators.log_sum_exp_gap import LogSumExpGap as LogSumExpGap
-from lightning_calibft.estimators.matched_maxima import MatchedMaxima as MatchedMaxima
-from lightning_calibft.estimators.midpoint import Midpoint as Midpoint
 from lightning_calibft.estimators.operating_point import OperatingPoint as OperatingPoint
 from lightning_calibft.estimators.pseudo_absent import PseudoAbsent as PseudoAbsent
-from lightning_calibft.estimators.quantile_gap import QuantileGap as QuantileGap
 
 __all__ = ["ESTIMATORS"]

@@ -10,14 +10,10 @@ from typing import Any, Protocol
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_calibft.estimators.confusion_matched import ConfusionMatched
+from lightning_calibft._arguments import check_absent_share
 from lightning_calibft.estimators.fixed_gamma import FixedGamma
-from lightning_calibft.estimators.log_sum_exp_gap import LogSumExpGap
-from lightning_calibft.estimators.matched_maxima import MatchedMaxima
-from lightning_calibft.estimators.midpoint import Midpoint
 from lightning_calibft.estimators.operating_point import OperatingPoint
 from lightning_calibft.estimators.pseudo_absent import PseudoAbsent
-from lightning_calibft.estimators.quantile_gap import QuantileGap
 from lightning_calibft.metrics import AverageLogitGap
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
 from lightning_calibft.split import ClassSplit
@@ -59,11 +55,6 @@ _ATTRIBUTES = {"split", "standard_error", "num_samples"}
 ESTIMATORS: dict[str, Any] = {
     "alg": AverageLogitGap,
     "pseudo_absent": PseudoAbsent,
-    "matched_maxima": MatchedMaxima,
-    "quantile_gap": QuantileGap,
-    "log_sum_exp_gap": LogSumExpGap,
-    "midpoint": Midpoint,
-    "confusion_matched": ConfusionMatched,
     "operating_point": OperatingPoint,
     "fixed": FixedGamma,
 }
@@ -79,6 +70,30 @@ def needs_absent_samples(estimator: str | Estimator) -> bool:
     """Return whether an estimator, given by name or as an object, needs labeled samples of absent classes."""
     kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_absent_samples", False))
+
+
+def with_absent_share(
+    estimator: str | Estimator, estimator_kwargs: Mapping[str, Any] | None, absent_share: float | None
+) -> Mapping[str, Any] | None:
+    """Return the options of an estimator, with the share of absent samples among them if it is given.
+
+    Raises:
+        ValueError: If the share is not in (0, 1), or is given for an estimator that does not depend on it, or twice.
+        TypeError: If the share is not a number.
+    """
+    share = check_absent_share(absent_share)
+    if share is None or not isinstance(estimator_kwargs, (Mapping, NoneType)):
+        return estimator_kwargs
+    options = dict(estimator_kwargs or {})
+    if not isinstance(estimator, str):
+        reason = "with an `estimator` that is a metric", "Pass it to the metric itself."
+    elif estimator in ESTIMATORS and "absent_share" not in inspect.signature(ESTIMATORS[estimator]).parameters:
+        reason = f"with the estimator {estimator!r}, which does not depend on it", "Leave it out."
+    elif "absent_share" in options:
+        reason = "with `estimator_kwargs` that hold it as well", "Pass it once."
+    else:
+        return {**options, "absent_share": share}
+    raise ValueError(f"Expected argument `absent_share` to be None {reason[0]}, but got {share}. {reason[1]}")
 
 
 def check_estimator(
@@ -159,8 +174,8 @@ def make_estimator(
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     own, common = (inspect.signature(kind).parameters for kind in (ESTIMATORS[name], GammaEstimator))
-    known = {key: value for key, value in own.items() if key not in common}
-    if unknown := options.keys() - known.keys():
+    known = {key: value for key, value in own.items() if key not in common and key != "absent_share"}
+    if unknown := options.keys() - (known.keys() | own.keys() & {"absent_share"}):  # an argument of its own elsewhere
         raise ValueError(
             f"Expected argument `estimator_kwargs` to hold {' or '.join(map(repr, known)) or 'nothing'} for the"
             f" estimator {name!r}, but got {sorted(unknown)[0]!r}."

@@ -9,6 +9,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from typing_extensions import Unpack
 
+from lightning_calibft._arguments import check_absent_share
 from lightning_calibft.functional._inputs import Average
 from lightning_calibft.functional.seen_unseen_curve import (
     Criterion,
@@ -37,9 +38,9 @@ class OperatingPoint(SeenUnseenCurve):
     NeurIPS 2024. See :func:`lightning_calibft.functional.best_gamma` for the exact rule.
 
     Limitations: it needs labeled samples of the absent classes, the very classes that it should recover. With
-    ``criterion="accuracy"``, gamma also depends on the ratio of seen to absent samples, so that should be the ratio in
-    use. With ``average="macro"``, the other criteria, or constraints, only the mix within each group matters.
-    Accuracies on the samples used to choose gamma are slightly optimistic.
+    ``criterion="accuracy"``, gamma also depends on the share of absent samples: that in use should be that in these
+    samples, or be given as ``absent_share``. With ``average="macro"``, the other criteria, or constraints, only the mix
+    within each group matters. Accuracies on the samples used to choose gamma are slightly optimistic.
 
     The standard error is the standard deviation over 200 bootstrap samples. Those where no gamma reaches the required
     accuracies are left out, and it is NaN if fewer than two remain. It is reliable if a constraint or the point of
@@ -67,12 +68,15 @@ class OperatingPoint(SeenUnseenCurve):
             ``"equal_accuracies"``, the smallest difference between those two.
         min_seen_accuracy: Consider only gammas with at least this accuracy of seen samples among all classes.
         min_absent_accuracy: The same for absent samples.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1), which weights the
+            two accuracies in ``"accuracy"``. ``None``: the share in these samples.
         average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         kwargs: The arguments ``ignore_index``, ``validate_args``, ``class_map`` and ``label_names`` of all metrics of
             this package, see :class:`~lightning_calibft.metrics.AUSUC`, and those of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the criterion is unknown or an accuracy is not in [0, 1].
+        ValueError: If the criterion is unknown, an accuracy is not in [0, 1], ``absent_share`` is not in (0, 1), or it
+            is given along with a criterion that does not depend on it.
 
     Example:
         >>> import torch
@@ -102,11 +106,13 @@ class OperatingPoint(SeenUnseenCurve):
         criterion: Criterion = "accuracy",
         min_seen_accuracy: float | None = None,
         min_absent_accuracy: float | None = None,
+        absent_share: float | None = None,
         average: Average = "micro",
         **kwargs: Unpack[MetricOptions],
     ) -> None:
         super().__init__(num_classes, seen_classes, absent_classes, average=average, **kwargs)
-        self._goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
+        self.absent_share = check_absent_share(absent_share)
+        self._goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy, self.absent_share)
         self._samples: tuple[Tensor, Tensor] | None = None
 
     def compute(self) -> Tensor:  # type: ignore[override]

@@ -97,22 +97,3 @@ def other_seen_logits(preds: Tensor, target: Tensor, groups: Groups, fill: float
     """Copy the seen logits ``(N, |S|)`` with ``fill`` at the true class, or at any class if that is not seen."""
     place = torch.searchsorted(groups.seen, target.long()).clamp(max=len(groups.seen) - 1)
     return preds.index_select(1, groups.seen).scatter_(1, place.unsqueeze(1), fill)
-
-
-def sorted_gaps(gaps: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
-    """Apply ``gaps`` to the other seen and the absent logits, both sorted within each row; return shape ``(N,)``."""
-
-    def of_rows(preds: Tensor, target: Tensor) -> tuple[Tensor]:
-        others = _sorted_rows(other_seen_logits(preds, target, groups, torch.inf))[:, :-1]
-        return (gaps(others, _sorted_rows(preds.index_select(1, groups.absent))),)
-
-    return in_row_chunks(of_rows, preds, target)[0]
-
-
-def _sorted_rows(values: Tensor) -> Tensor:
-    """Sort each row, NaN last; ``values`` may be overwritten."""
-    if values.device.type != "cpu":
-        return values.sort(1).values
-    values = values.to(torch.promote_types(values.dtype, torch.float32))  # NumPy has no bfloat16
-    values.numpy().sort(1)  # many times as fast as torch's sort, which also returns the order
-    return values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_calibft._arguments import check_absent_share
 from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import (
     _SEEN,
@@ -32,6 +34,7 @@ def average_logit_gap(
     seen_classes: ClassIds,
     absent_classes: ClassIds | None = None,
     *,
+    absent_share: float | None = None,
     ignore_index: int | None = None,
     validate_args: bool = True,
 ) -> GammaEstimate:
@@ -43,11 +46,18 @@ def average_logit_gap(
 
     The logit of the true class is left out. Mai et al., "Fine-Tuning is Fine, if Calibrated", NeurIPS 2024, section 5.
 
+    This treats all classes as equally frequent. If the share :math:`p` of samples of absent classes is known, the
+    log-odds of the classes shift, as in the logit adjustment of Menon et al. (ICLR 2021), and gamma with them:
+
+    .. math:: \gamma + \log \frac{p / |U|}{(1 - p) / |S|}
+
     Args:
         preds: Logits of shape ``(N, C)`` from the fine-tuned model in eval mode.
         target: Class ids of shape ``(N,)``. Samples whose label is not a seen class are left out.
         seen_classes: Ids of the classes in the fine-tuning data, at least two.
         absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1). ``None``: no shift, as
+            in the paper.
         ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
 
@@ -56,8 +66,9 @@ def average_logit_gap(
         float64 scalars (float32 on devices without float64). Gamma is NaN with a warning if no sample counts.
 
     Raises:
-        ValueError: If there are fewer than two seen classes, or shapes or labels do not match.
-        TypeError: If ``preds`` or ``target`` has the wrong dtype.
+        ValueError: If there are fewer than two seen classes, ``absent_share`` is not in (0, 1), or shapes or labels do
+            not match.
+        TypeError: If ``preds`` or ``target`` has the wrong dtype, or ``absent_share`` is not a number.
 
     Example:
         >>> import torch
@@ -66,12 +77,19 @@ def average_logit_gap(
         >>> average_logit_gap(logits, torch.tensor([0, 1]), seen_classes=[0, 1]).gamma
         tensor(3., dtype=torch.float64)
     """
+    share = check_absent_share(absent_share)
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     check_seen_classes(len(groups.seen))
     if validate_args:
         warn_if_probabilities(preds)
     counted = groups.of_samples(target, ignore_index) == _SEEN
-    return gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
+    gamma, standard_error = gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
+    return GammaEstimate(gamma + prior_shift(share, len(groups.seen), len(groups.absent)), standard_error)
+
+
+def prior_shift(absent_share: float | None, num_seen: int, num_absent: int) -> float:
+    """Return the log-odds of an absent class against a seen one, 0 if the share of absent samples is not known."""
+    return 0.0 if absent_share is None else math.log(absent_share / (1 - absent_share) * num_seen / num_absent)
 
 
 def check_seen_classes(num_seen_classes: int) -> None:

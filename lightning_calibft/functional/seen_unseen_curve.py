@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_calibft._arguments import check_choice
+from lightning_calibft._arguments import check_absent_share, check_choice
 from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch
 from lightning_calibft.functional._inputs import (
     _ABSENT,
@@ -42,9 +42,16 @@ class Goal:
     criterion: Criterion = "accuracy"
     min_seen_accuracy: float | None = None
     min_absent_accuracy: float | None = None
+    absent_share: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, ("accuracy", "harmonic_mean", "equal_accuracies"))
+        check_absent_share(self.absent_share)
+        if self.absent_share is not None and self.criterion != "accuracy":
+            raise ValueError(
+                f"Expected argument `absent_share` to be None with the criterion {self.criterion!r}, which does not"
+                f" depend on it, but got {self.absent_share!r}. Leave it out, or use the criterion 'accuracy'."
+            )
         for name in ("min_seen_accuracy", "min_absent_accuracy"):
             value = getattr(self, name)
             real = isinstance(value, Real) and not isinstance(value, bool)
@@ -63,9 +70,10 @@ class Curve(NamedTuple):
     gamma: Tensor
     seen_share: Tensor
 
-    def overall(self) -> Tensor:
-        """Return the accuracy of all samples; a group without samples has no weight."""
-        return self.seen_share * self.seen.nan_to_num() + (1 - self.seen_share) * self.absent.nan_to_num()
+    def overall(self, absent_share: float | None = None) -> Tensor:
+        """Return the accuracy of all samples, or at another share of absent ones; an empty group has no weight."""
+        seen_share = self.seen_share if absent_share is None else 1 - absent_share
+        return seen_share * self.seen.nan_to_num() + (1 - seen_share) * self.absent.nan_to_num()
 
 
 def seen_unseen_curve(
@@ -167,6 +175,7 @@ def best_gamma(
     criterion: Criterion = "accuracy",
     min_seen_accuracy: float | None = None,
     min_absent_accuracy: float | None = None,
+    absent_share: float | None = None,
     average: Average = "micro",
     ignore_index: int | None = None,
     validate_args: bool = True,
@@ -184,6 +193,8 @@ def best_gamma(
             ``"equal_accuracies"``, the smallest difference between those two.
         min_seen_accuracy: Consider only gammas with at least this accuracy of seen samples among all classes.
         min_absent_accuracy: The same for absent samples.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1), which weights the
+            two accuracies in ``"accuracy"``. ``None``: the share in these samples.
         average: ``"micro"`` weights samples equally, ``"macro"`` weights classes that have samples equally.
         ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
@@ -204,7 +215,7 @@ def best_gamma(
         >>> best_gamma(logits, torch.tensor([0, 2, 1]), seen_classes=[0, 1])
         tensor(1.5000, dtype=torch.float64)
     """
-    goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
+    goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy, absent_share)
     curve = _curve(preds, target, seen_classes, absent_classes, average, ignore_index, validate_args)
     return to_real(curve_best_gamma(curve, goal), preds.device)
 
@@ -295,7 +306,7 @@ def curve_best_gamma(curve: Curve, goal: Goal) -> Tensor:
     allowed = lower < upper  # infinite margins leave empty intervals
     allowed = _at_least("min_seen_accuracy", goal, curve.seen, allowed)
     allowed = _at_least("min_absent_accuracy", goal, curve.absent, allowed)
-    score = _score(curve, goal.criterion).masked_fill(~allowed, -torch.inf)
+    score = _score(curve, goal).masked_fill(~allowed, -torch.inf)
     first = (score >= score.max() - _TOLERANCE).nonzero()[0, 0]
     low, high = lower[first], upper[first]
     if low.isfinite() and high.isfinite():
@@ -308,10 +319,10 @@ def curve_best_gamma(curve: Curve, goal: Goal) -> Tensor:
     )
 
 
-def _score(curve: Curve, criterion: Criterion) -> Tensor:
-    if criterion == "accuracy":
-        return curve.overall()
-    if criterion == "harmonic_mean":
+def _score(curve: Curve, goal: Goal) -> Tensor:
+    if goal.criterion == "accuracy":
+        return curve.overall(goal.absent_share)
+    if goal.criterion == "harmonic_mean":
         return harmonic_mean(curve.seen, curve.absent)
     return -(curve.seen - curve.absent).abs()
 

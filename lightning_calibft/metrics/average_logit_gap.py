@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_calibft.functional.average_logit_gap import average_gaps
+from lightning_calibft._arguments import check_absent_share
+from lightning_calibft.functional.average_logit_gap import average_gaps, prior_shift
+from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
+from lightning_calibft.split import ClassIds
 
 
 class AverageLogitGap(MeanGapEstimator):
@@ -17,7 +21,8 @@ class AverageLogitGap(MeanGapEstimator):
 
     See :func:`lightning_calibft.functional.average_logit_gap`. The state is three numbers. (Gamma alone needs
     only sums for each class, but its standard error needs the gap of each sample.) After ``compute`` on all processes,
-    :attr:`standard_error` and :attr:`num_samples` need no further communication.
+    :attr:`standard_error` and :attr:`num_samples` need no further communication. The standard error is the sampling
+    error alone: this estimate compares means where the prediction compares maxima, so gamma can be further off.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -31,6 +36,8 @@ class AverageLogitGap(MeanGapEstimator):
         num_classes: Number of classes ``C``, the width of the logits.
         seen_classes: Ids of the classes in the fine-tuning data, at least two.
         absent_classes: Ids of the classes missing from the fine-tuning data. ``None``: all classes that are not seen.
+        absent_share: The share of samples of absent classes that the model will meet, in (0, 1). It shifts gamma by the
+            log-odds of the classes. ``None``: no shift, as in the paper.
         ignore_index: Samples with this label are left out.
         validate_args: Whether to check the values of the tensors. ``False`` avoids a host synchronization.
         class_map: The head's row for each target, if targets are not row numbers. See
@@ -39,7 +46,8 @@ class AverageLogitGap(MeanGapEstimator):
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If there are fewer than two seen classes.
+        ValueError: If there are fewer than two seen classes, or ``absent_share`` is not in (0, 1).
+        TypeError: If ``absent_share`` is not a number.
 
     Example:
         >>> import torch
@@ -51,6 +59,23 @@ class AverageLogitGap(MeanGapEstimator):
         >>> metric.standard_error, metric.num_samples
         (tensor(0., dtype=torch.float64), 2)
     """
+
+    def __init__(
+        self,
+        num_classes: int,
+        seen_classes: ClassIds,
+        absent_classes: ClassIds | None = None,
+        *,
+        absent_share: float | None = None,
+        **kwargs: Unpack[MetricOptions],
+    ) -> None:
+        super().__init__(num_classes, seen_classes, absent_classes, **kwargs)
+        self.absent_share = check_absent_share(absent_share)
+
+    def compute(self) -> Tensor:
+        """Return gamma, the mean gap of all samples so far, shifted if ``absent_share`` is known."""
+        counts = len(self.split.seen_classes), len(self.split.absent_classes)
+        return super().compute() + prior_shift(self.absent_share, *counts)
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
         return average_gaps(preds, target, self._groups)

@@ -140,9 +140,10 @@ class SeenUnseenCurve(AbsentClassMetric):
         *,
         min_seen_accuracy: float | None = None,
         min_absent_accuracy: float | None = None,
+        absent_share: float | None = None,
     ) -> Tensor:
         """Return the gamma that is best, as defined by :func:`lightning_calibft.functional.best_gamma`."""
-        goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy)
+        goal = Goal(criterion, min_seen_accuracy, min_absent_accuracy, absent_share)
         return to_real(curve_best_gamma(self._computed_curve(), goal), self.device)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absen
 from tests.helpers.runs import NUM_CLASSES, SEEN, TRAIN, VAL, loader, pretrained, quiet
 
 pytestmark = quiet
-OPTIONS = {"fixed": {"gamma": 1.25}, "quantile_gap": {"quantile": 0.75}}
+OPTIONS = {"fixed": {"gamma": 1.25}, "operating_point": {"min_seen_accuracy": 0.5}}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -34,6 +35,59 @@ def test_each(name):
     assert result.num_samples == metric.num_samples == len(dataset)
     assert result.estimator == name
     assert get_gamma(model) == pytest.approx(result.gamma)
+
+
+@pytest.mark.parametrize("name", ["alg", "pseudo_absent", "operating_point"])
+def test_a_told_share(name):
+    """It reaches the metric, and fewer absent samples need a smaller gamma."""
+    dataset = VAL if needs_absent_samples(name) else TRAIN
+    more = {"pretrained": pretrained()} if needs_pretrained_logits(name) else {}
+    results = {}
+    for share in (0.01, 0.99):
+        results[share] = calibrate(
+            pretrained(), loader(dataset), SEEN, estimator=name, absent_share=share, progress=False, **more
+        )
+        assert results[share].absent_share == results[share].as_dict()["absent_share"] == share
+    assert results[0.01].gamma < results[0.99].gamma
+    result = calibrate(pretrained(), loader(dataset), SEEN, estimator=name, progress=False, **more)
+    assert "absent_share" not in result.as_dict()
+    if name == "alg":
+        assert results[0.99].gamma - result.gamma == pytest.approx(math.log(0.99 / 0.01 * len(SEEN) / (6 - len(SEEN))))
+
+
+def test_what_gamma_is_expected_to_change():
+    model, before = pretrained(), pretrained()
+    result = calibrate(model, loader(), SEEN, estimator="pseudo_absent", pretrained=before, progress=False)
+    metric = make_estimator("pseudo_absent", ClassSplit(NUM_CLASSES, SEEN))
+    x, y = TRAIN.tensors
+    with torch.no_grad():
+        logits = pretrained().eval()(x)
+    metric.update(logits, y, logits)
+    changes = [result.seen_change, result.absent_change]
+    assert changes == pytest.approx(list(map(float, metric.expected_change)), abs=1e-3)
+    assert result.break_even_share == pytest.approx(metric.break_even_share.item(), rel=1e-3)
+    assert result.as_dict()["break_even_share"] == result.break_even_share
+    assert calibrate(model, loader(), SEEN, progress=False).break_even_share is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"estimator": "fixed", "estimator_kwargs": {"gamma": 1.0}},
+            "with the estimator 'fixed', which does not depend",
+        ),
+        (
+            {"estimator": ESTIMATORS["alg"](6, SEEN), "seen_classes": None},
+            "an `estimator` that is a metric, but got",
+        ),
+        ({"estimator_kwargs": {"absent_share": 0.2}}, "with `estimator_kwargs` that hold it as well, but got 0.1"),
+        ({"estimator": "operating_point", "estimator_kwargs": {"criterion": "harmonic_mean"}}, "does not depend on it"),
+    ],
+)
+def test_a_share_that_has_no_place(options, message):
+    with pytest.raises(ValueError, match=f"Expected argument `absent_share` to be None .*{message}"):
+        calibrate(pretrained(), loader(), **{"seen_classes": SEEN, **options}, absent_share=0.1, progress=False)
 
 
 def test_options_of_a_metric_are_its_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
@@ -154,16 +156,25 @@ def test_labels_that_the_step_writes_over(tmp_path):
 
 def test_an_estimator_and_its_arguments(tmp_path):
     module = pretrained(Watched)
-    callback = steps(estimator="quantile_gap", estimator_kwargs={"quantile": 0.5})
+    callback = steps(estimator="fixed", estimator_kwargs={"gamma": 2.5})
     trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
-    logits, target = module.of_epoch(0)
-    others = [[c for c in SEEN if c != y] for y in target.tolist()]
-    gaps = [z[c].mean() - z[ABSENT].median() for z, c in zip(logits.double(), others, strict=True)]
-    assert callback.result.gamma == pytest.approx(torch.stack(gaps).mean().item(), rel=1e-6)
+    assert (callback.result.gamma, callback.result.num_samples) == (2.5, len(module.of_epoch(0)[1]))
     metric = AverageLogitGap(NUM_CLASSES, SEEN)
     callback = AbsentClassCalibration(estimator=metric, source="training_steps")
     trainer_of(tmp_path, callback, max_epochs=1).fit(module := pretrained(Watched), loader())
     assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0], rel=1e-9)
+
+
+def test_a_told_share(tmp_path):
+    module, callback = pretrained(Watched), steps(absent_share=0.1)
+    trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
+    shift = math.log(0.1 / len(ABSENT)) - math.log(0.9 / len(SEEN))
+    assert callback.result.gamma == pytest.approx(gap(*module.of_epoch(0))[0] + shift, rel=1e-9)
+    assert callback.result.absent_share == 0.1
+
+
+def test_a_share_reaches_pseudo_cross_validation():
+    assert AbsentClassCalibration(estimator="pcv", absent_share=0.1)._search.retraining.plan.absent_share == 0.1
 
 
 def test_a_resumed_fit_with_nothing_left_to_do(tmp_path):
@@ -213,12 +224,17 @@ def test_averaged_weights_are_in_no_step(tmp_path, averaging):
             {"source": "training_steps", "estimator": "pseudo_absent", "seen_classes": SEEN},
             "for the estimator 'pseudo_absent', but got 'training_steps'",
         ),
-        ({"estimator": "quantile_gap", "estimator_kwargs": {"q": 0.5}}, "to hold 'quantile' for .*, but got 'q'"),
-        ({"estimator_kwargs": {"quantile": 0.5}}, "`estimator_kwargs` to hold nothing for the estimator 'alg'"),
-        ({"estimator": "fixed"}, "`estimator_kwargs` to hold 'gamma' for the estimator 'fixed', but got {}"),
-        ({"estimator": "quantile_gap", "estimator_kwargs": {"quantile": 2}}, "`quantile` to be in .0, 1., but got 2"),
+        ({"estimator": "fixed", "estimator_kwargs": {"g": 0.5}}, "to hold 'gamma' for .*, but got 'g'"),
+        ({"estimator_kwargs": {"gamma": 0.5}}, "`estimator_kwargs` to hold nothing for the estimator 'alg'"),
+        ({"absent_share": 1.5}, "`absent_share` to be None or a number in .0, 1., but got 1.5"),
         (
-            {"estimator": AverageLogitGap(6, [0, 1]), "estimator_kwargs": {"quantile": 2}},
+            {"estimator": "fixed", "estimator_kwargs": {"gamma": 1.0}, "absent_share": 0.5},
+            "which does not depend on it",
+        ),
+        ({"estimator": "fixed"}, "`estimator_kwargs` to hold 'gamma' for the estimator 'fixed', but got {}"),
+        ({"estimator": "fixed", "estimator_kwargs": {"gamma": float("inf")}}, "`gamma` to be finite, but got inf"),
+        (
+            {"estimator": AverageLogitGap(6, [0, 1]), "estimator_kwargs": {"gamma": 2}},
             "`estimator_kwargs` to be None with an `estimator` that is a metric",
         ),
     ],

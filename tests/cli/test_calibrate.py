@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,6 @@ from lightning_calibft import (
     load_calibrated,
     set_gamma,
 )
-from lightning_calibft.estimators import QuantileGap
 from lightning_calibft.functional import pseudo_absent_gamma
 from tests.cli.running import READ, X, plain, run
 from tests.helpers.runs import quiet
@@ -202,23 +202,24 @@ def test_the_weights_from_before_fine_tuning(raw, photos, tmp_path, capsys):
 
 
 def test_another_estimator_and_its_arguments(raw, photos, tmp_path, capsys):
-    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--estimator", "quantile_gap"]
-    assert run(*words, "--estimator-kwargs", "quantile=1.5") == 1
-    assert "`quantile` to be in [0, 1], but got 1.5" in capsys.readouterr().err
-    assert run(*words, "--estimator-kwargs", "q=0.5") == 1
-    assert "`--estimator-kwargs` to hold 'quantile' for the estimator 'quantile_gap'" in capsys.readouterr().err
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--estimator", "fixed"]
+    assert run(*words, "--estimator-kwargs", "gamma=1e999") == 1
+    assert "`gamma` to be finite, but got inf" in capsys.readouterr().err
+    assert run(*words, "--estimator-kwargs", "g=0.5") == 1
+    assert "`--estimator-kwargs` to hold 'gamma' for the estimator 'fixed'" in capsys.readouterr().err
+    assert run(*words, "--estimator-kwargs", "gamma=0.5") == 0
+    assert inspect_checkpoint(tmp_path / "out.pth")["gamma"] == 0.5
+
+
+def test_a_told_share(raw, photos, tmp_path, capsys):
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ]
     gammas = []
-    for quantile in ("0.5", "1.0"):
-        assert run(*words, "--estimator-kwargs", f"quantile={quantile}") == 0
+    for share in (0.1, 0.4):
+        assert run(*words, "--absent-share", share) == 0
         gammas.append(inspect_checkpoint(tmp_path / "out.pth")["gamma"])
-    model = plain(raw)
-    dataset = ImageFolder(photos, create_transform(**resolve_model_data_config(model, {"img_size": 32})))
-    images, target = next(iter(torch.utils.data.DataLoader(dataset, 64)))
-    for quantile, gamma in zip((0.5, 1.0), gammas, strict=True):
-        metric = QuantileGap(NUM_CLASSES, SEEN, quantile=quantile)
-        with torch.no_grad():
-            metric.update(model(images), torch.tensor(SEEN)[target])
-        assert gamma == pytest.approx(metric.compute().item(), rel=1e-4)
+    assert gammas[1] - gammas[0] == pytest.approx(math.log(0.4 / 0.6) - math.log(0.1 / 0.9), abs=1e-5)
+    assert run(*words, "--absent-share", "10") == 1
+    assert "`--absent-share` to be None or a number in (0, 1), but got 10.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,9 @@ def run(folder: Path, devices: int) -> dict:
         "tensors": lambda: fit(folder, "tensors", devices, tensor=tensor),
         "live": lambda: fit_once(folder, devices, AbsentClassCalibration()),
         "some": lambda: fit_once(
-            folder, devices, AbsentClassCalibration(SEEN, max_samples=50, estimator="quantile_gap")
+            folder,
+            devices,
+            AbsentClassCalibration(SEEN, max_samples=50, estimator="alg", estimator_kwargs={"absent_share": 0.1}),
         ),
         "sure": lambda: fit_once(folder, devices, AbsentClassCalibration(SEEN, tolerance=1e-9), tensor=tensor),
         "validation": lambda: fit_once(

@@ -7,26 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_calibft.estimators import ESTIMATORS, Estimator, needs_pretrained_logits
-from tests.helpers.estimator_references import (
-    _reference_confusion_matched,
-    _reference_log_sum_exp_gap,
-    _reference_matched_maxima,
-    _reference_midpoint,
-    _reference_quantile_gap,
-    pretrained_logits,
-)
+from tests.helpers.estimator_references import _reference_told_gap, pretrained_logits
 from tests.helpers.references import _reference_gap, random_case
 
 CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "alg": ("alg", {}, lambda *args: _reference_gap(*args)[:2]),
-    "matched_maxima": ("matched_maxima", {}, _reference_matched_maxima),
-    "quantile_gap": ("quantile_gap", {}, _reference_quantile_gap),
-    "median_gap": ("quantile_gap", {"quantile": 0.5}, _reference_quantile_gap),
-    "maximum_gap": ("quantile_gap", {"quantile": 1.0}, _reference_quantile_gap),
-    "log_sum_exp_gap": ("log_sum_exp_gap", {}, _reference_log_sum_exp_gap),
-    "log_sum_exp_gap_hot": ("log_sum_exp_gap", {"temperature": 3.0}, _reference_log_sum_exp_gap),
-    "midpoint": ("midpoint", {}, _reference_midpoint),
-    "confusion_matched": ("confusion_matched", {}, _reference_confusion_matched),
+    "alg_told": ("alg", {"absent_share": 0.1}, _reference_told_gap),
     "fixed": ("fixed", {"gamma": 2.1}, lambda *args, gamma: (gamma, 0.0)),
 }
 

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from lightning_calibft.estimators import OperatingPoint
 from lightning_calibft.metrics import AUSUC, SeenUnseenCurve
-from tests.functional.test_best_gamma import CONSTRAINTS, CRITERIA, _reference_best_gamma
+from tests.functional.test_best_gamma import CONSTRAINTS, CRITERIA, SHARES, _reference_best_gamma
 from tests.helpers.processes import in_group
 from tests.helpers.references import random_case
 
@@ -50,6 +50,16 @@ def test_gamma_equals_brute_force(seed, average, criterion, constraints):
         assert metric.compute() == expected
         assert metric.compute().dtype == metric.standard_error.dtype == torch.float64
         assert metric.num_samples == sum(label in case[2] + case[3] for label in case[1].tolist())
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_told_share(share):
+    case = random_case(1)
+    metric = OperatingPoint(9, *case[2:], absent_share=share)
+    metric.update(*case[:2])
+    assert metric.compute() == _reference_best_gamma(case, absent_share=share)[0]
+    assert metric.compute() == metric.best_gamma(absent_share=share)
+    assert metric.standard_error.isfinite()
 
 
 @pytest.mark.parametrize("config", POINTS.values(), ids=POINTS)

@@ -31,7 +31,7 @@ def test_best_gamma_of_real_runs(name):
 
 
 def _reference_best_gamma(
-    case, criterion="accuracy", average="micro", min_seen_accuracy=None, min_absent_accuracy=None
+    case, criterion="accuracy", average="micro", min_seen_accuracy=None, min_absent_accuracy=None, absent_share=None
 ) -> tuple[float, str]:
     """Gamma, or NaN and what the error must say: try one gamma inside each interval between all finite margins."""
     margins = sorted(margin for margin in _reference_margins(case[0], *case[2:]) if math.isfinite(margin))
@@ -49,7 +49,9 @@ def _reference_best_gamma(
             )
             return NAN, f"`{name}` to be .* but got {least}, and the best{condition} is {best:.9f}. Ask for less."
     score = {
-        "accuracy": lambda seen, absent, overall: overall,
+        "accuracy": lambda seen, absent, overall: (
+            overall if absent_share is None else (1 - absent_share) * seen + absent_share * absent
+        ),
         "harmonic_mean": lambda seen, absent, overall: _harmonic(seen, absent),
         "equal_accuracies": lambda seen, absent, overall: -abs(seen - absent),
     }[criterion]
@@ -72,6 +74,7 @@ CONSTRAINTS = [
     {"min_seen_accuracy": 0, "min_absent_accuracy": 1.0},
     {"min_seen_accuracy": 0.9},
 ]
+SHARES = [0.01, 0.2, 0.5, 0.95]
 CRITERIA = ["accuracy", "harmonic_mean", "equal_accuracies"]
 
 
@@ -101,6 +104,18 @@ def test_best_gamma_equals_brute_force(seed, average, criterion, constraints):
     kwargs = {"criterion": criterion, "average": average, **constraints}
     _assert_best_gamma(random_case(seed), dtype=DTYPES[seed % 4], **kwargs)
     _assert_best_gamma(_with_infinities(random_case(seed + 6), seed), dtype=DTYPES[seed % 4], **kwargs)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("average", ["micro", "macro"])
+def test_a_told_share_weights_the_accuracies(share, average):
+    for seed in range(4):
+        _assert_best_gamma(random_case(seed), average=average, absent_share=share)
+
+
+def test_a_share_means_nothing_to_other_criteria():
+    with pytest.raises(ValueError, match="`absent_share` to be None with the criterion 'harmonic_mean', which"):
+        best_gamma(*random_case(0), criterion="harmonic_mean", absent_share=0.5)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,86 +2,60 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.stats import nbinom
+
+from tests.helpers.references import _reference_gap
 
 
-def _mean_and_error(gaps):
-    return np.mean(gaps), np.std(gaps, ddof=1) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+def _reference_told_gap(logits, target, seen, absent, absent_share):
+    """The average logit gap, and how much likelier an absent class is than a seen one."""
+    gamma, error, _ = _reference_gap(logits, target, seen, absent)
+    return gamma + math.log(absent_share / len(absent)) - math.log((1 - absent_share) / len(seen)), error
 
 
-def _seen_samples(logits, target, seen):
-    return [(z, y) for z, y in zip(logits.double().tolist(), target.tolist(), strict=True) if y in seen]
-
-
-def _reference_matched_maxima(logits, target, seen, absent):
-    def expected(values, size):
-        return np.mean([max(subset) for subset in itertools.combinations(values, size)])
-
-    size, gaps = min(len(seen) - 1, len(absent)), []
-    for z, y in _seen_samples(logits, target, seen):
-        gaps.append(expected([z[c] for c in seen if c != y], size) - expected([z[c] for c in absent], size))
-    return _mean_and_error(gaps)
-
-
-def _reference_quantile_gap(logits, target, seen, absent, quantile=0.9):
-    gaps = []
-    for z, y in _seen_samples(logits, target, seen):
-        others, rest = [z[c] for c in seen if c != y], [z[c] for c in absent]
-        gaps.append(np.quantile(others, quantile) - np.quantile(rest, quantile))
-    return _mean_and_error(gaps)
-
-
-def _reference_log_sum_exp_gap(logits, target, seen, absent, temperature=1.0):
-    gaps = []
-    for z, y in _seen_samples(logits, target, seen):
-        others, rest = (
-            [math.exp(z[c] / temperature) for c in classes] for classes in ([c for c in seen if c != y], absent)
-        )
-        gaps.append(temperature * (math.log(np.mean(others)) - math.log(np.mean(rest))))
-    return _mean_and_error(gaps)
-
-
-def _reference_margins(logits, target, before, seen, absent):
-    """Margins of the seen samples and of their pseudo-absent copies."""
-    margins = []
+def _reference_pseudo_absent(logits, target, seen, absent, before, absent_share=0.5):
+    """Gamma as a root of its equation, and the equation's samples: margin, right, copy's margin, copy's weight."""
+    margins, right, right_before, copies, excesses, now, then = [], [], [], [], [], [], []
     for z, label, z0 in zip(logits.double().tolist(), target.tolist(), before.double().tolist(), strict=True):
         if label not in seen:
             continue
-        mean, mean0 = (sum(row[c] for c in absent) / len(absent) for row in (z, z0))
-        std = math.sqrt(sum((z[c] - mean) ** 2 for c in absent) / len(absent))
-        std0 = math.sqrt(sum((z0[c] - mean0) ** 2 for c in absent) / len(absent))
-        scale = std / std0 if std > 0 and std0 > 0 else 1.0
-        own = mean + scale * (z0[label] - mean0)
-        highest = max(z[c] for c in absent)
-        others = max(z[c] for c in seen if c != label)
-        margins.append((max(z[c] for c in seen) - highest, others - max(own, highest)))
-    return margins
+        others = [c for c in seen if c != label]
+        absent_now, absent_then = np.array([z[c] for c in absent]), np.array([z0[c] for c in absent])
+        scale = absent_now.std() / absent_then.std() if absent_now.std() > 0 and absent_then.std() > 0 else 1.0
+        own = absent_now.mean() + scale * (z0[label] - np.mean([z0[c] for c in others]))
+        rival, highest = max(z[c] for c in others), absent_now.max()
+        margins.append(max(rival, z[label]) - highest)
+        right.append(z[label] > rival)
+        right_before.append(z0[label] > max(z0[c] for c in others))
+        copies.append((own - highest, rival - max(own, highest)))
+        excesses.append(math.log(np.exp(absent_now - highest).sum()))
+        now.extend(absent_now - absent_now.mean())
+        then.extend(absent_then - absent_then.mean())
+    count, now, then = len(margins), np.array(now), np.array(then)
+    spread = math.sqrt((now @ now) * (then @ then))
+    changed = min(1.0, max(0.0, 1 - now @ then / spread)) if spread > 0 else 0.0
+    accuracy, accuracy_before = ((sum(part) + 0.5) / (count + 1) for part in (right, right_before))
+    odds, odds_before = accuracy / (1 - accuracy), accuracy_before / (1 - accuracy_before)
+    gained = changed * max(0.0, math.log(odds / odds_before))
+    weights = []
+    for own, _ in copies:
+        rivals = math.exp(np.mean(excesses)) * (len(absent) - 1) / len(absent)
+        weights.append(1 / (1 + rivals * math.exp(-own - gained)))
+    right = [(value * count + 0.5) / (count + 1) for value in right]
+    slope = 2.5 / np.std(margins) if np.std(margins) > 0 else 1.0
+    copies = [margin for _, margin in copies]
 
+    def surplus(gamma):
+        lost = np.mean([a / (1 + math.exp(slope * (m - gamma))) for m, a in zip(margins, right, strict=True)])
+        missed = np.mean([b / (1 + math.exp((gamma - c) / 2)) for c, b in zip(copies, weights, strict=True)])
+        return (1 - absent_share) * lost - absent_share * missed
 
-def _reference_midpoint(logits, target, seen, absent, before):
-    return _mean_and_error([(m + m2) / 2 for m, m2 in _reference_margins(logits, target, before, seen, absent)])
-
-
-def _reference_confusion_matched(logits, target, seen, absent):
-    samples = _seen_samples(logits, target, seen)
-    above = [sum(z[c] > z[y] for c in seen) for z, y in samples]
-    lead = [z[y] - max(z[c] for c in absent) for z, y in samples]
-    mean, none = np.mean(above), np.mean(np.equal(above, 0))
-    factor = len(absent) / (len(seen) - 1)
-    if mean == 0:
-        rate = 0.0
-    elif math.exp(-mean) >= none:  # they spread less than a Poisson distribution's
-        rate = 1 - math.exp(-factor * mean)
-    else:
-        shape = math.exp(brentq(lambda s: nbinom.pmf(0, math.exp(s), 1 / (1 + mean / math.exp(s))) - none, -14, 14))
-        rate = 1 - nbinom.pmf(0, shape, 1 / (1 + factor * mean / shape))
-    return np.quantile(lead, rate), None
+    gamma = brentq(surplus, min(margins + copies) - 30, max(margins + copies) + 30, xtol=1e-13)
+    return gamma, (np.array(margins), np.array(right), np.array(copies), np.array(weights), slope)
 
 
 def pretrained_logits(logits):

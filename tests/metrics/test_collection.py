@@ -5,7 +5,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lightning_calibft import functional as F
-from lightning_calibft.estimators import MatchedMaxima, OperatingPoint, QuantileGap
+from lightning_calibft.estimators import FixedGamma, OperatingPoint
 from lightning_calibft.metrics import (
     AUSUC,
     AverageLogitGap,
@@ -38,8 +38,8 @@ def _group_of(metrics, name):
         (lambda: AUSUC(4, [0, 1]), lambda: AUSUC(4, [0, 1], class_map=[0, 1, 3, 2])),
         (lambda: AUSUC(4, [0, 1]), lambda: AUSUC(4, [0, 1, 2])),
         (lambda: AUSUC(4, [0, 1]), lambda: OperatingPoint(4, [0, 1], criterion="harmonic_mean")),
-        (lambda: AverageLogitGap(4, [0, 1]), lambda: MatchedMaxima(4, [0, 1])),
-        (lambda: QuantileGap(4, [0, 1], quantile=0.0), lambda: QuantileGap(4, [0, 1], quantile=1.0)),
+        (lambda: AverageLogitGap(4, [0, 1]), lambda: FixedGamma(4, [0, 1], gamma=1.0)),
+        (lambda: FixedGamma(4, [0, 1], gamma=0.0), lambda: FixedGamma(4, [0, 1], gamma=1.0)),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1], [2])),
         (lambda: SplitAccuracy(4, [0, 1]), lambda: SplitAccuracy(4, [0, 1, 2])),
         (lambda: SplitAccuracy(2, [0]), lambda: SplitAccuracy(2, [0], average="macro")),

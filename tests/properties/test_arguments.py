@@ -45,7 +45,7 @@ RIGHT = {
     "ignore_index": {"None", "3", "-1"},
     "max_samples": {"None", "3"},
     "tolerance": {"None", "3", "2.5", "2**70", "10**400"},
-    "quantile": {"0-d"},
+    "absent_share": {"None"},
     "perplexity": {"3", "2.5", "0-d"},
     "seed": {"3", "-1"},
     "steps": {"3", "[2**70]"},
