@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
+from uuid import uuid4
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,10 +15,17 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
+from lightning_calibft._format import METADATA_KEY
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
+from lightning_calibft.callback.checkpoint_files import (
+    KeptCheckpoints,
+    calibrate_files,
+    message_of,
+    put_calibration_of,
+)
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
@@ -26,6 +35,7 @@ from lightning_calibft.callback.trainer_checks import (
     check_not_folded,
     check_sharded_checkpoints,
     check_trainer,
+    finish_run,
     order_callbacks,
 )
 from lightning_calibft.callback.trainer_data import (
@@ -111,7 +121,8 @@ class AbsentClassCalibration(Callback):
             have the gamma of the last one until the fit ends. Each refresh takes a pass, so consider ``max_samples`` or
             ``tolerance``.
         log_metrics: Whether to log the metrics of validation and test, and ``val_gamma``.
-        calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
+        calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well. If not, what is saved when
+            training ends waits for the pass, so that it has gamma.
 
     Attributes:
         result: The result of the calibration after the fit: gamma, its standard error, and the samples and classes.
@@ -188,8 +199,11 @@ class AbsentClassCalibration(Callback):
         self._monitor = EvaluationMonitor()
         self._labels: TrainingLabels | None = None
         self._restored_classes: list[int] = []
+        self._run = uuid4().hex  # tells the checkpoints of this run from those of others
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
+        self._labels_missed = False
+        self._steps_failure: Exception | None = None
         self._finished = False
         self._failure: Exception | None = None
 
@@ -220,6 +234,7 @@ class AbsentClassCalibration(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored_classes = state_dict["seen_classes"]
+        self._run = state_dict.get("run", self._run)  # the checkpoints of the run that is resumed are this run's
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,6 +244,7 @@ class AbsentClassCalibration(Callback):
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
+        self._run = trainer.strategy.broadcast(self._run)
         if self._split is None:
             self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
             self._labels.add_classes(self._restored_classes)
@@ -250,6 +266,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        order_callbacks(trainer, self)
         if self._search.steps is not None:
             self._search.steps.start_epoch()
 
@@ -264,21 +281,23 @@ class AbsentClassCalibration(Callback):
                 self._batch_checked = True
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
-        if self._search.steps is not None:
-            self._search.steps.start_step(self._reader.rows(batch))
+        if self._search.steps is not None and self._failure is None:
+            with self._told_at_the_end(postpone=self._search.steps.counted):
+                self._search.steps.start_step(self._reader.rows(batch))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._search.steps is not None:
+        if self._search.steps is not None and self._failure is None:
             self._search.steps.end_forward()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._search.steps is not None:
-            # If there are no outputs, the step returned None.
-            self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
+        if self._search.steps is not None and self._failure is None:
+            with self._told_at_the_end(postpone=self._search.steps.counted):
+                # If there are no outputs, the step returned None.
+                self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
 
     # Validation and test.
 
@@ -344,42 +363,47 @@ class AbsentClassCalibration(Callback):
         self._use_steps(trainer, pl_module)
         if self._labels is not None:  # so that a checkpoint saved now has the labels of all processes
             self._labels.end_epoch(trainer.strategy)
+        if self.calibrate_checkpoints and not is_model_parallel(trainer):
+            # If training ends now, what it saves last is on the disk before the pass begins, in which the process may
+            # die. Files that are not calibrated later must have their gamma when they are written.
+            order_callbacks(trainer, self, last=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seen_classes": self._labels.classes() if self._labels is not None else self._restored_classes}
+        classes = self._labels.classes() if self._labels is not None else self._restored_classes
+        return {"seen_classes": classes, "run": self._run}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         results = [self.result, *self.checkpoint_results.values()]
         put_calibration_of(pl_module, [result for result in results if result is not None], checkpoint)
 
-    # The end. The model gets its gamma before ModelCheckpoint saves it; the files get theirs when all are written.
+    # The end. The user's run does not wait for the calibration: the model gets its gamma when all is saved, the files
+    # get theirs when all are written, and an error is raised when everything else is done.
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._search.retraining is not None:  # takes long, so it waits until everything is saved
+        order_callbacks(trainer, self)
+        if self._search.retraining is not None:  # takes long, so it waits until the Trainer has finished with the model
             return
-        try:
+        with self._told_at_the_end():
             self._calibrate(trainer, pl_module, trained=True)
-        except Exception as error:  # raised in `on_fit_end`, when the run has saved its checkpoints
-            self._failure = error
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
-            raise self._failure or RuntimeError("Calibrating failed on another process. See the error there.")
-        # By now, most strategies have moved the model to the CPU, and asynchronous writers have finished.
-        device = pl_module.device
-        pl_module.to(trainer.strategy.root_device)
-        if not self._finished:  # with "pcv", or if nothing was left to train
-            self._calibrate(trainer, pl_module, trained=False)
-        if self.result is not None:
-            if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
-                self._calibrate_files(trainer, pl_module, self.result)
-            self._report(trainer, self.result)
+        if not trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            with self._told_at_the_end():
+                self._calibrate_all(trainer, pl_module)
         self._search.forget()
-        pl_module.to(device)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._attachment.stop_waiting()  # a tuner can leave a fit in the middle without calling other hooks
+        self._search.pretrained.forget()
+        if stage == "fit" and trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            failure, self._failure = self._failure, None
+            finish_run(trainer, pl_module, self, stage)
+            raise failure or RuntimeError("Calibrating failed on another process. See the error there.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -395,11 +419,6 @@ class AbsentClassCalibration(Callback):
                 "Calibrating was interrupted: the model in memory is calibrated, but not all of its checkpoints are."
                 " `inspect_checkpoint` shows which ones are. `trainer.save_checkpoint` saves the model with its gamma."
             )
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._attachment.stop_waiting()  # a tuner can leave a fit in the middle without calling other hooks
-        self._search.pretrained.forget()
 
     # Helpers of the hooks.
 
@@ -420,10 +439,11 @@ class AbsentClassCalibration(Callback):
         assert self._labels is not None
         try:
             self._labels.add_batch(batch, trainer.train_dataloader, self._reader)
-        except (TypeError, ValueError):
+        except Exception:  # the user's function can raise anything; the first batch was fine
             if calibration_dataloader(trainer) is None:
-                raise
-            self._labels.give_up()  # the labels of the calibration data are read at the end
+                self._labels_missed = True
+            else:
+                self._labels.give_up()  # the labels of the calibration data are read at the end
 
     def _start_monitor(self, trainer: Trainer, model: LightningModule, num_batches: list[int | float]) -> None:
         split = None if trainer.sanity_checking or not self.log_metrics else self._split_so_far(trainer, model)
@@ -450,9 +470,11 @@ class AbsentClassCalibration(Callback):
 
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
         """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
+        self._steps_failure = None
         try:
-            result = self._search.result_of_steps(trainer)
-        except ValueError:  # the logits are not finite, but training may recover
+            result = self._search.result_of_steps(trainer, model)
+        except Exception as error:  # for example, logits that are not finite; training may recover
+            self._steps_failure = error
             return
         if result is not None:
             self._put(model, result)
@@ -465,31 +487,66 @@ class AbsentClassCalibration(Callback):
                 split = None if reading is None else self._split_of(trainer, reading)
                 if reading is None or split is None:
                     return
-                result = self._search.run_before_validation(trainer, reading, split)
-        except ValueError as error:  # for example, logits that are not finite; training may recover
+                result = self._search.run_before_validation(trainer, model, reading, split)
+        except Exception as error:  # the data and the model can raise anything, and training may recover
             reset_gamma(model)
             self.result = None
             # Warn on each process: the others may not know the reason.
-            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {message_of(error)}"
             warnings.warn(text, stacklevel=2)
             return
         self._put(model, result)
 
+    @contextmanager
+    def _told_at_the_end(self, postpone: bool = True) -> Iterator[None]:
+        """Keep an error until the run of the user is complete. Without ``postpone``, raise it now."""
+        try:
+            yield
+        except Exception as error:
+            if not postpone:
+                raise
+            self._failure = self._failure or error
+
+    def _calibrate_all(self, trainer: Trainer, model: LightningModule) -> None:
+        """Calibrate the model, unless that is done, and the kept files. Then report."""
+        # By now, most strategies have moved the model to the CPU, and asynchronous writers have finished.
+        device, errors = model.device, SharedErrors()
+        with errors.shared():
+            model.to(trainer.strategy.root_device)
+        errors.agree()
+        try:
+            if not self._finished:  # with "pcv", or if nothing was left to train
+                self._calibrate(trainer, model, trained=False)
+            elif self.result is not None and self._search.found_for(trainer, model) is None:
+                # Since then, the module or a callback has changed the weights.
+                self._calibrate(trainer, model, trained=True)
+            if self.result is not None:
+                if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
+                    self._calibrate_files(trainer, model, self.result)
+                self._report(trainer, self.result)
+        finally:
+            model.to(device)
+
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         """Put the gamma of the final weights into the model and into averaged copies of it."""
         self._finished = True
-        found = self._search.result_of_steps(trainer)
         self._search.stop()
-        if (found := found or self._search.found_for_present(trainer)) is not None:
+        if self._steps_failure is not None:
+            raise self._steps_failure
+        if (found := self._search.found_for_present(trainer, model)) is not None:
             self._put(model, found)
             return
         self.result = None
+        reset_gamma(model)
+        if self._labels is not None and self._labels_missed:
+            self._labels.give_up()
         with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
                 return
             live = self._search.run(trainer, reading, split)
+            self._search.remember(trainer, model, live)
             self._put(model, live)
             for _ in averaged_copies(trainer, model):
                 # When training ends, the model already has the averaged weights.
@@ -506,19 +563,35 @@ class AbsentClassCalibration(Callback):
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         """Write the gamma of its own weights into each kept file."""
         assert self._files is not None
-        kept = self._files.files(self.refresh_on_validation) if trainer.is_global_zero else None
-        files = trainer.strategy.broadcast(kept)
+        kept = self._files
+        files = SharedErrors().gather(lambda: kept.files() if trainer.is_global_zero else [])[0]
         if not files:
             return
         with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             assert reading is not None
 
-            def result_of(checkpoint: dict[str, Any]) -> CalibrationResult:
-                found = self._search.found_for_file(model, checkpoint, live.split)
+            def run(only_weights: bool) -> CalibrationResult:
+                found = self._search.found_for_file(trainer, model, live.split) if only_weights else None
                 return found or self._search.run(trainer, reading, live.split)
 
-            self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
+            self.checkpoint_results = calibrate_files(
+                files,
+                trainer,
+                model,
+                live.split,
+                run=run,
+                attach=lambda: self._attachment.ensure(trainer, model),
+                is_foreign=lambda checkpoint: self._is_foreign(checkpoint, live.split),
+            )
+
+    def _is_foreign(self, checkpoint: Mapping[str, Any], split: ClassSplit) -> bool:
+        """Return whether a run with other classes has written a checkpoint."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        classes = checkpoint.get(METADATA_KEY, state).get("seen_classes")
+        if classes is None or state.get("run") == self._run or set(classes) == set(split.seen_classes):
+            return False
+        return "run" in state or not set(classes) <= set(split.seen_classes)
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         """Print gamma and the accuracies without and with it, and send them to the loggers."""

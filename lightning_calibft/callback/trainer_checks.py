@@ -118,8 +118,8 @@ def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def order_callbacks(trainer: Any, callback: Callback) -> None:
-    """Move ``callback`` behind all others, but before those that save checkpoints.
+def order_callbacks(trainer: Any, callback: Callback, last: bool = False) -> None:
+    """Move ``callback`` behind all others, but before those that save checkpoints, or behind those as well.
 
     The others run first because averaged weights must be in place. The list is replaced, not changed, because the
     Trainer is iterating over it.
@@ -127,4 +127,17 @@ def order_callbacks(trainer: Any, callback: Callback) -> None:
     checkpoint = lightning_of(trainer).callbacks.Checkpoint
     others = [other for other in trainer.callbacks if other is not callback]
     checkpoints = [other for other in others if isinstance(other, checkpoint)]
-    trainer.callbacks = [other for other in others if other not in checkpoints] + [callback, *checkpoints]
+    others = [other for other in others if other not in checkpoints]
+    trainer.callbacks = [*others, *checkpoints, callback] if last else [*others, callback, *checkpoints]
+
+
+def finish_run(trainer: Any, model: LightningModule, callback: Callback, stage: str) -> None:
+    """Do what the Trainer does after the ``teardown`` of ``callback``, which an error that is raised there would skip.
+
+    The run has succeeded: loggers save and upload what they keep until then.
+    """
+    for other in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        other.teardown(trainer, model, stage=stage)
+    model.teardown(stage=stage)
+    for logger in trainer.loggers:
+        logger.finalize("success")

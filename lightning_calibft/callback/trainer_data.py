@@ -125,6 +125,7 @@ def calibration_pass(
     max_samples: int | None,
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
+    errors: SharedErrors,
 ) -> EvaluationPass | None:
     """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
     clean = None if source == "validation" else calibration_dataloader(trainer)
@@ -141,7 +142,12 @@ def calibration_pass(
     return EvaluationPass(
         model,
         calibration_loaders(
-            loaders, max_samples, max_batches, at_random=tolerance is not None, share=sharded and sharded[:2]
+            loaders,
+            max_samples,
+            max_batches,
+            at_random=tolerance is not None,
+            share=sharded and sharded[:2],
+            errors=errors,
         ),
         estimator,
         estimator_kwargs,
