@@ -37,11 +37,13 @@ from lightning_calibft.callback.trainer_checks import (
     check_trainer,
     finish_run,
     order_callbacks,
+    warn_of_uploads,
 )
 from lightning_calibft.callback.trainer_data import (
     Source,
     calibration_dataloader,
     check_first_batch,
+    check_read_once,
     is_model_parallel,
 )
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data, training_batches
@@ -244,6 +246,9 @@ class AbsentClassCalibration(Callback):
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
+        early = self.source == "training_steps" or (self.refresh_on_validation and trainer.enable_validation)
+        if self.calibrate_checkpoints and not early:
+            warn_of_uploads(trainer)
         self._run = trainer.strategy.broadcast(self._run)
         if self._split is None:
             self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
@@ -254,6 +259,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_read_once(trainer, self.source, during_training=self.refresh_on_validation)
         if self.tolerance is not None:  # refuse data that it does not work with now, not after training
             with preserve_random_state():
                 self._search.make_pass(trainer, pl_module)
@@ -517,9 +523,12 @@ class AbsentClassCalibration(Callback):
         try:
             if not self._finished:  # with "pcv", or if nothing was left to train
                 self._calibrate(trainer, model, trained=False)
-            elif self.result is not None and self._search.found_for(trainer, model) is None:
-                # Since then, the module or a callback has changed the weights.
-                self._calibrate(trainer, model, trained=True)
+            elif self.result is not None:  # since then, the module or a callback may have changed the weights
+                found = self._search.found_for(trainer, model)
+                if found is not None and found.split == self.result.split:
+                    self._put(model, found)
+                else:
+                    self._calibrate(trainer, model, trained=True)
             if self.result is not None:
                 if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
                     self._calibrate_files(trainer, model, self.result)
@@ -533,13 +542,14 @@ class AbsentClassCalibration(Callback):
         self._search.stop()
         if self._steps_failure is not None:
             raise self._steps_failure
-        if (found := self._search.found_for_present(trainer, model)) is not None:
+        if self._labels is not None and self._labels_missed:
+            self._labels.give_up()
+        split, found = self._split_so_far(trainer, model), self._search.found_for_present(trainer, model)
+        if found is not None and split in (None, found.split):
             self._put(model, found)
             return
         self.result = None
         reset_gamma(model)
-        if self._labels is not None and self._labels_missed:
-            self._labels.give_up()
         with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             split = None if reading is None else self._split_of(trainer, reading)

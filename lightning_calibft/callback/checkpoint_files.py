@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tempfile
 import traceback
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -230,9 +231,8 @@ def _loaded(
 @contextmanager
 def _restored(model: LightningModule) -> Iterator[None]:
     """Put the parameters, buffers, submodules and attributes of a model back as they were, without its load hooks."""
-    # Private in torch, which has no public way to replace parameters and submodules all at once.
-    parts = [vars(module)[name] for module in model.modules() for name in ("_parameters", "_modules")]
-    contents = [dict(part) for part in parts]
+    containers = _containers([vars(module) for module in model.modules()])  # those of parameters and submodules, too
+    contents = [copy.copy(container) for container in containers]
     values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*model.parameters(), *model.buffers())]
     extra = [
         (module, copy.deepcopy(module.get_extra_state()))
@@ -243,9 +243,9 @@ def _restored(model: LightningModule) -> Iterator[None]:
         try:
             yield
         finally:
-            for part, content in zip(parts, contents, strict=True):
-                part.clear()
-                part.update(content)
+            for container, content in zip(containers, contents, strict=True):
+                container.clear()
+                container.update(content) if hasattr(container, "update") else container.extend(content)
             with torch.no_grad():
                 for tensor, value in values:
                     tensor.copy_(value)
@@ -274,6 +274,19 @@ def put_calibration_of(
                 entries = calibration_entries(model.state_dict())
             put_calibration(checkpoint, entries, result)
             return
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """Return the containers in containers, and in each other."""
+    found: dict[int, Any] = {}
+    waiting = list(values)
+    while waiting:
+        outer = waiting.pop()
+        for value in outer.values() if isinstance(outer, dict) else outer:
+            if type(value) in (dict, list, set, deque, OrderedDict, defaultdict) and id(value) not in found:
+                found[id(value)] = value
+                waiting.append(value)
+    return list(found.values())
 
 
 def _read_by_first(path: str, trainer: Trainer, whole: bool) -> dict[str, Any]:

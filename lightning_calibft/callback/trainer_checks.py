@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.trainer_data import is_model_parallel
@@ -115,6 +116,29 @@ def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
             "Expected a checkpoint to resume from, but gamma is folded into the bias of this one: training it further"
             " would undo gamma, and calibrating it again would add it twice. Resume from the checkpoint that it was"
             " made from."
+        )
+
+
+def warn_of_uploads(trainer: Any) -> None:
+    """Warn if a logger may upload checkpoints as soon as they are saved, when they have no gamma yet."""
+    lightning = lightning_of(trainer)
+    keeps_all = any(getattr(each, "save_top_k", None) == -1 for each in trainer.checkpoint_callbacks)
+
+    def uploads(logger: Any) -> bool:
+        hook = type(logger).after_save_checkpoint
+        if hook is lightning.loggers.logger.Logger.after_save_checkpoint:
+            return False
+        if not hook.__module__.startswith(f"{lightning.__name__}."):
+            return True  # a logger of the user may do so
+        # Private in Lightning, whose loggers do not say otherwise when they upload.
+        mode = getattr(logger, "_log_model", False)
+        return mode == "all" or (mode is True and keeps_all)
+
+    if trainer.checkpoint_callbacks and (names := [type(each).__name__ for each in trainer.loggers if uploads(each)]):
+        rank_zero_warn(
+            f"{' and '.join(names)} may upload checkpoints as soon as they are saved, when they have no gamma yet: only"
+            " the files on the disk are calibrated, after the fit. Pass `refresh_on_validation=True` with validation"
+            " data, or `source='training_steps'`, so that checkpoints have their gamma when they are saved."
         )
 
 

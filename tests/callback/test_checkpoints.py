@@ -169,58 +169,56 @@ def test_a_resumed_run_whose_epochs_are_over_calibrates_what_the_first_has_kept(
         assert_same(without_calibration(after), expected)
 
 
+class Worse(Nervous):
+    """The first epoch stays the best one."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("epoch", float(self.current_epoch), batch_size=8)
+
+
+class Preempted(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise RuntimeError("preempted")
+
+
+def fit_worse(folder, *others, **kwargs):
+    checkpoints = ModelCheckpoint(folder, "{epoch}", monitor="epoch", save_last=True)
+    module, callback = pretrained(Worse), AbsentClassCalibration()
+    trainer = trainer_of(folder, callback, checkpoints, *others, max_epochs=4)
+    trainer.fit(module, loader(), loader(VAL, shuffle=False), **kwargs)
+    assert checkpoints.best_model_path == str(folder / "epoch=0.ckpt")
+    return trainer, module
+
+
 def test_the_best_file_of_an_interrupted_run_is_calibrated_when_it_goes_on(tmp_path):
     """It stays the best one, so `test(ckpt_path="best")` takes it."""
-
-    class Worse(Nervous):
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.log("epoch", float(self.current_epoch), batch_size=8)
-
-    class Preempted(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 2:
-                raise RuntimeError("preempted")
-
-    def run(*others, **kwargs):
-        checkpoints = ModelCheckpoint(tmp_path, "{epoch}", monitor="epoch", save_last=True)
-        module, callback = pretrained(Worse), AbsentClassCalibration()
-        trainer = trainer_of(tmp_path, callback, checkpoints, *others, max_epochs=4)
-        trainer.fit(module, loader(), loader(VAL, shuffle=False), **kwargs)
-        return trainer, module, checkpoints
-
     with pytest.raises(RuntimeError, match="preempted"):
-        run(Preempted())
+        fit_worse(tmp_path, Preempted())
     assert not inspect_checkpoint(tmp_path / "epoch=0.ckpt")["calibrated"]
-    trainer, module, checkpoints = run(ckpt_path=tmp_path / "last.ckpt")
-    assert checkpoints.best_model_path == str(tmp_path / "epoch=0.ckpt")
+    trainer, module = fit_worse(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     gamma = assert_calibrated(read(tmp_path / "epoch=0.ckpt")["state_dict"], make=Worse)
     trainer.test(module, loader(VAL, shuffle=False), ckpt_path="best", verbose=False)
     assert get_gamma(module) == pytest.approx(gamma)
 
 
-@pytest.mark.parametrize("thing", ["another_model", "not_a_checkpoint"])
-def test_a_file_of_the_first_run_that_does_not_load_is_named(thing, tmp_path):
-    plain = trainer_of(tmp_path, ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", mode="max", save_last=True))
-    plain.fit(pretrained(Nervous), loader(), loader(VAL, shuffle=False))
-    best = Path(plain.checkpoint_callback.best_model_path)
-    state = {"state_dict": torch.nn.Linear(3, 4).state_dict()}
-    best.write_bytes(b"hello") if thing == "not_a_checkpoint" else torch.save(state, best)
-    content, module = best.read_bytes(), pretrained(Nervous)
-    os.utime(best, ns=(0, 0))
-
-    class Same(ModelCheckpoint):
-        """Never finds a better file than the one of the first run."""
-
-        def check_monitor_top_k(self, trainer, current=None):
-            return False
-
-    checkpoints = Same(tmp_path, "{epoch}", monitor="val_loss", mode="max", save_last=True)
+@pytest.mark.parametrize("content", ["another_model", "no_checkpoint"])
+def test_a_file_of_an_interrupted_run_that_does_not_load_is_named(content, tmp_path):
+    with pytest.raises(RuntimeError, match="preempted"):
+        fit_worse(tmp_path, Preempted())
+    best, foreign = tmp_path / "epoch=0.ckpt", tmp_path / "foreign"
+    stat = best.stat()
+    foreign.write_bytes(b"hello")
+    if content == "another_model":
+        torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, foreign)
+    best.write_bytes(foreign.read_bytes())
+    os.utime(best, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.warns(UserWarning, match=rf"leaves checkpoints of other runs as they are, '{best}': "):
-        fit(tmp_path, checkpoints, module=module, ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
-    assert best.read_bytes() == content
-    assert_calibrated(module.state_dict(), make=Nervous)
-    assert_calibrated(read(tmp_path / "last.ckpt")["state_dict"], make=Nervous)
+        _, module = fit_worse(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert best.read_bytes() == foreign.read_bytes()
+    assert_calibrated(module.state_dict(), make=Worse)
+    assert_calibrated(read(tmp_path / "last.ckpt")["state_dict"], make=Worse)
 
 
 def test_foreign_and_deleted_files(tmp_path):

@@ -114,5 +114,3 @@ def test_a_full_disk(tmp_path):
     """
     done = run_python("-c", textwrap.dedent(script), tmp_path)
     assert "as expected" in done.stdout, done.stderr
-
-
