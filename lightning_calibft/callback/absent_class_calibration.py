@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
-from uuid import uuid4
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -201,7 +200,6 @@ class AbsentClassCalibration(Callback):
         self._monitor = EvaluationMonitor()
         self._labels: TrainingLabels | None = None
         self._restored_classes: list[int] = []
-        self._run = uuid4().hex  # tells the checkpoints of this run from those of others
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
         self._labels_missed = False
@@ -236,7 +234,6 @@ class AbsentClassCalibration(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored_classes = state_dict["seen_classes"]
-        self._run = state_dict.get("run", self._run)  # the checkpoints of the run that is resumed are this run's
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -249,7 +246,6 @@ class AbsentClassCalibration(Callback):
         early = self.source == "training_steps" or (self.refresh_on_validation and trainer.enable_validation)
         if self.calibrate_checkpoints and not early:
             warn_of_uploads(trainer)
-        self._run = trainer.strategy.broadcast(self._run)
         if self._split is None:
             self._labels = TrainingLabels(head_width(pl_module), self._reader.maps)
             self._labels.add_classes(self._restored_classes)
@@ -376,8 +372,7 @@ class AbsentClassCalibration(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        classes = self._labels.classes() if self._labels is not None else self._restored_classes
-        return {"seen_classes": classes, "run": self._run}
+        return {"seen_classes": self._labels.classes() if self._labels is not None else self._restored_classes}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -597,11 +592,12 @@ class AbsentClassCalibration(Callback):
 
     def _is_foreign(self, checkpoint: Mapping[str, Any], split: ClassSplit) -> bool:
         """Return whether a run with other classes has written a checkpoint."""
-        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        classes = checkpoint.get(METADATA_KEY, state).get("seen_classes")
-        if classes is None or state.get("run") == self._run or set(classes) == set(split.seen_classes):
-            return False
-        return "run" in state or not set(classes) <= set(split.seen_classes)
+        told = checkpoint.get(METADATA_KEY)
+        state = told or checkpoint.get("callbacks", {}).get(self.state_key, {})
+        classes = set(state.get("seen_classes", ()))
+        if told is not None and not self._search.has_found(told["gamma"]):
+            return classes != set(split.seen_classes)
+        return not classes <= set(split.seen_classes)  # this run may have met some of its classes later
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         """Print gamma and the accuracies without and with it, and send them to the loggers."""

@@ -224,7 +224,10 @@ def _loaded(
                 if callback is not model:
                     copied = copy.deepcopy(callback, {id(trainer): trainer, id(model): model})
                     copied.on_load_checkpoint(trainer, model, given)
-        errors.agree()
+        try:
+            errors.agree()
+        except (ValueError, RuntimeError):
+            raise RuntimeError("Its weights could not be loaded on another process. See the error there.") from None
         yield
 
 

@@ -14,10 +14,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from tests.helpers.runs import (
+    SEEN,
     VAL,
     Nervous,
     assert_calibrated,
     assert_same,
+    blobs,
     loader,
     pretrained,
     quiet,
@@ -186,4 +188,29 @@ def test_what_cannot_be_written_again_stays_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"epoch=0.ckpt", "epoch=1.ckpt"}
     for path in tmp_path.iterdir():
         assert split_state(plugin.load_checkpoint(path)["state_dict"])[1:] == (0.0, [])
+    assert_calibrated(module.state_dict(), make=Nervous)
+
+
+@pytest.mark.parametrize("seen", [[0, 2], [1, 4, 5]], ids=["fewer_classes", "other_classes"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_file_that_another_run_has_written_under_the_same_name(finished, seen, tmp_path):
+    """Its classes are not those of this run, so neither is its gamma."""
+
+    class Other(Callback):
+        def on_train_end(self, trainer, pl_module):
+            callback = AbsentClassCalibration(calibrate_checkpoints=finished)
+            data = loader(blobs(seen, seed=3))
+            trainer_of(tmp_path, callback, kept()).fit(pretrained(Nervous), data)
+            self.content = (tmp_path / "best.ckpt").read_bytes()
+
+    def kept():
+        return ModelCheckpoint(tmp_path, "best", enable_version_counter=False)
+
+    other, module, callback = Other(), pretrained(Nervous), AbsentClassCalibration()
+    if not finished and set(seen) < set(SEEN):
+        pytest.skip("this run may have met its last class after it was saved")
+    with pytest.warns(UserWarning, match=r"leaves checkpoints of other runs as they are, '\S*best.ckpt': another run"):
+        trainer_of(tmp_path, callback, other, kept()).fit(module, loader())
+    assert (tmp_path / "best.ckpt").read_bytes() == other.content
+    assert not callback.checkpoint_results
     assert_calibrated(module.state_dict(), make=Nervous)
