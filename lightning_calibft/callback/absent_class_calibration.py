@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -204,6 +205,7 @@ class AbsentClassCalibration(Callback):
         self._batch_checked = False
         self._labels_missed = False
         self._steps_failure: Exception | None = None
+        self._terminated = False
         self._finished = False
         self._failure: Exception | None = None
 
@@ -387,11 +389,16 @@ class AbsentClassCalibration(Callback):
         order_callbacks(trainer, self)
         if self._search.retraining is not None:  # takes long, so it waits until the Trainer has finished with the model
             return
+        if trainer.world_size > 1:
+            self._hold_termination()
         with self._told_at_the_end():
             self._calibrate(trainer, pl_module, trained=True)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._terminated:
+            self._terminated = False
+            signal.raise_signal(signal.SIGTERM)
         if not trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
             with self._told_at_the_end():
                 self._calibrate_all(trainer, pl_module)
@@ -472,6 +479,11 @@ class AbsentClassCalibration(Callback):
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
         """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
         self._steps_failure = None
+        if self._search.steps is None:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            reset_gamma(model)  # the steps since the failure are missing
+            return
         try:
             result = self._search.result_of_steps(trainer, model)
         except Exception as error:  # for example, logits that are not finite; training may recover
@@ -497,6 +509,19 @@ class AbsentClassCalibration(Callback):
             warnings.warn(text, stacklevel=2)
             return
         self._put(model, result)
+
+    def _hold_termination(self) -> None:
+        """Hold a SIGTERM back until the Trainer has put back the handler from before the fit.
+
+        Lightning's own handler sends a message to the other processes at once. They would take it for one that belongs
+        to the pass, and all would wait forever.
+        """
+
+        def note(*_: Any) -> None:
+            self._terminated = True
+
+        with suppress(ValueError):  # only the main thread can do this, and only there do signals arrive
+            signal.signal(signal.SIGTERM, note)
 
     @contextmanager
     def _told_at_the_end(self, postpone: bool = True) -> Iterator[None]:
