@@ -389,6 +389,8 @@ class AbsentClassCalibration(Callback):
         order_callbacks(trainer, self)
         if self._search.retraining is not None:  # takes long, so it waits until the Trainer has finished with the model
             return
+        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            return
         if trainer.world_size > 1:
             self._hold_termination()
         with self._told_at_the_end():
