@@ -1,4 +1,4 @@
-"""Fits with two processes, one of which meets a fault at a stage of the calibration, and keeps how each ends.
+"""Fits with one process or two, one of which meets a fault at a stage of the calibration, and keeps how each ends.
 
 As in ``ddp_script``, the processes are forked, with the variables that ``torchrun`` sets.
 
@@ -25,18 +25,18 @@ from tests.helpers.processes import free_port
 
 RAISES = ("labels", "data_before_validation", "loader_of_the_model", "data_of_the_model", "loading_of_a_file", "report")
 SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM, "interrupted": signal.SIGINT}
-# The stage, the process that meets the fault, and what happens there.
-FAULTS = [(stage, rank, "raises") for stage in RAISES for rank in range(2)]
+# The stage, the process that meets the fault, how many there are, and what happens there.
+FAULTS = [(stage, rank, 2, "raises") for stage in RAISES for rank in range(2)]
 FAULTS += [
-    (stage, rank, name)
+    (stage, *place, name)
     for stage in ("forward_of_the_model", "forward_of_a_file")
-    for rank in range(2)
+    for place in ((0, 1), (0, 2), (1, 2))
     for name in SIGNALS
 ]
 
 
-def name_of(stage: str, rank: int, what: str) -> str:
-    return f"{stage}_{rank}_{what}"
+def name_of(stage: str, rank: int, processes: int, what: str) -> str:
+    return f"{stage}_{rank}_of_{processes}_{what}"
 
 
 def action(what: str) -> Callable[[], Any]:
@@ -46,7 +46,7 @@ def action(what: str) -> Callable[[], Any]:
     return raises if what == "raises" else lambda: os.kill(os.getpid(), SIGNALS[what])
 
 
-def start(folder: Path, stage: str, faulty: int | None, what: str, rank: int, port: int) -> int:
+def start(folder: Path, stage: str, faulty: int | None, devices: int, what: str, rank: int, port: int) -> int:
     """Fork a process that writes what it tells into a file; return its id. Without ``faulty``, fit without callback."""
     child = os.fork()
     if child != 0:
@@ -59,7 +59,8 @@ def start(folder: Path, stage: str, faulty: int | None, what: str, rank: int, po
         try:
             warnings.simplefilter("ignore")
             fault = Fault(action(what) if faulty == rank else lambda: None)
-            fit(folder, stage, None if faulty is None else fault, strategy="ddp", devices=2)
+            strategy = "ddp" if devices > 1 else "auto"
+            fit(folder, stage, None if faulty is None else fault, strategy=strategy, devices=devices)
         except BaseException:
             traceback.print_exc(file=file)
             status = 1
@@ -68,10 +69,10 @@ def start(folder: Path, stage: str, faulty: int | None, what: str, rank: int, po
 
 
 def main(folder: Path) -> None:
-    runs = [(name_of(*fault), *fault) for fault in FAULTS] + [("plain", "labels", None, "raises")]
-    for name, stage, faulty, what in runs:
+    runs = [(name_of(*fault), *fault) for fault in FAULTS] + [("plain", "labels", None, 2, "raises")]
+    for name, stage, faulty, devices, what in runs:
         port = free_port()
-        children = [start(folder / name, stage, faulty, what, rank, port) for rank in range(2)]
+        children = [start(folder / name, stage, faulty, devices, what, rank, port) for rank in range(devices)]
         until = time.monotonic() + PATIENCE
         (folder / f"{name}.codes").write_text(" ".join(wait(child, until) for child in children))
 

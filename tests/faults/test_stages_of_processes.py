@@ -1,4 +1,4 @@
-"""One of two processes fails or dies at each stage: both end, and leave what the run leaves without the callback."""
+"""A process, alone or of two, fails or dies at each stage: all end, and leave what the plain run leaves."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("stage", "rank", "what"), FAULTS)
-def test_both_end_and_the_files_are_there(stage, rank, what, folder):
-    name = name_of(stage, rank, what)
+@pytest.mark.parametrize(("stage", "rank", "processes", "what"), FAULTS)
+def test_all_end_and_the_files_are_there(stage, rank, processes, what, folder):
+    name = name_of(stage, rank, processes, what)
     codes = (folder / f"{name}.codes").read_text().split()
-    told = [(folder / f"{name}_{process}.log").read_text() for process in range(2)]
+    told = [(folder / f"{name}_{process}.log").read_text() for process in range(processes)]
     assert "hangs" not in codes, told
     files = left(folder / name)
     if what == "raises":
