@@ -180,7 +180,7 @@ def calibrate_files(
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
-    return "; ".join(f"{path!r}: {reason}" for path, reason in reasons.items())
+    return "; ".join(f"{path!r}: {reason.removesuffix('.')}" for path, reason in reasons.items())
 
 
 def _load_hooks(trainer: Any, model: LightningModule) -> list[Any]:
