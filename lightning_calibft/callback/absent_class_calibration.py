@@ -29,6 +29,7 @@ from lightning_calibft.callback.checkpoint_files import (
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
+from lightning_calibft.callback.lightning_package import lightning_of
 from lightning_calibft.callback.trainer_checks import (
     check_class_lists,
     check_launcher,
@@ -414,6 +415,11 @@ class AbsentClassCalibration(Callback):
             failure, self._failure = self._failure, None
             finish_run(trainer, pl_module, self, stage)
             raise failure or RuntimeError("Calibrating failed on another process. See the error there.")
+        own_end = (
+            getattr(pl_module.on_fit_end, "__func__", None) is not lightning_of(trainer).LightningModule.on_fit_end
+        )
+        if stage == "fit" and own_end and self.result is not None:
+            self._follow(trainer, pl_module, self.result)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -592,6 +598,17 @@ class AbsentClassCalibration(Callback):
         self.result = result
         set_attached_gamma(model, result.gamma, result.split)
 
+    def _follow(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
+        """Put the gamma of its weights into a model whose own ``on_fit_end`` may have changed them, or warn."""
+        found = self._search.found_for(trainer, model)
+        if found is not None and found.split == live.split:
+            self._put(model, found)
+        else:
+            rank_zero_warn(
+                f"The `on_fit_end` of {type(model).__name__} has changed the weights after gamma was found. Change them"
+                " in `on_train_end`, or call `calibrate(model, loader)`."
+            )
+
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         """Write the gamma of its own weights into each kept file."""
         assert self._files is not None
@@ -604,8 +621,12 @@ class AbsentClassCalibration(Callback):
             assert reading is not None
 
             def run(only_weights: bool) -> CalibrationResult:
-                found = self._search.found_for_file(trainer, model, live.split) if only_weights else None
-                return found or self._search.run(trainer, reading, live.split)
+                if only_weights and (found := self._search.found_for_file(trainer, model, live.split)) is not None:
+                    return found
+                result = self._search.run(trainer, reading, live.split)
+                if only_weights:
+                    self._search.remember(trainer, model, result)
+                return result
 
             self.checkpoint_results = calibrate_files(
                 files,
@@ -622,7 +643,7 @@ class AbsentClassCalibration(Callback):
         told = checkpoint.get(METADATA_KEY)
         state = told or checkpoint.get("callbacks", {}).get(self.state_key, {})
         classes = set(state.get("seen_classes", ()))
-        if told is not None and not self._search.has_found(told["gamma"]):
+        if told is not None and not self._search.has_found(told.get("gamma")):
             return classes != set(split.seen_classes)
         return not classes <= set(split.seen_classes)  # this run may have met some of its classes later
 

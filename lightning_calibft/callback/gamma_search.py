@@ -250,7 +250,7 @@ class GammaSearch:
         found = self.found_for(trainer, model) or next(of_steps, None)
         return found if found is not None and found.split == split else None
 
-    def has_found(self, gamma: float) -> bool:
+    def has_found(self, gamma: float | None) -> bool:
         """Return whether this gamma is one that was found in this fit."""
         return any(result.gamma == gamma for result in (*self._of_steps, *self._found.values()))
 

@@ -68,11 +68,11 @@ def check_read_once(trainer: Any, source: Source, during_training: bool) -> None
     Raises:
         ValueError: If it can be read only once, and training reads all of it or would miss what is read for gamma.
     """
-    if source == "training_steps" or (source == "train" and calibration_dataloader(trainer) is not None):
+    if source == "training_steps":
         return
     loaders = flat_loaders(trainer.train_dataloader if source == "train" else trainer.val_dataloaders)
     found = [(each, getattr(each, "dataset", None)) for each in loaders if is_read_once(each)]
-    if not found:
+    if not found or (source == "train" and calibration_dataloader(trainer) is not None):
         return
     loader, dataset = found[0]
     name = type(loader).__name__ + ("" if dataset is None else f" over a {type(dataset).__name__}")

@@ -19,6 +19,7 @@ from tests.helpers.runs import (
     assert_calibrated,
     assert_same,
     loader,
+    no_warnings,
     pretrained,
     quiet,
     read,
@@ -105,6 +106,35 @@ def test_the_module_changes_its_weights_when_training_ends(make, way, tmp_path):
     assert callback.result.gamma == pytest.approx(gamma)
     saved = assert_calibrated(read(tmp_path / "last.ckpt")["state_dict"], make=make)
     assert saved != pytest.approx(gamma, rel=1e-3)
+
+
+class LoadsTheBestAtLast(Worse):
+    """In its own last hook, when the callbacks have run."""
+
+    def on_fit_end(self):
+        state = read(self.trainer.checkpoint_callback.best_model_path)["state_dict"]
+        self.load_state_dict(split_state(state)[0])
+
+
+@pytest.mark.parametrize("way", ["pass", "refreshed"])
+def test_the_module_loads_the_best_weights_at_last(way, tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, "{epoch}", monitor="epoch")
+    callback, module = AbsentClassCalibration(SEEN, **WAYS[way]), pretrained(LoadsTheBestAtLast)
+    with no_warnings("on_fit_end"):
+        trainer_of(tmp_path, callback, checkpoints).fit(module, loader(), loader(VAL, shuffle=False))
+    assert_calibrated(module.state_dict(), make=LoadsTheBestAtLast)
+    assert get_gamma(module) == pytest.approx(split_state(read(tmp_path / "epoch=0.ckpt")["state_dict"])[1])
+
+
+class ChangesAtLast(Nervous):
+    def on_fit_end(self):
+        with torch.no_grad():
+            self.fc.weight.mul_(2)
+
+
+def test_weights_that_change_at_last_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="`on_fit_end` of ChangesAtLast has changed the weights after gamma was found"):
+        trainer_of(tmp_path, AbsentClassCalibration(SEEN)).fit(pretrained(ChangesAtLast), loader())
 
 
 class Scaled(Nervous):
