@@ -123,6 +123,11 @@ def largest_outside(before: Tensor, target: Tensor, num_classes: int) -> Tensor:
 def empty_error(present: Sequence[int] = (), hint: str = "") -> ValueError:
     """Return the error for data without samples of the seen classes; ``present`` are the classes that it has."""
     others = f": its labels are the rows {shorten(list(present))}" if present else ""
+    if not present:
+        hint = (
+            " Of data that can be read only once, nothing is left after training: pass it to another loader, or use the"
+            " callback with `source='training_steps'`."
+        )
     return ValueError(
         f"Expected the calibration data to hold samples of the seen classes, but got none{others}. Check the loader and"
         f" `seen_classes`.{hint}"

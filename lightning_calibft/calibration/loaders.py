@@ -111,6 +111,20 @@ def flat_loaders(loaders: Any) -> list[Any]:
     return [loaders]
 
 
+def is_read_once(loader: Any) -> bool:
+    """Return whether a loader gives its batches only once: it is an iterator, or its samples follow from one.
+
+    This is what can be seen without reading. A dataset that holds an iterator may still be one that can be read again.
+    """
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, Iterator)
+    if isinstance(loader.dataset, IterableDataset):
+        # Each worker process starts with a copy of the iterator, so the original is not used up.
+        held = vars(loader.dataset).values() if loader.num_workers == 0 else ()
+        return isinstance(loader.dataset, Iterator) or any(isinstance(value, Iterator) for value in held)
+    return isinstance(loader.batch_sampler, Iterator) or isinstance(_sampler(loader), Iterator)
+
+
 def rebuilt_loader(loader: DataLoader[Any], dataset: Dataset[Any], **batches: Any) -> DataLoader[Any]:
     """Return a loader of ``dataset`` with the workers and the collate function of another loader.
 

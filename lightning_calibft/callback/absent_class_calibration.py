@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -14,17 +16,24 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
+from lightning_calibft._format import METADATA_KEY
 from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import warn_if_positions
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.loaders import flat_loaders
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.callback.checkpoint_files import KeptCheckpoints, calibrate_files, put_calibration_of
+from lightning_calibft.callback.checkpoint_files import (
+    KeptCheckpoints,
+    calibrate_files,
+    message_of,
+    put_calibration_of,
+)
 from lightning_calibft.callback.evaluation_monitor import EvaluationMonitor
 from lightning_calibft.callback.gamma_search import GammaSearch
 from lightning_calibft.callback.head_attachment import HeadAttachment
-from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
+from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer, lightning_of
 from lightning_calibft.callback.listed_classes import ListedClasses
 from lightning_calibft.callback.metric_log import MetricLog
 from lightning_calibft.callback.network_copies import NetworkCopies
@@ -34,12 +43,15 @@ from lightning_calibft.callback.trainer_checks import (
     check_not_folded,
     check_sharded_checkpoints,
     check_trainer,
+    finish_run,
     order_callbacks,
+    warn_of_uploads,
 )
 from lightning_calibft.callback.trainer_data import (
     Source,
     calibration_dataloader,
     check_first_batch,
+    check_read_once,
     is_model_parallel,
 )
 from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data
@@ -131,7 +143,8 @@ class AbsentClassCalibration(LightningCallback):
         metric_prefix: Text to put before each name that is logged, as in ``"calibft_"`` for ``calibft_val_ausuc``. If
             the module or another callback logs the same name, theirs is not touched, and the one of this callback is
             left out, with a warning.
-        calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well.
+        calibrate_checkpoints: Whether to write gamma into the kept checkpoint files as well. If not, what is saved when
+            training ends waits for the pass, so that it has gamma.
 
     Attributes:
         result: The result of the calibration after the fit: gamma, its standard error, and the samples and classes.
@@ -219,6 +232,9 @@ class AbsentClassCalibration(LightningCallback):
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
         self._own_call: OwnForwardCall | None = None
+        self._labels_missed = False
+        self._steps_failure: Exception | None = None
+        self._terminated = False
         self._finished = False
         self._failure: Exception | None = None
 
@@ -260,12 +276,16 @@ class AbsentClassCalibration(LightningCallback):
         for _ in averaged_copies(trainer, pl_module):
             reset_gamma(pl_module)
         self._files = KeptCheckpoints(trainer)
+        early = self.source == "training_steps" or (self.refresh_on_validation and trainer.enable_validation)
+        if self.calibrate_checkpoints and not early:
+            warn_of_uploads(trainer)
         self._begin(trainer, pl_module)
 
     # Training.
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_read_once(trainer, self.source, during_training=self.refresh_on_validation)
         if self.tolerance is not None:  # refuse data that it does not work with now, not after training
             with preserve_random_state():
                 self._search.make_pass(trainer, pl_module)
@@ -280,6 +300,7 @@ class AbsentClassCalibration(LightningCallback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        order_callbacks(trainer, self)
         if self._search.steps is not None:
             self._search.steps.start_epoch()
 
@@ -294,13 +315,14 @@ class AbsentClassCalibration(LightningCallback):
             self._check_first_batch(trainer, pl_module, batch)
         if self._labels is not None and not self._labels.given_up:
             self._count_labels(trainer, batch)
-        if self._search.steps is not None:
-            self._search.steps.start_step(self._reader.rows(batch))
+        if self._search.steps is not None and self._failure is None:
+            with self._told_at_the_end(postpone=self._search.steps.counted):
+                self._search.steps.start_step(self._reader.rows(batch))
         self._copies.pause_gamma()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._search.steps is not None:
+        if self._search.steps is not None and self._failure is None:
             self._search.steps.end_forward()
 
     @override
@@ -310,9 +332,10 @@ class AbsentClassCalibration(LightningCallback):
         if self._own_call is not None:
             self._reader.own_call, self._own_call = self._own_call.stop(), None
         self._copies.resume_gamma()
-        if self._search.steps is not None:
-            # If there are no outputs, the step returned None.
-            self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
+        if self._search.steps is not None and self._failure is None:
+            with self._told_at_the_end(postpone=self._search.steps.counted):
+                # If there are no outputs, the step returned None.
+                self._search.steps.end_step(skipped=pl_module.automatic_optimization and not outputs)
 
     # Validation and test.
 
@@ -383,6 +406,10 @@ class AbsentClassCalibration(LightningCallback):
         self._use_steps(trainer, pl_module)
         if self._labels is not None:  # so that a checkpoint saved now has the labels of all processes
             self._labels.end_epoch(trainer.strategy)
+        if self.calibrate_checkpoints and not is_model_parallel(trainer):
+            # If training ends now, what it saves last is on the disk before the pass begins, in which the process may
+            # die. Files that are not calibrated later must have their gamma when they are written.
+            order_callbacks(trainer, self, last=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -393,32 +420,44 @@ class AbsentClassCalibration(LightningCallback):
         results = [self.result, *self.checkpoint_results.values()]
         put_calibration_of(pl_module, [result for result in results if result is not None], checkpoint)
 
-    # The end. The model gets its gamma before ModelCheckpoint saves it; the files get theirs when all are written.
+    # The end. The user's run does not wait for the calibration: the model gets its gamma when all is saved, the files
+    # get theirs when all are written, and an error is raised when everything else is done.
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._search.retraining is not None:  # takes long, so it waits until everything is saved
+        order_callbacks(trainer, self)
+        if self._search.retraining is not None:  # takes long, so it waits until the Trainer has finished with the model
             return
-        try:
+        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            return
+        if trainer.world_size > 1:
+            self._hold_termination()
+        with self._told_at_the_end():
             self._calibrate(trainer, pl_module, trained=True)
-        except Exception as error:  # raised in `on_fit_end`, when the run has saved its checkpoints
-            self._failure = error
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
-            raise self._failure or RuntimeError("Calibrating failed on another process. See the error there.")
-        # By now, most strategies have moved the model to the CPU, and asynchronous writers have finished.
-        device = pl_module.device
-        pl_module.to(trainer.strategy.root_device)
-        if not self._finished:  # with "pcv", or if nothing was left to train
-            self._calibrate(trainer, pl_module, trained=False)
-        if self.result is not None:
-            if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
-                self._calibrate_files(trainer, pl_module, self.result)
-            self._report(trainer, self.result)
+        if self._terminated:
+            self._terminated = False
+            signal.raise_signal(signal.SIGTERM)
+        if not trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            with self._told_at_the_end():
+                self._calibrate_all(trainer, pl_module)
         self._search.forget()
-        pl_module.to(device)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._attachment.stop_waiting()  # a tuner can leave a fit in the middle without calling other hooks
+        self._search.pretrained.forget()
+        if stage == "fit" and trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            failure, self._failure = self._failure, None
+            finish_run(trainer, pl_module, self, stage)
+            raise failure or RuntimeError("Calibrating failed on another process. See the error there.")
+        own_end = (
+            getattr(pl_module.on_fit_end, "__func__", None) is not lightning_of(trainer).LightningModule.on_fit_end
+        )
+        if stage == "fit" and own_end and self.result is not None:
+            self._follow(trainer, pl_module, self.result)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -437,11 +476,6 @@ class AbsentClassCalibration(LightningCallback):
                 "Calibrating was interrupted: the model in memory is calibrated, but not all of its checkpoints are."
                 " `inspect_checkpoint` shows which ones are. `trainer.save_checkpoint` saves the model with its gamma."
             )
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._attachment.stop_waiting()  # a tuner can leave a fit in the middle without calling other hooks
-        self._search.pretrained.forget()
 
     # Helpers of the hooks.
 
@@ -508,10 +542,11 @@ class AbsentClassCalibration(LightningCallback):
         assert self._labels is not None
         try:
             self._labels.add_batch(batch, trainer.train_dataloader, self._reader, self._search.unlabeled)
-        except (TypeError, ValueError):
+        except Exception:  # the user's function can raise anything; the first batch was fine
             if calibration_dataloader(trainer) is None:
-                raise
-            self._labels.give_up()  # the labels of the calibration data are read at the end
+                self._labels_missed = True
+            else:
+                self._labels.give_up()  # the labels of the calibration data are read at the end
 
     def _start_monitor(
         self, trainer: Trainer, model: LightningModule, stage: str, num_batches: list[int | float]
@@ -545,9 +580,16 @@ class AbsentClassCalibration(LightningCallback):
 
     def _use_steps(self, trainer: Trainer, model: LightningModule) -> None:
         """Put the gamma of the training steps so far into the model, for validation and checkpoints."""
+        self._steps_failure = None
+        if self._search.steps is None:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._failure is not None, all=False):
+            reset_gamma(model)  # the steps since the failure are missing
+            return
         try:
-            result = self._search.result_of_steps(trainer)
-        except ValueError:  # the logits are not finite, but training may recover
+            result = self._search.result_of_steps(trainer, model)
+        except Exception as error:  # for example, logits that are not finite; training may recover
+            self._steps_failure = error
             return
         if result is not None:
             self._put(model, result)
@@ -565,34 +607,86 @@ class AbsentClassCalibration(LightningCallback):
                 if split is None:
                     return
                 with self._copies.evaluated(model):
-                    result = self._search.run_before_validation(trainer, reading, split)
-        except ValueError as error:  # for example, logits that are not finite; training may recover
+                    result = self._search.run_before_validation(trainer, model, reading, split)
+        except Exception as error:  # the data and the model can raise anything, and training may recover
             reset_gamma(model)
             self.result = None
             # Warn on each process: the others may not know the reason.
-            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {error}"
+            text = f"AbsentClassCalibration leaves step {trainer.global_step} without gamma. {message_of(error)}"
             warnings.warn(text, stacklevel=2)
             return
         self._put(model, result)
+
+    def _hold_termination(self) -> None:
+        """Hold a SIGTERM back until the Trainer has put back the handler from before the fit.
+
+        Lightning's own handler sends a message to the other processes at once. They would take it for one that belongs
+        to the pass, and all would wait forever.
+        """
+
+        def note(*_: Any) -> None:
+            self._terminated = True
+
+        with suppress(ValueError):  # only the main thread can do this, and only there do signals arrive
+            signal.signal(signal.SIGTERM, note)
+
+    @contextmanager
+    def _told_at_the_end(self, postpone: bool = True) -> Iterator[None]:
+        """Keep an error until the run of the user is complete. Without ``postpone``, raise it now."""
+        try:
+            yield
+        except Exception as error:
+            if not postpone:
+                raise
+            self._failure = self._failure or error
+
+    def _calibrate_all(self, trainer: Trainer, model: LightningModule) -> None:
+        """Calibrate the model, unless that is done, and the kept files. Then report."""
+        # By now, most strategies have moved the model to the CPU, and asynchronous writers have finished.
+        device, errors = model.device, SharedErrors()
+        with errors.shared():
+            model.to(trainer.strategy.root_device)
+        errors.agree()
+        try:
+            if not self._finished:  # with "pcv", or if nothing was left to train
+                self._calibrate(trainer, model, trained=False)
+            elif self.result is not None:  # since then, the module or a callback may have changed the weights
+                found = self._search.found_for(trainer, model)
+                if found is not None and found.split == self.result.split:
+                    self._put(model, found)
+                else:
+                    self._calibrate(trainer, model, trained=True)
+            if self.result is not None:
+                if self.calibrate_checkpoints and not is_model_parallel(trainer):  # its files were saved with a gamma
+                    self._calibrate_files(trainer, model, self.result)
+                self._report(trainer, self.result)
+        finally:
+            model.to(device)
 
     def _calibrate(self, trainer: Trainer, model: LightningModule, trained: bool) -> None:
         """Put the gamma of the final weights into the model and into averaged copies of it."""
         self._finished = True
         self._ensure_attached(trainer, model)
-        found = self._search.result_of_steps(trainer)
         self._search.stop()
-        if found is None and self._met_all_listed(trainer):
-            found = self._search.found_for_present(trainer)
-        if found is not None:
+        if self._steps_failure is not None:
+            raise self._steps_failure
+        if self._labels is not None and self._labels_missed:
+            self._labels.give_up()
+        self._end_lists(trainer)
+        split = self._split or (self._labels and self._labels.split(trainer.strategy))
+        found = self._search.found_for_present(trainer, model)
+        if found is not None and split in (None, found.split):
             self._put(model, found)
             return
         self.result = None
+        reset_gamma(model)
         with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
                 return
             live = self._run(trainer, model, reading, split)
+            self._search.remember(trainer, model, live)
             self._put(model, live)
             for _ in averaged_copies(trainer, model):
                 # When training ends, the model already has the averaged weights.
@@ -605,11 +699,10 @@ class AbsentClassCalibration(LightningCallback):
         with self._copies.evaluated(model):
             return self._search.run(trainer, reading, split)
 
-    def _met_all_listed(self, trainer: Trainer) -> bool:
-        """Go on with the classes that were met in training. Return whether they are those that the datasets list."""
-        if self._labels is None or self._listed is None:
-            return True
-        return self._listed.end(self._labels.classes(trainer.strategy))
+    def _end_lists(self, trainer: Trainer) -> None:
+        """Go on with the classes that were met in training, instead of those that the datasets list."""
+        if self._labels is not None and self._listed is not None:
+            self._listed.end(self._labels.classes(trainer.strategy))
 
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
         return self._split or split_of_data(self._labels, trainer.strategy, reading)
@@ -619,22 +712,58 @@ class AbsentClassCalibration(LightningCallback):
         self._copies.leave_out_frozen()
         set_attached_gamma(model, result.gamma, result.split)
 
+    def _follow(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
+        """Put the gamma of its weights into a model whose own ``on_fit_end`` may have changed them, or warn."""
+        found = self._search.found_for(trainer, model)
+        if found is not None and found.split == live.split:
+            self._put(model, found)
+        else:
+            rank_zero_warn(
+                f"The `on_fit_end` of {type(model).__name__} has changed the weights after gamma was found. Change them"
+                " in `on_train_end`, or call `calibrate(model, loader)`."
+            )
+
     def _calibrate_files(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         """Write the gamma of its own weights into each kept file."""
         assert self._files is not None
-        kept = self._files.files(self.refresh_on_validation) if trainer.is_global_zero else None
-        files = trainer.strategy.broadcast(kept)
+        kept = self._files
+        files = SharedErrors().gather(lambda: kept.files() if trainer.is_global_zero else [])[0]
         if not files:
             return
         with preserve_random_state():
             reading = self._search.make_pass(trainer, model)
             assert reading is not None
 
-            def result_of(checkpoint: dict[str, Any]) -> CalibrationResult:
-                found = self._search.found_for_file(model, checkpoint, live.split)
-                return found or self._run(trainer, model, reading, live.split)
+            def run(only_weights: bool) -> CalibrationResult:
+                if only_weights and (found := self._search.found_for_file(trainer, model, live.split)) is not None:
+                    return found
+                result = self._run(trainer, model, reading, live.split)
+                if only_weights:
+                    self._search.remember(trainer, model, result)
+                return result
 
-            self.checkpoint_results = calibrate_files(files, trainer, model, live, result_of)
+            def attach() -> None:  # loading a file may build the network again
+                self._attachment.ensure(trainer, model)
+                self._copies.note(model)
+
+            self.checkpoint_results = calibrate_files(
+                files,
+                trainer,
+                model,
+                live.split,
+                run=run,
+                attach=attach,
+                is_foreign=lambda checkpoint: self._is_foreign(checkpoint, live.split),
+            )
+
+    def _is_foreign(self, checkpoint: Mapping[str, Any], split: ClassSplit) -> bool:
+        """Return whether a run with other classes has written a checkpoint."""
+        told = checkpoint.get(METADATA_KEY)
+        state = told or checkpoint.get("callbacks", {}).get(self.state_key, {})
+        classes = set(state.get("seen_classes", ()))
+        if told is not None and not self._search.has_found(told.get("gamma")):
+            return classes != set(split.seen_classes)
+        return not classes <= set(split.seen_classes)  # this run may have met some of its classes later
 
     def _report(self, trainer: Trainer, result: CalibrationResult) -> None:
         """Print gamma and the accuracies without and with it, and send them to the loggers."""

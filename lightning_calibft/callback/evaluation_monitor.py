@@ -75,7 +75,7 @@ class EvaluationMonitor:
         try:
             self._reader.find_target(batch, self.split.num_classes)
             self._target = self._reader.rows(batch).clone()  # now, since the step may change the batch
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a function of the user can raise anything, and the run must go on
             self._warn_once(str(error))
         else:
             self._recorder.start()

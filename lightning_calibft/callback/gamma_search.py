@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, get_args
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_calibft._arguments import check_choice, check_type
+from lightning_calibft._format import CHILD_NAME
 from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance
 from lightning_calibft.calibration.loaders import check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
@@ -17,7 +26,13 @@ from lightning_calibft.callback.lightning_package import LightningModule, Traine
 from lightning_calibft.callback.pretrained_weights import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.callback.trainer_checks import check_estimator_of_parts
-from lightning_calibft.callback.trainer_data import Source, calibration_pass, check_source, sharded_reading
+from lightning_calibft.callback.trainer_data import (
+    Source,
+    calibration_pass,
+    check_source,
+    is_model_parallel,
+    sharded_reading,
+)
 from lightning_calibft.callback.training_steps import TrainingSteps
 from lightning_calibft.callback.weight_averaging import check_no_averaging
 from lightning_calibft.estimators import (
@@ -95,8 +110,9 @@ class GammaSearch:
     def _forget_found(self) -> None:
         self._of_steps: list[CalibrationResult] = []
         self._of_retraining: CalibrationResult | None = None
-        self._refreshed: dict[int, CalibrationResult] = {}  # by training step
-        self._refreshed_after = -1  # number of training batches before the last refresh
+        self._found: dict[bytes, CalibrationResult] = {}  # by the fingerprint of the weights that they belong to
+        self._found_after = -1  # number of training batches before the last result
+        self._refreshed: tuple[int, CalibrationResult] | None = None  # the last one, and its training step
 
     def check_split(self, split: ClassSplit | None, num_classes: int) -> None:
         """Check that the estimator works with the classes.
@@ -158,37 +174,44 @@ class GammaSearch:
 
     def make_pass(self, trainer: Trainer, model: LightningModule) -> EvaluationPass | None:
         """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
-        return calibration_pass(
-            trainer,
-            model,
-            self._source,
-            self._estimator,
-            self._estimator_kwargs,
-            self._reader,
-            self._max_samples,
-            self._tolerance,
-            None if self.retraining is not None else self.pretrained.weights,
-            self.unlabeled,
-        )
+        errors = SharedErrors()  # the loaders of the user can raise anything, also on one process only
+        with errors.shared():
+            reading = calibration_pass(
+                trainer,
+                model,
+                self._source,
+                self._estimator,
+                self._estimator_kwargs,
+                self._reader,
+                self._max_samples,
+                self._tolerance,
+                None if self.retraining is not None else self.pretrained.weights,
+                self.unlabeled,
+                errors,
+            )
+        return reading if all(errors.gather(lambda: reading is not None)) else None
 
     def run(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
         """Find the gamma of the model's current weights, by a pass or by pseudo cross-validation."""
         if self.retraining is None:
-            return reading.run(split)
+            with _buffers_of_first(trainer, reading.model):
+                return reading.run(split)
         if self._of_retraining is None:  # one gamma for all weights of a run
             assert self.pretrained.weights is not None
             self._of_retraining = self.retraining.run(trainer, self.pretrained.weights, reading, split)
         return self._of_retraining
 
-    def run_before_validation(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
+    def run_before_validation(
+        self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
+    ) -> CalibrationResult:
         """Find the gamma of the current weights in the middle of a fit, and remember it for these weights."""
         reading.progress = False  # the Trainer shows its own bars
-        result = reading.run(split)
-        self._refreshed[trainer.global_step] = result
-        self._refreshed_after = trainer.fit_loop.total_batch_idx
+        result = self.run(trainer, reading, split)
+        self.remember(trainer, model, result)
+        self._refreshed = trainer.global_step, result
         return result
 
-    def result_of_steps(self, trainer: Trainer) -> CalibrationResult | None:
+    def result_of_steps(self, trainer: Trainer, model: LightningModule) -> CalibrationResult | None:
         """Return the gamma of this epoch's training steps so far, or ``None`` if no step was ever counted.
 
         Raises:
@@ -198,31 +221,41 @@ class GammaSearch:
             return None
         result = self.steps.result()
         self._of_steps.append(result)
+        self.remember(trainer, model, result)
         return result
 
-    def found_for_present(self, trainer: Trainer) -> CalibrationResult | None:
-        """Return the result from before the last validation, if there was no training since."""
-        # With manual optimization, the number of steps may not show it.
-        same = trainer.fit_loop.total_batch_idx == self._refreshed_after
-        return self.found_at(trainer.global_step) if same else None
+    def remember(self, trainer: Trainer, model: LightningModule, result: CalibrationResult) -> None:
+        """Remember the result for the weights and buffers that ``model`` has now."""
+        self._found[_fingerprint(trainer, model)] = result
+        self._found_after = trainer.fit_loop.total_batch_idx
+
+    def found_for(self, trainer: Trainer, model: LightningModule) -> CalibrationResult | None:
+        """Return the result for the weights and buffers that ``model`` has now, or ``None`` if there is none."""
+        return self._found.get(_fingerprint(trainer, model)) if self._found else None
+
+    def found_for_present(self, trainer: Trainer, model: LightningModule) -> CalibrationResult | None:
+        """Return the result for what ``model`` is now, if there was no training since."""
+        same = trainer.fit_loop.total_batch_idx == self._found_after  # otherwise, new classes may have appeared
+        return self.found_for(trainer, model) if same else None
 
     def found_at(self, step: int) -> CalibrationResult | None:
-        """Return the result from before the validation at a training step, or ``None`` if there is none."""
-        return self._refreshed.get(step)
+        """Return the result from before the last validation, if that was at this training step."""
+        return self._refreshed[1] if self._refreshed is not None and self._refreshed[0] == step else None
 
-    def found_for_file(
-        self, model: LightningModule, checkpoint: Mapping[str, Any], split: ClassSplit
-    ) -> CalibrationResult | None:
-        """Return the result that a checkpoint was saved with, if there is one. ``model`` has its weights now.
+    def found_for_file(self, trainer: Trainer, model: LightningModule, split: ClassSplit) -> CalibrationResult | None:
+        """Return the result for the weights of a file, if there is one. ``model`` has the weights now.
 
-        Return ``None`` if new classes appeared after that, since this gamma is for another split.
+        Return ``None`` if new classes appeared after that, since this gamma is for another split. With
+        ``source="training_steps"``, gamma does not follow from the weights. A file then keeps the one that it has.
         """
-        found = self._of_steps
-        if self._refreshes:
-            found = [result for step, result in self._refreshed.items() if step == checkpoint.get("global_step")]
-        gamma = get_gamma(model) or 0.0  # identifies the file, which may have been replaced by another one
-        same = (result for result in found if math.isclose(result.gamma, gamma, rel_tol=1e-6) and result.split == split)
-        return next(same, None)
+        gamma = trainer.strategy.broadcast(get_gamma(model)) or 0.0
+        of_steps = (result for result in self._of_steps if math.isclose(result.gamma, gamma, rel_tol=1e-6))
+        found = self.found_for(trainer, model) or next(of_steps, None)
+        return found if found is not None and found.split == split else None
+
+    def has_found(self, gamma: float | None) -> bool:
+        """Return whether this gamma is one that was found in this fit."""
+        return any(result.gamma == gamma for result in (*self._of_steps, *self._found.values()))
 
     def stop(self) -> None:
         """Stop recording training steps."""
@@ -270,3 +303,46 @@ class GammaSearch:
             " model is calibrated, so it has been fine-tuned already. If you do not mean these weights, build the"
             " module again" + (f", or call {calibrate}." if self.retraining is None else ".")
         )
+
+
+def _fingerprint(trainer: Trainer, model: LightningModule) -> bytes:
+    """Return a hash of the parameters and buffers of the model on the first process, apart from its calibration.
+
+    The first process decides for all: its model is the one that is saved, and the running statistics of the others
+    differ from it.
+    """
+    return SharedErrors().gather(lambda: _hash(model) if trainer.is_global_zero else b"")[0]
+
+
+def _hash(model: LightningModule) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if CHILD_NAME not in name:
+            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+            digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+            if local.layout != torch.strided or local.is_quantized:  # these cannot be seen as bytes
+                local = torch.frombuffer(pickle.dumps(local), dtype=torch.uint8)
+            digest.update(local.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+@contextmanager
+def _buffers_of_first(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Give all processes the buffers of the first one, whose model is saved, and then put their own back.
+
+    Otherwise, each process would measure its share of the samples with its own running statistics.
+    """
+    if trainer.world_size == 1 or is_model_parallel(trainer):
+        yield
+        return
+    buffers = {name: buffer for name, buffer in model.named_buffers() if CHILD_NAME not in name}
+    own = {name: buffer.clone() for name, buffer in buffers.items()}
+    first = trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in buffers.items()})
+    try:
+        for name, buffer in buffers.items():
+            if buffer.shape == first[name].shape:
+                buffer.copy_(first[name])
+        yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.copy_(own[name])

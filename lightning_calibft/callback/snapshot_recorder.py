@@ -69,7 +69,7 @@ class SnapshotRecorder:
             return
         try:
             self._labels.add_batch(batch, loaders, self._reader)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a function of the user can raise anything, and the run must go on
             self._warn(f"{error} Or pass `seen_classes`.")
 
     def add_classes(self, classes: Iterable[int]) -> None:
@@ -102,7 +102,7 @@ class SnapshotRecorder:
             return
         try:
             self._target = self._reader.rows(batch)  # now, since the step may remove it from the batch
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             self._warn(str(error))
         else:
             self._recorder.start()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_calibft.callback.lightning_package import Callback, LightningModule, lightning_of
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.state import is_folded
@@ -116,8 +118,31 @@ def check_not_folded(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def order_callbacks(trainer: Any, callback: Callback) -> None:
-    """Move ``callback`` behind all others, but before those that save checkpoints.
+def warn_of_uploads(trainer: Any) -> None:
+    """Warn if a logger may upload checkpoints as soon as they are saved, when they have no gamma yet."""
+    lightning = lightning_of(trainer)
+    keeps_all = any(getattr(each, "save_top_k", None) == -1 for each in trainer.checkpoint_callbacks)
+
+    def uploads(logger: Any) -> bool:
+        hook = type(logger).after_save_checkpoint
+        if hook is lightning.loggers.logger.Logger.after_save_checkpoint:
+            return False
+        if not hook.__module__.startswith(f"{lightning.__name__}."):
+            return True  # a logger of the user may do so
+        # Private in Lightning, whose loggers do not say otherwise when they upload.
+        mode = getattr(logger, "_log_model", False)
+        return mode == "all" or (mode is True and keeps_all)
+
+    if trainer.checkpoint_callbacks and (names := [type(each).__name__ for each in trainer.loggers if uploads(each)]):
+        rank_zero_warn(
+            f"{' and '.join(names)} may upload checkpoints as soon as they are saved, when they have no gamma yet: only"
+            " the files on the disk are calibrated, after the fit. Pass `refresh_on_validation=True` with validation"
+            " data, or `source='training_steps'`, so that checkpoints have their gamma when they are saved."
+        )
+
+
+def order_callbacks(trainer: Any, callback: Callback, last: bool = False) -> None:
+    """Move ``callback`` behind all others, but before those that save checkpoints, or behind those as well.
 
     The others run first because averaged weights must be in place. The list is replaced, not changed, because the
     Trainer is iterating over it.
@@ -125,4 +150,17 @@ def order_callbacks(trainer: Any, callback: Callback) -> None:
     checkpoint = lightning_of(trainer).callbacks.Checkpoint
     others = [other for other in trainer.callbacks if other is not callback]
     checkpoints = [other for other in others if isinstance(other, checkpoint)]
-    trainer.callbacks = [other for other in others if other not in checkpoints] + [callback, *checkpoints]
+    others = [other for other in others if other not in checkpoints]
+    trainer.callbacks = [*others, *checkpoints, callback] if last else [*others, callback, *checkpoints]
+
+
+def finish_run(trainer: Any, model: LightningModule, callback: Callback, stage: str) -> None:
+    """Do what the Trainer does after the ``teardown`` of ``callback``, which an error that is raised there would skip.
+
+    The run has succeeded: loggers save and upload what they keep until then.
+    """
+    for other in trainer.callbacks[trainer.callbacks.index(callback) + 1 :]:
+        other.teardown(trainer, model, stage=stage)
+    model.teardown(stage=stage)
+    for logger in trainer.loggers:
+        logger.finalize("success")

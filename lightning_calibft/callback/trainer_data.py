@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_calibft.calibration.batch_calls import logits_of_first_batch
 from lightning_calibft.calibration.batch_reader import BatchReader, check_rows
 from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
-from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders
+from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, is_read_once
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
@@ -55,6 +56,39 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
             f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got 'train': it needs"
             " labeled samples of absent classes. A `calibration_dataloader` that has them also works."
         )
+
+
+def check_read_once(trainer: Any, source: Source, during_training: bool) -> None:
+    """Check, before the first step, that the data for gamma can be read once more after training has read it.
+
+    Args:
+        trainer: The Trainer, with its loaders.
+        source: As in :class:`~lightning_calibft.AbsentClassCalibration`.
+        during_training: Whether the data is also read for gamma while it is used for training.
+
+    Raises:
+        ValueError: If it can be read only once, and training reads all of it or would miss what is read for gamma.
+    """
+    if source == "training_steps":
+        return
+    loaders = flat_loaders(trainer.train_dataloader if source == "train" else trainer.val_dataloaders)
+    found = [(each, getattr(each, "dataset", None)) for each in loaders if is_read_once(each)]
+    if not found or (source == "train" and calibration_dataloader(trainer) is not None):
+        return
+    loader, dataset = found[0]
+    name = type(loader).__name__ + ("" if dataset is None else f" over a {type(dataset).__name__}")
+    text = (
+        f"data that can be read again for `source={source!r}`, but a {name} can be read only once, so nothing of it"
+        " would be left when gamma is found. Pass `source='training_steps'` with `seen_classes`, or give the module or"
+        " its datamodule a method `calibration_dataloader()`."
+    )
+    # An endless one can be read further, and a dataset that holds an iterator may begin anew each time.
+    limit, timer = trainer.limit_train_batches, lightning_of(trainer).callbacks.Timer
+    limited = trainer.max_steps != -1 or trainer.max_epochs == -1 or isinstance(limit, int) or limit < 1
+    limited = limited or any(isinstance(each, timer) for each in trainer.callbacks)
+    if not isinstance(dataset, IterableDataset) and (during_training or not limited):
+        raise ValueError(f"Expected {text}")
+    rank_zero_warn(f"AbsentClassCalibration expects {text} If it can be read further, ignore this.")
 
 
 def move_batch(trainer: Trainer, batch: Any) -> Any:
@@ -194,7 +228,8 @@ def calibration_pass(
     max_samples: int | None,
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
-    unlabeled: Sequence[Any] = (),
+    unlabeled: Sequence[Any],
+    errors: SharedErrors,
 ) -> EvaluationPass | None:
     """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data.
 
@@ -216,7 +251,12 @@ def calibration_pass(
     return EvaluationPass(
         model,
         calibration_loaders(
-            loaders, max_samples, max_batches, at_random=tolerance is not None, share=sharded and sharded[:2]
+            loaders,
+            max_samples,
+            max_batches,
+            at_random=tolerance is not None,
+            share=sharded and sharded[:2],
+            errors=errors,
         ),
         estimator,
         estimator_kwargs,

@@ -77,31 +77,30 @@ class TrainingLabels:
 
         Args:
             strategy: The strategy of the Trainer. All processes must pass it in the same call.
-
-        Raises:
-            ValueError: If a label was not a row of the head.
         """
         self._flush()
         if strategy is not None:
             reduced = strategy.reduce(self._found.to(strategy.root_device), reduce_op="sum")
             self._found = (torch.as_tensor(reduced) > 0).to(self._found)
-        *found, outside, _, mixed = self._found.tolist()
-        if mixed:
-            return []
-        if outside:
-            label = self._outside
-            if strategy is not None:
-                label = torch.as_tensor(strategy.reduce(label.to(strategy.root_device), reduce_op="max"))
-            raise target_error(self.num_classes, int(label), "the training data has other labels, such as")
-        return [index for index, count in enumerate(found) if count]
+        *found, _, _, mixed = self._found.tolist()
+        return [] if mixed else [index for index, count in enumerate(found) if count]
+
+    def check(self, strategy: Strategy) -> None:
+        """Check that the labels of all processes are rows of the head.
+
+        Raises:
+            ValueError: If a label was not a row of the head.
+        """
+        self.classes(strategy)
+        if self._found[-3] and not self._found[-1]:
+            label = strategy.reduce(self._outside.to(strategy.root_device), reduce_op="max")
+            label = int(torch.as_tensor(label))
+            raise target_error(self.num_classes, label, "the training data has other labels, such as")
 
     def split(self, strategy: Strategy) -> ClassSplit | None:
         """Return the split in which the classes of all processes so far are seen.
 
         Return ``None`` if so far no class is seen or no class is absent.
-
-        Raises:
-            ValueError: If a label was not a row of the head.
         """
         classes = self.classes(strategy)
         if self._split is None or list(self._split.seen_classes) != classes:
@@ -109,11 +108,7 @@ class TrainingLabels:
         return self._split
 
     def end_epoch(self, strategy: Strategy) -> None:
-        """Combine the classes of all processes. The first call warns if they look like positions in a list.
-
-        Raises:
-            ValueError: If a label was not a row of the head.
-        """
+        """Combine the classes of all processes. The first call warns if they look like positions in a list."""
         classes = self.classes(strategy)
         if self.may_be_positions:
             self.may_be_positions = False
@@ -140,9 +135,11 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
         reading: The pass that will find gamma.
 
     Raises:
-        ValueError: If neither shows the seen classes: training labels are mixed or unknown, and the pass may read
-            samples of other classes as well.
+        ValueError: If a label was not a row of the head. Also if neither shows the seen classes: training labels are
+            mixed or unknown, and the pass may read samples of other classes as well.
     """
+    if labels is not None:
+        labels.check(strategy)
     if labels is not None and (split := labels.split(strategy)) is not None and len(split.seen_classes) > 1:
         return split
     classes = [] if labels is None else labels.classes()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.estimators import Estimator, make_estimator
@@ -102,7 +103,10 @@ class TrainingSteps:
             ValueError: If gamma is not finite.
         """
         self.stop()
-        self._updates.flush()
+        errors = SharedErrors()
+        with errors.shared():
+            self._updates.flush()
+        errors.agree()
         return result_of(self._estimator, self._choice)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_calibft import AbsentClassCalibration, inspect_checkpoint
+from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
 from tests.helpers.runs import (
     MASK,
     OFFSET,
@@ -25,6 +25,7 @@ from tests.helpers.runs import (
     quiet,
     read,
     trainer_of,
+    without_calibration,
 )
 
 pytestmark = quiet
@@ -150,20 +151,74 @@ def test_a_run_that_is_resumed_leaves_the_files_of_the_first_alone(tmp_path):
     assert read(tmp_path / "last.ckpt")["global_step"] == 24
 
 
-def test_a_resumed_run_whose_epochs_are_over_calibrates_the_model_alone(tmp_path):
+def test_a_resumed_run_whose_epochs_are_over_calibrates_what_the_first_has_kept(tmp_path):
     plain = trainer_of(tmp_path, ModelCheckpoint(tmp_path, save_last=True))
     plain.fit(pretrained(Nervous), loader())
-    first = {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
     module = pretrained(Nervous)
-    callback, _, _ = fit(
+    callback, before, _ = fit(
         tmp_path,
         ModelCheckpoint(tmp_path, save_last=True),
         module=module,
         ckpt_path=plain.checkpoint_callback.last_model_path,
     )
-    assert_calibrated(module.state_dict(), make=Nervous)
-    assert not callback.checkpoint_results
-    assert {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")} == first
+    gamma = assert_calibrated(module.state_dict(), make=Nervous)
+    assert {Path(path).name for path in callback.checkpoint_results} == {"epoch=1-step=12.ckpt", "last.ckpt"}
+    for path, expected in before.files.items():
+        after = read(path)
+        assert assert_calibrated(after["state_dict"], make=Nervous) == gamma
+        assert_same(without_calibration(after), expected)
+
+
+class Worse(Nervous):
+    """The first epoch stays the best one."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("epoch", float(self.current_epoch), batch_size=8)
+
+
+class Preempted(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise RuntimeError("preempted")
+
+
+def fit_worse(folder, *others, **kwargs):
+    checkpoints = ModelCheckpoint(folder, "{epoch}", monitor="epoch", save_last=True)
+    module, callback = pretrained(Worse), AbsentClassCalibration()
+    trainer = trainer_of(folder, callback, checkpoints, *others, max_epochs=4)
+    trainer.fit(module, loader(), loader(VAL, shuffle=False), **kwargs)
+    assert checkpoints.best_model_path == str(folder / "epoch=0.ckpt")
+    return trainer, module
+
+
+def test_the_best_file_of_an_interrupted_run_is_calibrated_when_it_goes_on(tmp_path):
+    """It stays the best one, so `test(ckpt_path="best")` takes it."""
+    with pytest.raises(RuntimeError, match="preempted"):
+        fit_worse(tmp_path, Preempted())
+    assert not inspect_checkpoint(tmp_path / "epoch=0.ckpt")["calibrated"]
+    trainer, module = fit_worse(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    gamma = assert_calibrated(read(tmp_path / "epoch=0.ckpt")["state_dict"], make=Worse)
+    trainer.test(module, loader(VAL, shuffle=False), ckpt_path="best", verbose=False)
+    assert get_gamma(module) == pytest.approx(gamma)
+
+
+@pytest.mark.parametrize("content", ["another_model", "no_checkpoint"])
+def test_a_file_of_an_interrupted_run_that_does_not_load_is_named(content, tmp_path):
+    with pytest.raises(RuntimeError, match="preempted"):
+        fit_worse(tmp_path, Preempted())
+    best, foreign = tmp_path / "epoch=0.ckpt", tmp_path / "foreign"
+    stat = best.stat()
+    foreign.write_bytes(b"hello")
+    if content == "another_model":
+        torch.save({"state_dict": torch.nn.Linear(3, 4).state_dict()}, foreign)
+    best.write_bytes(foreign.read_bytes())
+    os.utime(best, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.warns(UserWarning, match=rf"leaves checkpoints of other runs as they are, '{best}': "):
+        _, module = fit_worse(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert best.read_bytes() == foreign.read_bytes()
+    assert_calibrated(module.state_dict(), make=Worse)
+    assert_calibrated(read(tmp_path / "last.ckpt")["state_dict"], make=Worse)
 
 
 def test_foreign_and_deleted_files(tmp_path):

@@ -23,6 +23,8 @@ def test_running_statistics_that_differ(ranks, name):
     assert first["gamma"] == second["gamma"] != 0
     assert first["files"] == second["files"] != {}
     assert None not in first["files"].values()
+    # The last file has the model of the first process, and gamma in memory is that of this model on all of them.
+    assert list(first["files"].values())[-1] == pytest.approx(first["gamma"], rel=1e-6)
 
 
 def test_the_listed_classes_of_all_processes_are_seen_from_the_start(ranks):

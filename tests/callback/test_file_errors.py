@@ -114,12 +114,3 @@ def test_a_full_disk(tmp_path):
     """
     done = run_python("-c", textwrap.dedent(script), tmp_path)
     assert "as expected" in done.stdout, done.stderr
-
-
-def test_remote_checkpoints_stay_without_gamma(tmp_path):
-    checkpoints = ModelCheckpoint("memory://kept")
-    module, callback = pretrained(), AbsentClassCalibration()
-    with pytest.warns(UserWarning, match="local files only: memory://kept/.* `trainer.save_checkpoint`"):
-        trainer_of(tmp_path, callback, checkpoints).fit(module, loader())
-    assert not callback.checkpoint_results
-    assert_calibrated(module.state_dict())
