@@ -23,8 +23,6 @@ from lightning_calibft.metrics.absent_class_metric import MetricOptions, append_
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
 from lightning_calibft.split import ClassIds
 
-_LARGEST = torch.finfo(torch.half).max
-
 
 class AccuracyChange(NamedTuple):
     """What gamma changes in the accuracy among all classes on samples of seen and of absent classes, in [-1, 1]."""
@@ -46,8 +44,8 @@ class PseudoAbsent(GammaEstimator):
     samples that were not trained on: margins of training samples are too large. It also needs the model from before
     fine-tuning, but trains no model.
 
-    The state is 6 bytes per sample: the rounding of half precision is far below the standard error. After ``compute``
-    on all processes, the other properties need no further communication.
+    The state is 12 bytes per sample. After ``compute`` on all processes, the other properties need no further
+    communication.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -114,8 +112,8 @@ class PseudoAbsent(GammaEstimator):
         leads, terms = pseudo_absent_update(preds, target, pretrained_preds, self._groups)
         counted = self._counted(target).unsqueeze(1)
         # Samples that do not count become NaN, which needs no host synchronization. NaN in counted ones becomes inf.
-        leads = torch.where(leads.isfinite(), leads.clamp(-_LARGEST, _LARGEST), torch.inf)
-        append_part(cast("list[Tensor]", self.leads), torch.where(counted, leads, torch.nan).half())
+        leads = leads.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        append_part(cast("list[Tensor]", self.leads), torch.where(counted, leads, torch.nan).float())
         self.sums = self.sums + torch.where(counted, terms, 0.0).sum(0)
 
     def compute(self) -> Tensor:
@@ -179,4 +177,4 @@ class PseudoAbsent(GammaEstimator):
     def _append_nothing(self) -> None:
         # A process without samples must share an empty tensor of the right shape. After gathering, it is not a list.
         if isinstance(self.leads, list) and not self.leads:
-            self.leads.append(torch.empty(0, 3, dtype=torch.half, device=self.device))
+            self.leads.append(torch.empty(0, 3, device=self.device))

@@ -162,8 +162,9 @@ def test_bytes_of_state(report, name, num_classes):
     size = size_of(metric)
     update()
     bytes_a_sample = (size_of(metric) - size) / samples
-    report(f"{bytes_a_sample:g}", "8")
-    assert bytes_a_sample <= 8
+    budget = 12 if name == "pseudo_absent" else 8  # it keeps three numbers: of the sample, its rival and its copy
+    report(f"{bytes_a_sample:g}", str(budget))
+    assert bytes_a_sample <= budget
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -64,8 +64,8 @@ def test_what_gamma_is_expected_to_change():
         logits = pretrained().eval()(x)
     metric.update(logits, y, logits)
     changes = [result.seen_change, result.absent_change]
-    assert changes == pytest.approx(list(map(float, metric.expected_change)), abs=1e-3)
-    assert result.break_even_share == pytest.approx(metric.break_even_share.item(), rel=1e-3)
+    assert changes == pytest.approx(list(map(float, metric.expected_change)), abs=1e-6)
+    assert result.break_even_share == pytest.approx(metric.break_even_share.item(), rel=1e-4)
     assert result.as_dict()["break_even_share"] == result.break_even_share
     assert calibrate(model, loader(), SEEN, progress=False).break_even_share is None
 

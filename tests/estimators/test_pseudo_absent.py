@@ -40,9 +40,9 @@ def test_batches_copies_and_reset():
     for part in zip(logits.split(7), target.split(7), before.split(7), strict=True):
         metric.update(*part)
     assert not metric.state_dict()
-    # The leads of the state are in half precision.
-    assert statistics(pickle.loads(pickle.dumps(metric))) == pytest.approx(expected(), rel=1e-3)
-    assert statistics(metric.clone()) == pytest.approx(expected(), rel=1e-3)
+    # The leads of the state are float32.
+    assert statistics(pickle.loads(pickle.dumps(metric))) == pytest.approx(expected(), rel=1e-6)
+    assert statistics(metric.clone()) == pytest.approx(expected(), rel=1e-6)
     metric.reset()
     with pytest.warns(UserWarning, match="gamma is NaN"):
         assert metric.compute().isnan()
@@ -52,7 +52,7 @@ def test_targets_that_are_mapped():
     logits, target, before, seen, absent = case()
     metric = PseudoAbsent(logits.shape[1], seen, absent, class_map=list(range(8, -1, -1)))
     metric.update(logits, 8 - target, before)
-    assert statistics(metric) == pytest.approx(expected(), rel=1e-3)
+    assert statistics(metric) == pytest.approx(expected(), rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
@@ -62,14 +62,14 @@ def test_what_gamma_is_expected_to_change(share):
     metric.update(logits, target, before)
     gamma, samples = _reference_pseudo_absent(logits, target, seen, absent, before, share)
     margins, right, copies, weights, slope = samples
-    assert metric.compute().item() == pytest.approx(gamma, abs=0.005)
+    assert metric.compute().item() == pytest.approx(gamma, rel=1e-5)
     seen_change = np.mean(right * (margins > gamma)) - np.mean(right * (margins > 0))
     absent_change = np.mean(weights * (copies < gamma)) - np.mean(weights * (copies < 0))
-    assert list(map(float, metric.expected_change)) == pytest.approx([seen_change, absent_change], abs=1e-3)
+    assert list(map(float, metric.expected_change)) == pytest.approx([seen_change, absent_change], rel=1e-5)
     between = np.linspace(0, gamma, 20_001)[:, None]
     lost = np.mean(right / (1 + np.exp(slope * (margins - between)))) * gamma
     won = np.mean(weights / (1 + np.exp((between - copies) / 2))) * gamma
-    assert metric.break_even_share.item() == pytest.approx(lost / (lost + won), rel=0.01)
+    assert metric.break_even_share.item() == pytest.approx(lost / (lost + won), rel=1e-4)
 
 
 def test_the_share_at_which_no_gamma_is_needed_is_where_none_pays():
@@ -85,19 +85,12 @@ def test_the_share_at_which_no_gamma_is_needed_is_where_none_pays():
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)
 
 
-def test_logits_beyond_half_precision():
-    logits, target, before, seen, absent = case()
-    metric = PseudoAbsent(logits.shape[1], seen, absent)
-    metric.update(logits * 1e6, target, before)
-    assert metric.compute().isfinite()
-
-
 def test_state():
     logits, target, before, seen, absent = case()
     metric = PseudoAbsent(logits.shape[1], seen, absent)
     metric.update(logits, target, before)
     metric.compute()
-    assert sum(part.nbytes for part in metric.leads) == 6 * len(target)
+    assert sum(part.nbytes for part in metric.leads) == 12 * len(target)
 
 
 def _work():
@@ -116,4 +109,4 @@ def _work():
 def test_two_processes(tmp_path):
     for results in in_group(_work, tmp_path):
         for cut in CUTS:
-            assert results[cut] == pytest.approx(expected(), rel=1e-3)
+            assert results[cut] == pytest.approx(expected(), rel=1e-6)
