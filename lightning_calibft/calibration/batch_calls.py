@@ -155,7 +155,7 @@ def logits_of_first_batch(
         try:
             logits, _ = _run(call, batch, target, context)
             if truth is None or _are_equal(logits, truth):
-                return call, _proved(call, batch, target, context, logits)
+                return call, _proved(call, batch, target, context)
             failures[call.name] = ValueError(f"gives other logits than `{of_step}`")
         except (HeadRefusedError, torch.OutOfMemoryError):
             raise
@@ -341,17 +341,13 @@ def _are_equal(logits: Tensor, others: Tensor) -> bool:
     return torch.allclose(logits, others, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context, logits: Tensor | None = None) -> Tensor:
-    """Probe the head, and return the logits as recorders now weigh its parts."""
-    offsets = [offset_of(head) for head in attached_heads(call.model).values()]
-    before = [offset.coefficient for offset in offsets]
+def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context) -> Tensor:
+    """Probe the head, and return the logits of the batch, as recorders now weigh the parts of the head."""
     # The probe cannot judge a model that has diverged. The pass reports the batch.
     with context(), suppress(NotFiniteError):
         probe(lambda: call(_copied(batch, Tensor.clone), PROBE_ROWS), call.model)
-    for offset in offsets:
-        offset.proved_call = call.name
-    if logits is not None and before == [offset.coefficient for offset in offsets]:
-        return logits
+    for head in attached_heads(call.model).values():
+        offset_of(head).proved_call = call.name
     return _run(call, batch, target, context)[0]
 
 
