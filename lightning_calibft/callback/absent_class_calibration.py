@@ -520,7 +520,7 @@ class AbsentClassCalibration(LightningCallback):
         assert self._listed is not None
         compares = self.log_metrics and trainer.enable_validation and not trainer.fast_dev_run
         tell = compares and self._labels is not None and not self._restored_classes
-        self._listed.read(trainer, self._rows, readable=self.unpack_batch is None, tell=tell)
+        self._listed.read(trainer, self._rows, self._restored_classes, readable=self.unpack_batch is None, tell=tell)
         names = class_names_of_loaders(flat_loaders(trainer.train_dataloader))
         if self._reader.maps or not names:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,19 +34,24 @@ class ListedClasses:
     def __init__(self, num_classes: int) -> None:
         self._num_classes = num_classes
         self._counts: list[int] = []  # samples of each class in the lists; empty if they are not known
+        self._earlier: set[int] = set()  # classes that the run met before it was interrupted
         self._may_miss = 0  # number of samples that an epoch may leave out
         self._split: ClassSplit | None = None  # of the last validation
         self._told = False
 
-    def read(self, trainer: Any, rows: dict[int, int] | None, readable: bool, tell: bool) -> None:
+    def read(
+        self, trainer: Any, rows: dict[int, int] | None, earlier: Iterable[int], readable: bool, tell: bool
+    ) -> None:
         """Read the lists of the datasets that are about to be trained on, on all processes.
 
         Args:
             trainer: The Trainer, with its training loaders.
             rows: The head's row for each label, if they differ.
+            earlier: The classes that the run has met before it was interrupted and resumed.
             readable: Whether batches have the labels that the datasets list, as far as is known.
             tell: Whether to warn if the validations of this fit cannot be compared.
         """
+        self._earlier = set(earlier)
         device, world_size = trainer.strategy.root_device, trainer.world_size
         counts, may_miss = torch.zeros(self._num_classes, dtype=torch.long), 0
         readable = readable and not trainer.reload_dataloaders_every_n_epochs
@@ -73,7 +79,7 @@ class ListedClasses:
 
     def classes(self) -> list[int]:
         """Return the classes in the lists, or an empty list if they are not known."""
-        return [row for row, count in enumerate(self._counts) if count]
+        return [row for row, count in enumerate(self._counts) if count or row in self._earlier]
 
     def split(self, met: list[int], complete: bool) -> ClassSplit | None:
         """Return the split in which the listed classes are seen, or those met, if the lists are not known.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_calibft._arguments import check_type
 from lightning_calibft._format import MASK as MASK, METADATA_KEY, OFFSET as OFFSET, StrPath
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata
 
@@ -44,12 +45,14 @@ def choose_weights(checkpoint: dict[str, Any], path: StrPath, use_ema: bool | No
     Raises:
         ValueError: If there are no such weights.
     """
+    if use_ema is not None:
+        check_type("use_ema", use_ema, bool)
     keys = _state_keys(checkpoint)
     chosen = keys if use_ema is None else [key for key in keys if (key in _EMA_KEYS) is use_ema]
     if not chosen and (keys or use_ema):
         raise ValueError(
-            f"Expected {os.fspath(path)!r} to hold {'averaged weights (EMA)' if use_ema else 'weights without EMA'},"
-            f" because of `use_ema={use_ema}`, but it holds {' and '.join(map(repr, keys)) or 'one state dict'}."
+            f"Expected {os.fspath(path)!r} to hold {'averaged weights (EMA)' if use_ema else 'weights without EMA'}"
+            f" because of the argument `use_ema`, but it holds {' and '.join(map(repr, keys)) or 'one state dict'}."
         )
     if len(keys) < 2:
         return checkpoint

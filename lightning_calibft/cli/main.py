@@ -169,7 +169,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         with torch.autocast(device.type, enabled=args.amp):
             info["validation"] = _validate(model.to(device), loader, result, args.progress)
         text += _validation_text(info["validation"])
-        before, after = (info["validation"][when]["acc"] for when in ("without_gamma", "with_gamma"))
+        before, after = (info["validation"][when]["acc_all"] for when in ("without_gamma", "with_gamma"))
         if before > after:
             warnings.warn(
                 f"On the validation images, this gamma lowers the accuracy from {before:.1%} to {after:.1%}. Choose"
@@ -230,7 +230,7 @@ def _validate(
 
 def _validation_text(found: dict[str, Any]) -> str:
     lines = [f"\n  accuracy on {found['num_samples']:,} validation images, without gamma -> with gamma"]
-    for name, key in (("all", "acc"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
+    for name, key in (("all", "acc_all"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
         values = [found[when][key] for when in ("without_gamma", "with_gamma")]
         lines.append(f"  {name:9}  {' -> '.join('no images' if value is None else f'{value:.1%}' for value in values)}")
     return "\n".join(lines)
@@ -258,6 +258,7 @@ def _as_flags(message: str) -> str:
     for argument, flag in (
         ("add_bias=True", "add-bias"),
         ("model_args", "model-kwargs"),
+        ("use_ema", "[no-]ema"),
         ("use_ema=False", "no-ema"),
         ("use_ema=True", "ema"),
         ("weights_only=False", "unsafe"),

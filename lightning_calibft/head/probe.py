@@ -25,7 +25,7 @@ from lightning_calibft.head.layers import (
     width_of,
 )
 from lightning_calibft.head.offset import attached_copies, attached_heads, is_attached, like_dtensor, offset_of
-from lightning_calibft.head.output import Path, get_logits, replace_logits, tensors_in
+from lightning_calibft.head.output import LOGIT_NAMES, Path, get_logits, replace_logits, tensors_in
 from lightning_calibft.head.record import class_axis_last, gather_dtensor
 
 Forward = Callable[[], Any]
@@ -381,8 +381,9 @@ def _remedy(forward: Forward, model: nn.Module, matrices: dict[Path, Tensor], sc
                     return f' The head may be {name!r}: pass `head="{name}"`.'
         return ""
     text = f" Other candidates of that width: {', '.join(worse[-10:]) or 'none'}."
-    # One of several matrices may hold features.
-    return text + (_whole_remedy(forward, model, *matrices.values()) if len(matrices) == 1 else "")
+    # One of several matrices may hold features, unless its name says that it does not.
+    logits = [base for path, base in matrices.items() if len(matrices) == 1 or not set(LOGIT_NAMES).isdisjoint(path)]
+    return text + (_whole_remedy(forward, model, logits[0]) if logits else "")
 
 
 def _whole_remedy(forward: Forward, model: nn.Module, base: Tensor) -> str:

@@ -46,6 +46,7 @@ RIGHT = {
     "max_samples": {"None", "3"},
     "tolerance": {"None", "3", "2.5", "2**70", "10**400"},
     "absent_share": {"None"},
+    "use_ema": {"None"},
     "perplexity": {"3", "2.5", "0-d"},
     "seed": {"3", "-1"},
     "steps": {"3", "[2**70]"},

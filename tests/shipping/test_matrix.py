@@ -189,7 +189,7 @@ def test_cell(row, tool, tmp_path):
 
 
 def test_the_page_says_what_was_run():
-    page = PAGE.read_text()
+    page = PAGE.read_text().partition("## Networks")[0]
     header, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")
     ]
