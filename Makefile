@@ -30,6 +30,7 @@ test-all: install  ## Run all tests, as continuous integration does: thorough on
 	$(PYTEST)
 
 test-pytorch-lightning: COPY = outputs/pytorch_lightning
+test-pytorch-lightning: TESTS ?= tests/callback tests/checkpoint/test_checkpoint.py
 test-pytorch-lightning: install  ## Run tests of the callback and of its files with the other package of Lightning
 	rm -rf $(COPY)
 	mkdir -p $(COPY)
@@ -37,7 +38,7 @@ test-pytorch-lightning: install  ## Run tests of the callback and of its files w
 	rm $(COPY)/tests/callback/*package*  # these use both packages
 	grep -rlE 'lightning\.(pytorch|fabric)' $(COPY)/tests | xargs sed -i.orig -E \
 		's/lightning\.pytorch/pytorch_lightning/g; s/lightning\.fabric/lightning_fabric/g'
-	cd $(COPY) && $(PYTEST) tests/callback tests/checkpoint/test_checkpoint.py
+	cd $(COPY) && $(PYTEST) $(TESTS)
 
 slow: install  ## Run the tests that take minutes, such as the survey of timm
 	$(BIN)/python -m pytest -m slow
