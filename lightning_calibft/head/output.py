@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 # Names under which models return logits. CLIP in transformers uses the second.
-_NAMES = ("logits", "logits_per_image")
+LOGIT_NAMES = ("logits", "logits_per_image")
 _DEEPEST = 6  # an object can hold itself
 Path = tuple[str | int, ...]
 
@@ -77,7 +77,7 @@ def _path(output: Any, num_classes: int | None) -> Path:
         return ()
     paths = [(path, tensor) for path, tensor in tensors_in(output) if tensor.ndim > 0]
     fitting = [path for path, tensor in paths if num_classes in (tensor.shape[-1], *tensor.shape[-3:-2])]
-    named = [path for path, _ in paths if all(isinstance(key, int) or key in _NAMES for key in path)]
+    named = [path for path, _ in paths if all(isinstance(key, int) or key in LOGIT_NAMES for key in path)]
     for path in fitting + named:
         return path
     raise ValueError(
@@ -103,7 +103,7 @@ def _items(output: Any) -> list[tuple[str | int, Any]]:
 
 
 def _rank(name: Any) -> int:
-    return _NAMES.index(name) if name in _NAMES else len(_NAMES)
+    return LOGIT_NAMES.index(name) if name in LOGIT_NAMES else len(LOGIT_NAMES)
 
 
 def _at(output: Any, path: Path) -> Any:
