@@ -59,6 +59,7 @@ class BatchCall(nn.Module):
         self.model = model  # a child, so that `torch.func.functional_call` runs it with other weights
         self.name = name
         self._arguments = arguments
+        self.is_of_part = bool(part)
         self._part = part
         self._step = step
         self._to_mute = [module for module in model.modules() if is_lightning_module(module)]
@@ -95,7 +96,8 @@ class OwnForwardCall:
         self._handle: RemovableHandle | None = None
         if part is not None:
             forward = model.get_submodule(part)
-            self._ways = {name: _identities(way) for name, way in reader.arguments(batch, forward).items()}
+            with suppress(ValueError):  # where training mixes labels, the batch may have another form
+                self._ways = {name: _identities(way) for name, way in reader.arguments(batch, forward).items()}
             self._handle = forward.register_forward_pre_hook(self._note, with_kwargs=True)
         self._chosen = offset_of(next(iter(attached_heads(model).values()))).proved_call
         self._met: list[tuple[set[Any], tuple[Any, ...]]] = []
@@ -304,8 +306,12 @@ def _step_arguments(step: Callable[..., Any], batch: Any) -> Arguments:
 def _run(call: BatchCall, batch: Any, target: Tensor, context: Context) -> tuple[Tensor, Any]:
     """Return the raw logits of a batch and the output of the call."""
     with unchanged(call.model), record_logits(call.model) as records, context():
-        output = call(_copied(batch, Tensor.clone))  # training goes on with this batch
+        output = _on_copy(call, batch)
     return one_forward(records, len(target), _width(call.model), REMEDY), output
+
+
+def _on_copy(call: BatchCall, batch: Any, rows: int | None = None) -> Any:
+    return call(_copied(batch, Tensor.clone), rows)  # training goes on with this batch, and a step may change its copy
 
 
 def _copied(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -315,24 +321,33 @@ def _copied(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
     return copy.deepcopy(batch)
 
 
-def _logits_of_steps(
+def _first_that_runs(
     steps: list[BatchCall], batch: Any, target: Tensor, context: Context, failures: dict[str, Exception]
-) -> tuple[Tensor | None, str]:
-    """Return the logits that the first step which runs gives, or ``None`` if they are random, and its name."""
+) -> tuple[BatchCall, Tensor] | None:
+    """Return the first step that runs the head once on a batch, and the logits that it gives."""
     for call in steps:
         try:
-            logits, _ = _run(call, batch, target, context)
+            return call, _run(call, batch, target, context)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the user's code can raise anything
             failures[call.name] = error
-            continue
-        torch.manual_seed(1)  # a step may augment or mix its inputs
-        np.random.seed(1)
-        random.seed(1)
-        again, _ = _run(call, batch, target, context)
-        return (logits if _are_equal(logits, again) else None), call.name
-    return None, ""
+    return None
+
+
+def _logits_of_steps(
+    steps: list[BatchCall], batch: Any, target: Tensor, context: Context, failures: dict[str, Exception]
+) -> tuple[Tensor | None, str]:
+    """Return the logits that the first step which runs gives, or ``None`` if they are random, and its name."""
+    found = _first_that_runs(steps, batch, target, context, failures)
+    if found is None:
+        return None, ""
+    call, logits = found
+    torch.manual_seed(1)  # a step may augment or mix its inputs
+    np.random.seed(1)
+    random.seed(1)
+    again, _ = _run(call, batch, target, context)
+    return (logits if _are_equal(logits, again) else None), call.name
 
 
 def _are_equal(logits: Tensor, others: Tensor) -> bool:
@@ -343,9 +358,13 @@ def _are_equal(logits: Tensor, others: Tensor) -> bool:
 
 def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context) -> Tensor:
     """Probe the head, and return the logits of the batch, as recorders now weigh the parts of the head."""
+    calls = [call]
+    if call.is_of_part and (found := _first_that_runs(_step_calls(call.model), batch, target, context, {})):
+        calls.insert(0, found[0])  # the loss shows whether a part gives logits, or features that a step goes on with
     # The probe cannot judge a model that has diverged. The pass reports the batch.
     with context(), suppress(NotFiniteError):
-        probe(lambda: call(_copied(batch, Tensor.clone), PROBE_ROWS), call.model)
+        for each in calls:
+            probe(partial(_on_copy, each, batch, PROBE_ROWS), call.model)
     for head in attached_heads(call.model).values():
         offset_of(head).proved_call = call.name
     return _run(call, batch, target, context)[0]
@@ -375,6 +394,7 @@ def _told(error: Exception) -> str:
 
 def _users_frame(error: Exception) -> traceback.FrameSummary | None:
     """Return the last place in an error's traceback that is in none of the libraries."""
-    libraries = ("/torch/", "/lightning/", "/pytorch_lightning/", "/lightning_calibft/", "/torchmetrics/", "/timm/")
+    libraries = ("torch", "lightning", "pytorch_lightning", "lightning_calibft", "torchmetrics", "timm")
+    parts = ("<frozen", *(f"/{name}/" for name in libraries))
     frames = traceback.extract_tb(error.__traceback__)
-    return next((each for each in reversed(frames) if not any(part in each.filename for part in libraries)), None)
+    return next((each for each in reversed(frames) if not any(part in each.filename for part in parts)), None)

@@ -87,10 +87,12 @@ class ListedClasses:
         Return ``None`` if no class is seen or no class is absent.
 
         Args:
-            met: The classes in the training batches of all processes so far. Empty if labels are mixed.
+            met: The classes in the training batches of all processes so far. Empty if labels are mixed, in which case
+                nothing says that the lists are wrong.
             complete: Whether the training is at the end of an epoch.
         """
-        listed = self.classes() if met else []
+        listed = self.classes()
+        met = met or listed
         missing = set(listed).difference(met)
         wrong = not set(met) <= set(listed) or (complete and sum(self._counts[row] for row in missing) > self._may_miss)
         if listed and wrong:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_calibft.calibration.batch_calls import logits_of_first_batch
 from lightning_calibft.calibration.batch_reader import BatchReader, check_rows
 from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
-from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, is_read_once
+from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, is_read_once, rebuilt_loader
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
@@ -91,17 +92,24 @@ def check_read_once(trainer: Any, source: Source, during_training: bool) -> None
     rank_zero_warn(f"AbsentClassCalibration expects {text} If it can be read further, ignore this.")
 
 
+@contextmanager
+def _validating(trainer: Any) -> Iterator[None]:
+    """Let ``trainer.training`` be false, so that hooks, steps and forwards which then augment or mix do not."""
+    stage = trainer.state.stage
+    trainer.state.stage = type(stage)("validate")
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
 def move_batch(trainer: Trainer, batch: Any) -> Any:
     """Move a batch to the device as a validation step does, with the precision and the user's transfer hooks."""
-    stage: Any = trainer.state.stage
-    trainer.state.stage = type(stage)("validate")  # so that hooks which augment or mix `if trainer.training` do not
-    try:
+    with _validating(trainer):
         batch = trainer.precision_plugin.convert_input(batch)
         # Private in Lightning, which has no public way to run this hook of the datamodule or the module.
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    finally:
-        trainer.state.stage = stage
 
 
 def sharded_reading(trainer: Any) -> ShardedReading | None:
@@ -113,15 +121,12 @@ def sharded_reading(trainer: Any) -> ShardedReading | None:
     return ShardedReading(shares["rank"], shares["num_replicas"], counts=first)
 
 
-def _first_calibration_batch(trainer: Trainer) -> Any:
-    """Return the first batch of the user's ``calibration_dataloader()`` on the device, or ``None``.
+def _first_batch(trainer: Trainer, loader: Any) -> Any:
+    """Return the first batch of a loader on the device, as the pass will read it.
 
     Raises:
         ValueError: If the loader is empty.
     """
-    loader = calibration_dataloader(trainer)
-    if loader is None:
-        return None
     # Read all samples: the share of this process may be empty.
     for batch in chain.from_iterable(calibration_loaders(loader, share=(0, 1))):
         return move_batch(trainer, batch)
@@ -140,8 +145,9 @@ def check_first_batch(
         reader: Splits batches.
 
     Returns:
-        The labeled part of the batch, or ``None`` if there is a ``calibration_dataloader()``, and the training loaders
-        whose batches have no labels, as in semi-supervised learning. They are not read.
+        The labeled part of the batch, or the batch if training mixes its labels. ``None`` if there is a
+        ``calibration_dataloader()``. Also the training loaders whose batches have no labels, as in semi-supervised
+        learning. They are not read.
 
     Raises:
         TypeError: If a target does not hold class ids.
@@ -151,12 +157,18 @@ def check_first_batch(
     """
     errors, unlabeled = SharedErrors(), _called_unlabeled(trainer.train_dataloader)
     with errors.shared(), evaluation(model):
-        clean = _first_calibration_batch(trainer)
+        clean = calibration_dataloader(trainer)
         if clean is not None:
-            batches = {-1: clean}
+            batches = {-1: _first_batch(trainer, clean)}
         else:
             batches = dict(enumerate(training_batches(batch, trainer.train_dataloader, unlabeled)))
-        labeled = _labeled(batches, reader, head_width(model)) if batches else {}
+        mixed = False
+        try:
+            labeled = _labeled(batches, reader, head_width(model)) if batches else {}
+        except (TypeError, ValueError):
+            labeled = {} if clean is not None else _unmixed(trainer, reader, head_width(model))
+            if not (mixed := bool(labeled)):
+                raise
         if clean is None and len(batches) > 1:
             loaders = _without(flat_loaders(trainer.train_dataloader), unlabeled)
             known = errors.gather(lambda: list(labeled))
@@ -168,7 +180,18 @@ def check_first_batch(
                 first = first_batch_of_any(first, model.device, errors)
             logits_of_first_batch(model, first, reader.rows(first), reader, partial(quiet_forward, trainer))
     errors.agree()
-    return (part if clean is None else None), unlabeled
+    return (None if clean is not None else batch if mixed else part), unlabeled
+
+
+def _unmixed(trainer: Any, reader: BatchReader, num_classes: int) -> dict[int, Any]:
+    """Return a batch as the pass will read it, if only the transfer hooks of training mix its labels."""
+    loader = trainer.train_dataloader
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return {}
+    with suppress(Exception):  # the user's code can raise anything, and what is told is what training has met
+        aside = rebuilt_loader(loader, loader.dataset, batch_size=loader.batch_size, generator=torch.Generator())
+        return _labeled({0: move_batch(trainer, next(iter(aside)))}, reader, num_classes)
+    return {}
 
 
 def _called_unlabeled(loaders: Any) -> list[Any]:
@@ -208,11 +231,11 @@ def _labeled(batches: Mapping[int, Any], reader: BatchReader, num_classes: int) 
 
 @contextmanager
 def quiet_forward(trainer: Any) -> Iterator[None]:
-    """Run a forward with the precision of the Trainer and without its loggers, which the module may call."""
+    """Run a forward as in validation, with the precision of the Trainer and without its loggers, which it may call."""
     loggers, should_stop = trainer.loggers, trainer.should_stop
     trainer.loggers = [lightning_of(trainer).loggers.logger.DummyLogger() for _ in loggers]
     try:
-        with trainer.precision_plugin.forward_context():
+        with _validating(trainer), trainer.precision_plugin.forward_context():
             yield
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop

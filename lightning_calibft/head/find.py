@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
-from itertools import chain
+from itertools import chain, takewhile
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -28,6 +29,8 @@ from lightning_calibft.head.zero_shot import ZeroShotHead
 
 # Attributes under which torchvision, timm, Hugging Face and most others keep the head.
 _NAMES = ("fc", "classifier", "head", "heads", "score", "classification_head", "last_linear")
+# Names of heads beside others. A projection head gives features.
+_NAME_OF_ONE_HEAD = re.compile(r"(?<![a-z])(?<!proj_)(?<!projection_)(heads?|classifiers?)(?![a-z])")
 # Attributes of heads whose logits are averaged.
 _PAIRS = (("head", "head_dist"), ("cls_classifier", "distillation_classifier"), ("classifier", "classifier_distill"))
 
@@ -53,7 +56,8 @@ def find_head(model: nn.Module, head: str | nn.Module | None = None) -> Head:
 
     The rules are tried in this order: heads that already carry a calibration; ``model`` itself; a ``ZeroShotHead``;
     timm's ``get_classifier()``; well-known attribute names; the last layer that is ``Linear`` or has an integer
-    ``out_features``, if no other has its width; a model without any such layer that states its number of classes.
+    ``out_features``, if no other has its width or is the head of another task; a model without any such layer that
+    states its number of classes.
     The rules only guess. :func:`probe` checks with data. A network that is not trained, such as a teacher, is left out
     if another one is. Of equal copies of a network, the head of the first is returned.
 
@@ -187,9 +191,28 @@ def _well_known(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Mod
 
 def _last_layer(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
     """Take the last candidate that is no 1x1 convolution, of which networks have many."""
-    found = head_candidates(model, frozen).values()
-    layers = [module for module in found if not is_channels_first(module)]
-    return _only(model, frozen, [(module,) for module in layers if width_of(module) == width_of(layers[-1])])
+    found = head_candidates(model, frozen).items()
+    layers = {name: module for name, module in found if not is_channels_first(module)}
+    if not layers:
+        return ()
+    last, width = [*layers][-1], width_of([*layers.values()][-1])
+    equal = [name for name, module in layers.items() if width_of(module) == width]
+    return _only(model, frozen, [(layers[name],) for name in (*_heads_beside(model, layers, last), *equal)])
+
+
+def _heads_beside(model: nn.Module, names: Collection[str], last: str) -> list[str]:
+    """Return the last layer of each head that has its name or its dictionary in common with the head of ``last``."""
+    beside, others = dict[str, str](), last.split(".")
+    for name in names:
+        parts = name.split(".")
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
+        if common in (len(parts), len(others)):
+            continue
+        in_dict = common > 0 and isinstance(model.get_submodule(".".join(parts[:common])), nn.ModuleDict)
+        named = [parts[common - 1]] if in_dict else [parts[common], others[common]]
+        if all(_NAME_OF_ONE_HEAD.search(each.lower()) for each in named):
+            beside[".".join(parts[: common + 1])] = name
+    return list(beside.values())
 
 
 def _whole_model(model: nn.Module, frozen: Collection[nn.Module]) -> tuple[nn.Module, ...]:
@@ -214,7 +237,9 @@ def _named_children(parent: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Return the heads among the children of ``parent``. A pair is one entry."""
     if pair := _pair(parent):
         return [pair]
-    return [_resolve(child) for name, child in parent.named_children() if name in _NAMES]
+    children = [child for name, child in parent.named_children() if name in _NAMES]
+    each = chain.from_iterable(child.values() if isinstance(child, nn.ModuleDict) else [child] for child in children)
+    return [_resolve(child) for child in each]
 
 
 def _pair(parent: nn.Module) -> tuple[nn.Module, ...]:

@@ -56,8 +56,8 @@ def probe(forward: Forward, model: nn.Module) -> None:
     that gives probabilities does not pass, because gamma would be added to these.
 
     If the output holds several tensors of the head's width, the logits are the one that passes. If it holds only
-    scalars, such as the loss of a batch, these must depend on the output of the head, and must stay the same when one
-    number is added to all logits. This is what a softmax in the loss does.
+    scalars, such as the loss of a batch, these must depend on the output of the head. When one number is added to all
+    logits, they must stay the same, as the softmax in a loss does, or must be a sum over classes, as with a sigmoid.
 
     The model runs as in :func:`~lightning_calibft.head.evaluation.evaluation`. A head that passes is proved:
     :func:`is_proved` is then true of the model until its structure changes.
@@ -267,13 +267,30 @@ def _problem_of_scalars(
         constant = _tensors(forward, model)
     if not any(_changes(value, random.get(path)) for path, value in scalars.items()):
         return "its output does not reach the loss. It may be an auxiliary head, or unused."
-    if any(_changes(value, constant.get(path)) for path, value in scalars.items()):
-        return (
-            "a number added to all its outputs changes the loss, which the softmax of a cross-entropy would not do."
-            " Something after it clips or replaces its output, or the loss is another one. If its output is right,"
-            " define `forward`, which maps inputs to logits."
-        )
-    return None
+    changed = {path: value for path, value in scalars.items() if _changes(value, constant.get(path))}
+    if not changed or _adds_up_over_classes(forward, model, heads, changed, constant):
+        return None
+    return (
+        "a number added to all its outputs changes the loss, which the softmax of a cross-entropy would not do, and the"
+        " loss is no sum over classes, as that of a sigmoid is. Something after it clips or replaces its output, or the"
+        " loss is another one. If its output is right, define `forward`, which maps inputs to logits."
+    )
+
+
+def _adds_up_over_classes(
+    forward: Forward,
+    model: nn.Module,
+    heads: list[nn.Module],
+    scalars: dict[Path, Tensor],
+    together: dict[Path, Tensor],
+) -> bool:
+    """Return whether what one number at all classes does to the loss is what it does at either half of them."""
+    halves = []
+    for parity in (0, 1):
+        with _added(heads, (torch.arange(num_classes(heads[0])) % 2 == parity).float(), grow=True):
+            halves.append(_tensors(forward, model))
+    sums = {path: sum(half[path] for half in halves) - value for path, value in scalars.items()}
+    return not any(_changes(value, together.get(path)) for path, value in sums.items())
 
 
 def _changes(value: Tensor, other: Tensor | None) -> bool:

@@ -141,6 +141,77 @@ class TakesTheBatchApart(NoForward):
         return F.cross_entropy(self.logits(batch.pop("image").mul_(0.5)), target)
 
 
+class MixesInAHook(Plain):
+    """Only training mixes, so the pass reads class ids."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return self.mixed(*batch) if self.trainer.training else batch
+
+    def mixed(self, x, y):
+        return 0.7 * x + 0.3 * x.flip(0), 0.7 * F.one_hot(y, NUM_CLASSES) + 0.3 * F.one_hot(y.flip(0), NUM_CLASSES)
+
+
+class MixesInAHookOfItsMode(MixesInAHook):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return self.mixed(*batch) if self.training else batch
+
+
+class MixesPairsInAHook(MixesInAHook):
+    """A training batch has four parts, another one two."""
+
+    def mixed(self, x, y):
+        return 0.7 * x + 0.3 * x.flip(0), y, y.flip(0), 0.7
+
+    def loss(self, batch):
+        x, y, *others = batch
+        z = self(x / 2)
+        return (
+            F.cross_entropy(z, y) if not others else 0.7 * F.cross_entropy(z, y) + 0.3 * F.cross_entropy(z, others[0])
+        )
+
+
+class AugmentsWhileTraining(Plain):
+    def forward(self, x):
+        if self._trainer is not None and self.trainer.training:
+            x = x / 2
+        return super().forward(x)
+
+
+class StepAugmentsWhileTraining(NoForward):
+    validation_step = LightningModule.validation_step
+
+    def logits(self, x):
+        if self._trainer is not None and self.trainer.training:
+            x = x / 2
+        return super().logits(x)
+
+
+class AsksForItsStage(NoForward):
+    def training_step(self, batch, batch_idx):
+        assert self.trainer.training
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        assert self.trainer.validating or self.trainer.sanity_checking
+        return super().validation_step(batch, batch_idx)
+
+
+class SigmoidOfEachClass(NoForward):
+    def loss(self, batch):
+        one_hot = F.one_hot(batch[1], NUM_CLASSES).float()
+        return F.binary_cross_entropy_with_logits(self.logits(batch[0]), one_hot)
+
+
+class SigmoidOfAnAttribute(SigmoidOfEachClass):
+    def build(self, dropout):
+        super().build(dropout)
+        self.net = nn.Sequential(self.body, self.fc)
+        del self.body, self.fc
+
+    def logits(self, x):
+        return self.net(x)
+
+
 class LossAndAccuracy(Plain):
     """``forward`` takes the batch and returns no logits."""
 
@@ -331,6 +402,14 @@ FORMS: dict[str, tuple[type[Plain], dict[str, Any]]] = {
         TakesTheBatchApart,
         {"reference": lambda module, x: module.logits(x / 2), **pairs(lambda x, y: {"image": x.clone(), "label": y})},
     ),
+    "a hook mixes": (MixesInAHook, {}),
+    "a hook of its mode mixes": (MixesInAHookOfItsMode, {}),
+    "a hook mixes pairs": (MixesPairsInAHook, {"reference": lambda module, x: module(x / 2)}),
+    "forward augments while training": (AugmentsWhileTraining, BY_PARTS),
+    "a step augments while training": (StepAugmentsWhileTraining, BY_PARTS),
+    "steps ask for their stage": (AsksForItsStage, HALF),
+    "sigmoid of each class": (SigmoidOfEachClass, HALF),
+    "sigmoid of an attribute": (SigmoidOfAnAttribute, HALF),
     "loss and accuracy": (LossAndAccuracy, BY_PARTS),
     "labels in forward": (WithLabels, {**TWICE, **pairs(lambda x, y: (x, ONES, y))}),
     "labels in forward by name": (
@@ -438,6 +517,65 @@ def test_of_several_loaders_only_the_labeled_one_is_read(kind, seen, tmp_path):
     assert callback.result.num_samples == len(TRAIN)
 
 
+class SeveralTasks(Plain):
+    """Heads of other widths than the one that is meant, in a dictionary or as attributes."""
+
+    def build(self, dropout):
+        super().build(dropout)
+        del self.fc
+        wide = nn.Sequential(nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 2 * NUM_CLASSES))
+        self.heads = nn.ModuleDict({"species": nn.Linear(16, NUM_CLASSES), "site": wide})
+
+    def forward(self, x):
+        features = self.body(x)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def loss(self, batch):
+        z = self(batch[0])
+        return F.cross_entropy(z["species"], batch[1]) + F.cross_entropy(z["site"], batch[1] + 1)
+
+
+class SeveralTaskHeads(SeveralTasks):
+    def build(self, dropout):
+        super().build(dropout)
+        self.task_heads = self.heads
+        del self.heads
+
+    def forward(self, x):
+        features = self.body(x)
+        return {name: head(features) for name, head in self.task_heads.items()}
+
+
+class SeveralAttributes(SeveralTasks):
+    def build(self, dropout):
+        super().build(dropout)
+        self.species_head, self.site_head = self.heads["species"], self.heads["site"]
+        del self.heads
+
+    def forward(self, x):
+        features = self.body(x)
+        return {"species": self.species_head(features), "site": self.site_head(features)}
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "other"),
+    [
+        (SeveralTasks, "heads.species", "heads.site.2"),
+        (SeveralTaskHeads, "task_heads.species", "task_heads.site.2"),
+        (SeveralAttributes, "species_head", "site_head.2"),
+    ],
+)
+def test_one_of_several_tasks_must_be_named(make, head, other, tmp_path):
+    reference = {"make": make, "forward": lambda module, x: module(x)["species"]}
+    module = make()
+    module.load_state_dict(pretrained_weights(make, reference["forward"]))
+    with pytest.raises(ValueError, match=f"could be the classification head: '{head}', '{other}'"):
+        trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader())
+    assert module.trainer.global_step == 0
+    trainer_of(tmp_path, AbsentClassCalibration(head=head)).fit(module, loader())
+    assert_calibrated(module.state_dict(), **reference)
+
+
 class Raises(Plain):
     def forward(self, x, y, z):
         raise KeyError("of the user")
@@ -481,17 +619,31 @@ class Auxiliary(NoForward):
         return super().loss(batch)
 
 
-class Sigmoid(NoForward):
-    def loss(self, batch):
-        one_hot = F.one_hot(batch[1], NUM_CLASSES).float()
-        return F.binary_cross_entropy_with_logits(self.logits(batch[0]), one_hot)
+class Prototypes(NoForward):
+    """The output of its only layer is as wide as the features."""
+
+    def build(self, dropout):
+        self.encoder = nn.Linear(5, 8)
+        self.prototypes = nn.Parameter(torch.randn(NUM_CLASSES, 8))
+
+    def logits(self, x):
+        return -torch.cdist(self.encoder(x), self.prototypes)
+
+
+class PrototypesOfAnEncoder(Prototypes):
+    """The attribute maps inputs to features."""
+
+    def build(self, dropout):
+        super().build(dropout)
+        self.encoder = nn.Sequential(self.encoder)
 
 
 @pytest.mark.parametrize(
     ("make", "head", "text"),
     [
         (Clipped, "fc", "a number added to all its outputs changes the loss, .* define `forward`"),
-        (Sigmoid, "fc", "a number added to all its outputs changes the loss, .* define `forward`"),
+        (Prototypes, None, "a number added to all its outputs changes the loss, .* define `forward`"),
+        (PrototypesOfAnEncoder, None, "a number added to all its outputs changes the loss, .* define `forward`"),
         (Auxiliary, "other", r'its output does not reach the loss.* The head may be \'fc\': pass `head="fc"`'),
     ],
 )
