@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_calibft._format import expectations
 from lightning_calibft.checkpoint.inspect import inspect_checkpoint
 from lightning_calibft.cli.options import EPILOG, add_classes, add_command, add_files, add_model, add_reading
 
@@ -169,7 +170,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         with torch.autocast(device.type, enabled=args.amp):
             info["validation"] = _validate(model.to(device), loader, result, args.progress)
         text += _validation_text(info["validation"])
-        before, after = (info["validation"][when]["acc"] for when in ("without_gamma", "with_gamma"))
+        before, after = (info["validation"][when]["acc_all"] for when in ("without_gamma", "with_gamma"))
         if before > after:
             warnings.warn(
                 f"On the validation images, this gamma lowers the accuracy from {before:.1%} to {after:.1%}. Choose"
@@ -230,7 +231,7 @@ def _validate(
 
 def _validation_text(found: dict[str, Any]) -> str:
     lines = [f"\n  accuracy on {found['num_samples']:,} validation images, without gamma -> with gamma"]
-    for name, key in (("all", "acc"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
+    for name, key in (("all", "acc_all"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
         values = [found[when][key] for when in ("without_gamma", "with_gamma")]
         lines.append(f"  {name:9}  {' -> '.join('no images' if value is None else f'{value:.1%}' for value in values)}")
     return "\n".join(lines)
@@ -278,7 +279,7 @@ def _described(path: Path, info: dict[str, Any]) -> str:
         return _printable(f"{path}: not calibrated")
     lines = {"gamma": f"{info['gamma']:.4f}"}
     if "standard_error" in info:
-        lines["gamma"] += f" ± {info['standard_error']:.4f}"
+        lines["gamma"] += f" ± {info['standard_error']:.4f} (sampling error only)"
     if {"estimator", "num_samples"} <= info.keys():
         lines["found by"] = f"{info['estimator']} from {info['num_samples']:,} samples"
     absent, seen = info["absent_classes"], info.get("seen_classes", [])
@@ -292,7 +293,8 @@ def _described(path: Path, info: dict[str, Any]) -> str:
     if known:
         lines["made with"] = ", ".join(known)
     state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
-    return "\n".join(map(_printable, [f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())]))
+    told = [f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())]
+    return "\n".join(map(_printable, [*told, *(f"  {sentence}" for sentence in expectations(info))]))
 
 
 def _parser() -> argparse.ArgumentParser:
