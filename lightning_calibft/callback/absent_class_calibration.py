@@ -640,6 +640,8 @@ class AbsentClassCalibration(LightningCallback):
     def _refresh(self, trainer: Trainer, model: LightningModule) -> None:
         """Find the gamma of the current weights and put it into the model."""
         try:
+            if self._labels is not None:
+                self._labels.check(trainer.strategy)
             with preserve_random_state():
                 reading = self._search.make_pass(trainer, model, self._knows_classes(trainer))
                 if reading is None:
@@ -716,7 +718,12 @@ class AbsentClassCalibration(LightningCallback):
         if self._labels is not None and self._labels_missed:
             self._labels.give_up()
         if self._labels is not None:
-            self._labels.check(trainer.strategy)
+            try:
+                self._labels.check(trainer.strategy)
+            except ValueError:
+                self.result = None
+                reset_gamma(model)  # that of an earlier validation was for other classes
+                raise
         self._end_lists(trainer)
         split = self._split or (self._labels and self._labels.split(trainer.strategy))
         found = self._search.found_for_present(trainer, model)

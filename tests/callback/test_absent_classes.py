@@ -80,14 +80,15 @@ def test_an_absent_class_in_the_data_is_refused_before_the_first_step(tmp_path):
         assert module.steps == 0
 
 
-def test_an_absent_class_that_is_met_late_is_told_at_the_end(tmp_path):
+@pytest.mark.filterwarnings("ignore:AbsentClassCalibration leaves step .* without gamma")
+@pytest.mark.parametrize("refresh", [False, True])
+def test_an_absent_class_that_is_met_late_is_told_at_the_end(tmp_path, refresh):
     x, y = TRAIN.tensors
     data = Unlisted(TensorDataset(*(part[y.argsort(stable=True)] for part in (x, y))))
     module, checkpoints = pretrained(Counts), ModelCheckpoint(tmp_path, "last")
+    callback = AbsentClassCalibration(absent_classes=[1, 3], refresh_on_validation=refresh)
     with pytest.raises(ValueError, match=BOTH.format(3)):
-        trainer_of(tmp_path, AbsentClassCalibration(absent_classes=[1, 3]), checkpoints).fit(
-            module, loader(data, shuffle=False), loader(VAL, shuffle=False)
-        )
+        trainer_of(tmp_path, callback, checkpoints).fit(module, loader(data, shuffle=False), loader(VAL, shuffle=False))
     assert module.steps == 12
     assert (tmp_path / "last.ckpt").exists()
     assert get_gamma(module) is None

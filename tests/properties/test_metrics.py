@@ -137,7 +137,7 @@ def test_collection(case, data):
     result = {name: value.item() for name, value in fed(metrics, case, batches).compute().items()}
     accuracies = {
         f"acc{suffix}": split_accuracy(*case, samples=group).item()
-        for suffix, group in (("", "all"), ("_seen", "seen"), ("_absent", "absent"))
+        for suffix, group in (("_all", "all"), ("_seen", "seen"), ("_absent", "absent"))
     }
     expected = {"ausuc": ausuc(*case).item(), "acc_harmonic": harmonic_mean_accuracy(*case).item(), **accuracies}
     assert result == close(expected)
