@@ -16,7 +16,7 @@ ClassIds = Iterable[int] | Tensor
 _MOST_CLASSES = 2**31 - 1
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class ClassSplit:
     """The seen (fine-tuned) and the absent classes of a classifier, validated.
 
@@ -45,7 +45,7 @@ class ClassSplit:
 
     def __init__(self, num_classes: int, seen_classes: ClassIds, absent_classes: ClassIds | None = None) -> None:
         check_integer("num_classes", num_classes, least=2, most=_MOST_CLASSES)
-        seen = _class_ids("seen_classes", seen_classes, num_classes)
+        seen = class_ids("seen_classes", seen_classes, num_classes)
         if absent_classes is None:
             if len(seen) == num_classes:
                 raise ValueError(
@@ -54,7 +54,7 @@ class ClassSplit:
                 )
             absent = tuple(sorted(set(range(int(num_classes))).difference(seen)))
         else:
-            absent = _class_ids("absent_classes", absent_classes, num_classes)
+            absent = class_ids("absent_classes", absent_classes, num_classes)
             if both := sorted(set(seen).intersection(absent)):
                 raise ValueError(
                     f"Expected arguments `seen_classes` and `absent_classes` to share no class, but both hold"
@@ -63,6 +63,14 @@ class ClassSplit:
         object.__setattr__(self, "num_classes", int(num_classes))
         object.__setattr__(self, "seen_classes", seen)
         object.__setattr__(self, "absent_classes", absent)
+
+    def __repr__(self) -> str:
+        """Show at most ten classes of each kind, so that the split of a wide head fits a screen."""
+        seen, absent = (
+            repr(classes) if len(classes) <= 10 else f"({shorten(classes)})"
+            for classes in (self.seen_classes, self.absent_classes)
+        )
+        return f"ClassSplit(num_classes={self.num_classes}, seen_classes={seen}, absent_classes={absent})"
 
     @classmethod
     def from_targets(cls, target: Tensor, num_classes: int) -> ClassSplit:
@@ -100,7 +108,8 @@ class ClassSplit:
         return mask
 
 
-def _class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
+def class_ids(name: str, classes: ClassIds, num_classes: int) -> tuple[int, ...]:
+    """Return the class ids of an argument in order. The errors are those of :class:`ClassSplit`."""
     if isinstance(classes, (str, bytes, dict)) or not isinstance(classes, (Iterable, Tensor)):
         raise TypeError(f"Expected argument `{name}` to be a list of class ids, but got {classes!r}.")
     shape = getattr(classes, "shape", (0,))  # for a tensor or a NumPy array

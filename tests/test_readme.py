@@ -53,11 +53,11 @@ class MyModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def loader(num_classes: int) -> DataLoader:
+def loader(num_classes: int, size: int = 60) -> DataLoader:
     generator = torch.Generator().manual_seed(num_classes)
-    target = torch.randint(num_classes, (60,), generator=generator)
-    inputs = torch.randn(60, 4, 4, generator=generator)
-    inputs.flatten(1)[torch.arange(60), target] += 3
+    target = torch.randint(num_classes, (size,), generator=generator)
+    inputs = torch.randn(size, 4, 4, generator=generator)
+    inputs.flatten(1)[torch.arange(size), target] += 3
     return DataLoader(TensorDataset(inputs, target), batch_size=20)
 
 
@@ -110,7 +110,7 @@ def test_ways_to_find_gamma(folder):
     for callback in callbacks:
         pl.seed_everything(0, verbose=False)
         trainer = pl.Trainer(max_epochs=20, callbacks=[callback], logger=False, enable_progress_bar=False)
-        trainer.fit(MyModule(), loader(3), loader(6))
+        trainer.fit(MyModule(), loader(3), loader(6, 240))
         gammas.add(round(callback.result.gamma, 3))
     assert len(gammas) == len(callbacks) == 4
 

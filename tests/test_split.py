@@ -85,3 +85,12 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_long_lists_are_shortened_in_errors():
     with pytest.raises(ValueError, match=r"but got 10, 11, .*, 19 and 80 more\."):
         ClassSplit(10, range(100))
+
+
+def test_a_wide_split_fits_a_screen():
+    split = ClassSplit(1000, range(0, 1000, 3))
+    assert repr(split) == (
+        "ClassSplit(num_classes=1000, seen_classes=(0, 3, 6, 9, 12, 15, 18, 21, 24, 27 and 324 more),"
+        " absent_classes=(1, 2, 4, 5, 7, 8, 10, 11, 13, 14 and 656 more))"
+    )
+    assert repr(ClassSplit(3, [1])) == "ClassSplit(num_classes=3, seen_classes=(1,), absent_classes=(0, 2))"

@@ -33,7 +33,14 @@ from torch import Tensor
 
 from lightning_calibft.estimators import Estimator, make_estimator, needs_pretrained_logits
 from lightning_calibft.functional import best_gamma, split_accuracy
-from lightning_calibft.functional.pseudo_absent_gamma import accuracy_change, break_even_share
+from lightning_calibft.functional._inputs import Groups
+from lightning_calibft.functional.pseudo_absent_gamma import (
+    accuracy_change,
+    break_even_share,
+    pseudo_absent_compute,
+    pseudo_absent_update,
+    weigh,
+)
 
 Losses = dict[str, float]  # by the name of the run
 NATURAL = None  # the share of absent classes among those that occur
@@ -332,6 +339,30 @@ def sample_sizes(runs: list[Run]) -> Iterator[str]:
         yield f"| `{name}` | all | {errors:.2f} | | | {lost:.1f} |"
 
 
+def held_out_sizes(runs: list[Run]) -> Iterator[str]:
+    """Losses from some of the held-out samples, from all of them, and from the training samples, the share told."""
+    sizes = (10, 20, 50, 100, None)
+    yield "| runs | " + " | ".join("all" if size is None else str(size) for size in sizes) + " | training samples |"
+    yield "| :-- |" + " --: |" * (len(sizes) + 1)
+    for kind in ("digits", "glyphs", "pictures A", "pictures B"):
+        of_kind = [run for run in runs if run.group.startswith(kind)]
+        values = [{run.name: _loss_of_some(run.on("heldout"), size) for run in of_kind} for size in sizes]
+        values.append({run.name: _loss_of_some(run.on("train"), None) for run in of_kind})
+        yield f"| {kind} | {' | '.join(cell(found, of_kind) for found in values)} |"
+
+
+def _loss_of_some(run: Run, size: int | None) -> float:
+    """Mean loss over five shares of gamma from some samples of a run."""
+    groups, generator, found = Groups.from_split(run.split, run.logits.device), torch.Generator().manual_seed(0), []
+    leads, terms = pseudo_absent_update(run.logits, run.target, run.pretrained_logits, groups)
+    for _ in range(1 if size is None else DRAWS // 4):
+        drawn = torch.randperm(len(leads), generator=generator)[:size]
+        samples = weigh(leads[drawn], terms[drawn].sum(0), len(run.absent))
+        for share in (run.natural if share is NATURAL else share for share in SHARES):
+            found.append(run.loss(pseudo_absent_compute(samples, share).gamma.item(), share))
+    return statistics.mean(found)
+
+
 def _metric(name: str, run: Run, index: Tensor | slice) -> Estimator:
     """An estimator that was fed with some samples of a run."""
     metric = make_estimator(name, run.split, {"absent_share": run.natural})
@@ -364,6 +395,7 @@ def tables() -> dict[str, list[str]]:
     return {
         "methods": list(table("held-out samples", {**METHODS, **FORMER}, held_out)),
         "methods, training": list(table("training samples", {**METHODS, **FORMER}, trained)),
+        "held-out sizes": list(held_out_sizes(trained)),
         "by share": list(by_share(METHODS, held_out)),
         "told wrongly": list(told_wrongly(held_out)),
         "not told": list(not_told(held_out)),

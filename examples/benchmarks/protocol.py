@@ -135,7 +135,7 @@ def fine_tune(net: nn.Module, data: TargetData, path: Path, args: argparse.Names
     if not (path.exists() and inspect_checkpoint(path)["calibrated"]):
         split = data.split
         calibration = AbsentClassCalibration(
-            list(split.seen_classes), list(split.absent_classes), estimator="pseudo_absent"
+            list(split.seen_classes), list(split.absent_classes), estimator="pseudo_absent", source="train"
         )
         train(FineTuning(**options), data, path, args, calibration)
     return load_calibrated(FineTuning, path, map_location="cpu", **options)

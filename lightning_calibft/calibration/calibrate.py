@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model
+from lightning_calibft._format import expected_harm
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import check_weights
 from lightning_calibft.calibration.distributed import SharedErrors
@@ -59,7 +61,8 @@ def calibrate(
 
     Args:
         model: A classifier. It stays on its device, and batches are moved there.
-        loader: The fine-tuning data, or, better for ``"pseudo_absent"``, other samples of its classes: a
+        loader: The fine-tuning data, or, better for ``"pseudo_absent"``, samples of its classes that were not trained
+            on (accuracies on these samples are then slightly optimistic): a
             ``DataLoader``, a collection of them, or any iterable of batches. A batch is a pair ``(inputs, target)``, a
             longer tuple with one vector of class ids, or a mapping or object with its target under ``label``,
             ``labels``, ``target``, ``targets``, ``y`` or the like. One-hot vectors are class ids, too. A plain
@@ -108,6 +111,14 @@ def calibrate(
         ((2, 3), 48)
         >>> abs(get_gamma(model) - result.gamma) < 1e-6  # the head keeps it in float32
         True
+
+        If the backbone is frozen, or its features are kept, only the head has to run:
+
+        >>> features, target = torch.randn(48, 8), torch.randint(2, (48,))
+        >>> before, head = torch.nn.Linear(8, 4), model[1]
+        >>> options = {"estimator": "pseudo_absent", "pretrained": before, "progress": False}
+        >>> calibrate(head, [(features, target)], **options).num_samples  # gamma is in the head of `model`
+        48
     """
     errors = SharedErrors()
     with errors.shared():
@@ -152,6 +163,8 @@ def calibrate(
         if offset_of(module).coefficient == 0:  # in a copy of the model that does not give the logits
             remove_offset(module)
     set_attached_gamma(model, result.gamma, result.split)
+    if harm := expected_harm(result.as_dict()):
+        warnings.warn(harm, stacklevel=2)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ class CalibrationResult:
         split: The seen and the absent classes.
         estimator: Name of the estimator that found ``gamma``.
         absent_share: The share of samples of absent classes that ``gamma`` is for. ``None`` if none was given.
+        seen_accuracy: Accuracy on the samples among the seen classes alone, in [0, 1]. ``None`` if the estimator cannot
+            tell, and likewise the next three.
         seen_change: What ``gamma`` is expected to change in the accuracy on samples of seen classes, in [-1, 1].
-            ``None`` if the estimator cannot tell, and likewise the next two.
         absent_change: The same on samples of absent classes.
         break_even_share: The share of samples of absent classes above which a positive ``gamma`` is expected to pay,
             and below which a negative one is.
@@ -42,6 +44,7 @@ class CalibrationResult:
     split: ClassSplit
     estimator: str
     absent_share: float | None = None
+    seen_accuracy: float | None = None
     seen_change: float | None = None
     absent_change: float | None = None
     break_even_share: float | None = None
@@ -60,6 +63,7 @@ class CalibrationResult:
             "seen_classes": list(self.split.seen_classes),
             "absent_classes": list(self.split.absent_classes),
             "absent_share": self.absent_share,
+            "seen_accuracy": self.seen_accuracy,
             "seen_change": self.seen_change,
             "absent_change": self.absent_change,
             "break_even_share": self.break_even_share,
@@ -73,7 +77,7 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
     Raises:
         ValueError: If gamma is not finite in float32.
     """
-    change, share = (getattr(estimator, name, None) for name in ("expected_change", "break_even_share"))
+    change = getattr(estimator, "expected_change", None)
     result = CalibrationResult(
         gamma=float(estimator.compute()),
         standard_error=float(estimator.standard_error),
@@ -81,9 +85,10 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
         split=estimator.split,
         estimator=choice if isinstance(choice, str) else type(choice).__name__,
         absent_share=getattr(estimator, "absent_share", None),
-        seen_change=None if change is None else float(change.seen),
-        absent_change=None if change is None else float(change.absent),
-        break_even_share=None if share is None else float(share),
+        seen_accuracy=_known(getattr(estimator, "seen_accuracy", None)),
+        seen_change=_known(change and change.seen),
+        absent_change=_known(change and change.absent),
+        break_even_share=_known(getattr(estimator, "break_even_share", None)),
     )
     if not abs(result.gamma) <= torch.finfo(torch.float32).max:  # the head keeps it in float32
         raise ValueError(
@@ -91,3 +96,7 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
             f" {result.num_samples} samples. The model is unchanged. Check the logits, or choose another `estimator`."
         )
     return result
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
-from lightning_calibft._format import METADATA_KEY
+from lightning_calibft._format import METADATA_KEY, expectations, expected_harm
 from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import warn_if_positions
@@ -38,7 +39,6 @@ from lightning_calibft.callback.listed_classes import ListedClasses
 from lightning_calibft.callback.metric_log import MetricLog
 from lightning_calibft.callback.network_copies import NetworkCopies
 from lightning_calibft.callback.trainer_checks import (
-    check_class_lists,
     check_launcher,
     check_not_folded,
     check_sharded_checkpoints,
@@ -54,7 +54,7 @@ from lightning_calibft.callback.trainer_data import (
     check_read_once,
     is_model_parallel,
 )
-from lightning_calibft.callback.training_labels import TrainingLabels, split_of_data
+from lightning_calibft.callback.training_labels import TrainingLabels, check_not_absent, split_of_data, split_of_met
 from lightning_calibft.callback.weight_averaging import averaged_copies, check_averaged_copies, check_averaging_order
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.estimators.choice import with_absent_share
@@ -63,17 +63,18 @@ from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.dataset_labels import class_names_of_loaders
 from lightning_calibft.labels.label_names import LabelNames, row_names_of
 from lightning_calibft.metrics.ausuc_with_accuracies import NAMES
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.split import ClassSplit, class_ids
 
 
 class AbsentClassCalibration(LightningCallback):
     r"""Makes a fine-tuned model predict the classes that its fine-tuning data does not contain.
 
-    At the end of a fit, the callback finds one number, gamma, in one eval-mode pass over the training data, and stores
-    it in the classification head. From then on, gamma is added to the logits of the absent classes in eval mode. Every
-    checkpoint that ``ModelCheckpoint`` keeps gets the gamma of its own weights. Gamma is the average logit gap of Mai
-    et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). In validation and test, the callback logs
-    ``val_ausuc``, ``val_acc_all``, ``val_acc_seen``, ``val_acc_absent`` and ``val_acc_harmonic`` (or ``test_...``).
+    At the end of a fit, the callback finds one number, gamma, in one eval-mode pass over the training data (or other
+    data, see ``source``), and stores it in the classification head. From then on, gamma is added to the logits of the
+    absent classes in eval mode. Every checkpoint that ``ModelCheckpoint`` keeps gets the gamma of its own weights.
+    Gamma is the average logit gap of Mai et al., "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024). In validation and
+    test, the callback logs ``val_ausuc``, ``val_acc_all``, ``val_acc_seen``, ``val_acc_absent`` and
+    ``val_acc_harmonic`` (or ``test_...``).
 
     Note:
         The loss, the random state and the trained weights are the same with and without the callback, with two
@@ -88,7 +89,8 @@ class AbsentClassCalibration(LightningCallback):
         logging and optimizers muted. The page "Which modules work" (``examples/modules.md``) lists the forms.
 
         If the datamodule or the module has a method ``calibration_dataloader()``, its data is read instead of the
-        training data. Use it for clean transforms, or for labels that are not mixed.
+        training data, and with ``source="auto"`` instead of the validation data. Use it for clean transforms, for
+        labels that are not mixed, or for samples that are not trained on.
 
         ``WeightAveraging`` callbacks must come after this one in the list of callbacks, unless the calibration was
         attached to the module before.
@@ -105,7 +107,9 @@ class AbsentClassCalibration(LightningCallback):
         seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels in the training batches.
             Before they are all met, validation takes those that the datasets list in ``targets``, ``labels``,
             ``samples`` or ``tensors``, if they do. If the metrics of validations cannot be compared, a warning says so.
-        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        absent_classes: Head rows of the absent classes that can occur, with or without ``seen_classes``. ``None``: all
+            classes that are not seen. Rows that never occur move gamma, so leave them out. A class that the training
+            data has is refused.
         head: Dotted name of the module that outputs the logits, if it is not found automatically.
         estimator: How gamma is found: ``"alg"``, ``"pseudo_absent"`` (keeps a copy of the weights that the fit begins
             with), another name in :data:`~lightning_calibft.estimators.ESTIMATORS`, an instance of such a metric, or
@@ -120,7 +124,11 @@ class AbsentClassCalibration(LightningCallback):
             estimator documents it; ``"alg"`` then is that of the paper, and ``"pseudo_absent"`` assumes 0.5.
         source: The data that gamma is found on. ``"train"``: one more pass over the training data, in eval mode.
             ``"validation"``: a pass over the validation data, where only ``"operating_point"`` uses the samples of
-            absent classes. ``"training_steps"``: the logits of the training steps themselves, if a pass would take too
+            absent classes. Accuracies on the same data are then slightly optimistic: gamma has seen its labels of seen
+            classes. ``"auto"``: the training data for ``"alg"`` and ``"pcv"``. Estimators that look at margins
+            (``"pseudo_absent"``), which are too large on samples that were trained on, take the validation data if it
+            has at least 50 samples of seen classes. Otherwise, they take the training data, with a warning before
+            training. ``"training_steps"``: the logits of the training steps themselves, if a pass would take too
             long. Validation and checkpoints then have the gamma of the epoch's steps so far. This needs
             ``seen_classes`` and training steps that run the head once. Steps that return ``None`` are left out.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. Needed if the
@@ -152,8 +160,8 @@ class AbsentClassCalibration(LightningCallback):
 
     Raises:
         ValueError: If an argument is out of range. When a fit starts or at its first batch, if the head is not found,
-            its output is not the logits, or the classes do not fit it. At the end, if logits are not finite or labels
-            are not rows of the head.
+            its output is not the logits, or the classes do not fit it. At the end, if logits are not finite, or labels
+            are not rows of the head or are of absent classes.
         TypeError: If an argument, the Trainer or the labels are of the wrong type.
         RuntimeError: If the order of callbacks or the strategy is not supported, or if a file could not be calibrated.
 
@@ -173,7 +181,7 @@ class AbsentClassCalibration(LightningCallback):
         estimator: str | Metric = "alg",
         estimator_kwargs: dict[str, Any] | None = None,
         absent_share: float | None = None,
-        source: Source = "train",
+        source: Source = "auto",
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
@@ -184,7 +192,6 @@ class AbsentClassCalibration(LightningCallback):
         metric_prefix: str = "",
         calibrate_checkpoints: bool = True,
     ) -> None:
-        check_class_lists(seen_classes, absent_classes)
         check_type("log_metrics", log_metrics, bool)
         check_type("metric_prefix", metric_prefix, str)
         check_type("calibrate_checkpoints", calibrate_checkpoints, bool)
@@ -219,6 +226,7 @@ class AbsentClassCalibration(LightningCallback):
         self._copies = NetworkCopies()
         self._reader = self._make_reader(None)
         self._split: ClassSplit | None = None  # if the arguments give it
+        self._absent: Sequence[int] | None = None
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -231,6 +239,7 @@ class AbsentClassCalibration(LightningCallback):
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
         self._batch_checked = False
+        self._told_of_rows = False
         self._own_call: OwnForwardCall | None = None
         self._labels_missed = False
         self._steps_failure: Exception | None = None
@@ -285,15 +294,18 @@ class AbsentClassCalibration(LightningCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_read_once(trainer, self.source, during_training=self.refresh_on_validation)
-        if self.tolerance is not None:  # refuse data that it does not work with now, not after training
-            with preserve_random_state():
-                self._search.make_pass(trainer, pl_module)
         # Again, for strategies that restore a checkpoint only after `on_fit_start`.
         reset_gamma(pl_module)
         if self._labels is not None:
             self._labels.add_classes(self._restored_classes)
         self._read_lists(trainer, pl_module)
+        seen = self._listed_classes() if self._split is None else list(self._split.seen_classes)
+        self._warn_of_many_absent_rows(seen)
+        self._search.choose_source(trainer, self._rows, self.unpack_batch is None, seen)
+        check_read_once(trainer, self._search.source, during_training=self.refresh_on_validation)
+        if self.tolerance is not None:  # refuse data that it does not work with now, not after training
+            with preserve_random_state():
+                self._search.make_pass(trainer, pl_module)
         if self._search.retraining is not None:
             names = {f"{self.metric_prefix}val_{name}" for name in NAMES}
             self._search.retraining.check(trainer, names - self._log.taken(trainer))
@@ -406,6 +418,7 @@ class AbsentClassCalibration(LightningCallback):
         self._use_steps(trainer, pl_module)
         if self._labels is not None:  # so that a checkpoint saved now has the labels of all processes
             self._labels.end_epoch(trainer.strategy)
+            self._warn_of_many_absent_rows(self._labels.classes())
         if self.calibrate_checkpoints and not is_model_parallel(trainer):
             # If training ends now, what it saves last is on the disk before the pass begins, in which the process may
             # die. Files that are not calibrated later must have their gamma when they are written.
@@ -484,11 +497,11 @@ class AbsentClassCalibration(LightningCallback):
         self._batch_checked = False
         if self._split is None:
             classes = self._restored_classes if self._labels is None else self._labels.classes()
-            self._labels = TrainingLabels(width := head_width(model), self._reader.maps)
+            self._labels = TrainingLabels(width := head_width(model), self._reader.maps, self._absent)
             self._labels.add_classes(label for label in classes if label < width)
         else:
             self._labels = None
-        self._listed = ListedClasses(head_width(model))
+        self._listed = ListedClasses(head_width(model), self._absent)
         self._search.start(trainer, model, self._reader, self._split)
 
     def _ensure_attached(self, trainer: Trainer, model: LightningModule) -> None:
@@ -504,11 +517,13 @@ class AbsentClassCalibration(LightningCallback):
     def _read_arguments(self, num_classes: int) -> None:
         """Interpret the arguments again, now that the width of the head is known."""
         self._reader = self._make_reader(num_classes)
-        self._split = None
+        self._split, self._absent = None, None
+        if self.absent_classes is not None:
+            self._absent = class_ids("absent_classes", self.absent_classes, num_classes)
         if not isinstance(self.estimator, str):
             self._split = self.estimator.split
         elif self.seen_classes is not None:
-            self._split = ClassSplit(num_classes, self.seen_classes, self.absent_classes)
+            self._split = ClassSplit(num_classes, self.seen_classes, self._absent)
         self._search.check_split(self._split, num_classes)
 
     def _make_reader(self, num_classes: int | None) -> BatchReader:
@@ -531,12 +546,40 @@ class AbsentClassCalibration(LightningCallback):
         elif self._split is not None and not set(listed) <= set(self._split.seen_classes):
             warn_if_positions(listed, self._split.num_classes, names, row_names_of(model))
 
+    def _warn_of_many_absent_rows(self, seen: list[int]) -> None:
+        """Warn once if most rows of the head may never occur, where that moves gamma and nothing was said about it."""
+        said = self.absent_share is not None or "absent_share" in (self.estimator_kwargs or {})
+        counts = isinstance(self.estimator, str) and self.estimator in ("alg", "pseudo_absent")
+        if self._told_of_rows or said or not counts or self._labels is None or self._absent is not None or not seen:
+            return
+        self._told_of_rows = True
+        absent = self._labels.num_classes - len(seen)
+        positions = not self._reader.maps and seen == list(range(len(seen)))  # there is another warning for those
+        if absent > 10 * len(seen) and not positions:
+            rank_zero_warn(
+                f"The head has {absent} rows that are not in the training data, which has {len(seen)} classes. All of"
+                " them count as absent classes, and those that never occur move gamma, too. If you know the classes"
+                " that can occur, pass `absent_classes=[...]`. If you know how many samples are of absent classes,"
+                " pass their share as `absent_share`."
+            )
+
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
         check = partial(check_first_batch, trainer, model, batch, self._reader)
         part, self._search.unlabeled = self._copies.check_first_batch(model, check)
         self._batch_checked = True
+        if self._absent is not None and self._labels is not None:
+            self._check_none_is_absent(part)
         if part is not None:
             self._own_call = OwnForwardCall(model, self._reader, part)
+
+    def _check_none_is_absent(self, part: Any) -> None:
+        """Refuse, before the first step, absent classes that the training data has, as far as it is known."""
+        errors = SharedErrors()
+        with errors.shared():
+            rows = set() if part is None else set(self._reader.rows(part).tolist())
+            listed = self._listed_classes()
+            check_not_absent(listed if rows <= set(listed) else sorted(rows), self._absent)
+        errors.agree()
 
     def _count_labels(self, trainer: Trainer, batch: Any) -> None:
         assert self._labels is not None
@@ -568,8 +611,8 @@ class AbsentClassCalibration(LightningCallback):
             return self._listed.split(self._labels.classes(trainer.strategy), at_end)
         if known is None and self._labels is not None:
             known = self._labels.split(trainer.strategy)
-        elif known is None and 0 < len(self._restored_classes) < head_width(model):
-            known = ClassSplit(head_width(model), self._restored_classes)
+        elif known is None:
+            known = split_of_met(head_width(model), self._restored_classes, self._absent)
         # In a fit, the head has no gamma or one for this split. Otherwise, it may have that of any other run.
         return known if trainer.state.fn == "fit" else attached_split(model, known, self._restored_classes)
 
@@ -597,8 +640,10 @@ class AbsentClassCalibration(LightningCallback):
     def _refresh(self, trainer: Trainer, model: LightningModule) -> None:
         """Find the gamma of the current weights and put it into the model."""
         try:
+            if self._labels is not None:
+                self._labels.check(trainer.strategy)
             with preserve_random_state():
-                reading = self._search.make_pass(trainer, model)
+                reading = self._search.make_pass(trainer, model, self._knows_classes(trainer))
                 if reading is None:
                     return
                 split = self._split_so_far(trainer, model)
@@ -672,6 +717,13 @@ class AbsentClassCalibration(LightningCallback):
             raise self._steps_failure
         if self._labels is not None and self._labels_missed:
             self._labels.give_up()
+        if self._labels is not None:
+            try:
+                self._labels.check(trainer.strategy)
+            except ValueError:
+                self.result = None
+                reset_gamma(model)  # that of an earlier validation was for other classes
+                raise
         self._end_lists(trainer)
         split = self._split or (self._labels and self._labels.split(trainer.strategy))
         found = self._search.found_for_present(trainer, model)
@@ -681,7 +733,7 @@ class AbsentClassCalibration(LightningCallback):
         self.result = None
         reset_gamma(model)
         with preserve_random_state():
-            reading = self._search.make_pass(trainer, model)
+            reading = self._search.make_pass(trainer, model, self._knows_classes(trainer))
             split = None if reading is None else self._split_of(trainer, reading)
             if reading is None or split is None:
                 return
@@ -704,8 +756,16 @@ class AbsentClassCalibration(LightningCallback):
         if self._labels is not None and self._listed is not None:
             self._listed.end(self._labels.classes(trainer.strategy))
 
+    def _knows_classes(self, trainer: Trainer) -> bool:
+        """Return whether the seen classes are known without reading data. It is the same on all processes."""
+        return self._split is not None or bool(self._labels and self._labels.classes(trainer.strategy))
+
+    def _listed_classes(self) -> list[int]:
+        assert self._listed is not None
+        return self._listed.classes() or self._restored_classes
+
     def _split_of(self, trainer: Trainer, reading: EvaluationPass) -> ClassSplit | None:
-        return self._split or split_of_data(self._labels, trainer.strategy, reading)
+        return self._split or split_of_data(self._labels, trainer.strategy, reading, self._absent)
 
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
@@ -769,14 +829,20 @@ class AbsentClassCalibration(LightningCallback):
         """Print gamma and the accuracies without and with it, and send them to the loggers."""
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
+        told = expectations(result.as_dict())
         # The splits differ if new classes appeared after validation.
         same = self._monitor.counted and self._monitor.split == result.split
         if trainer.strategy.reduce_boolean_decision(same, all=False):
-            before, after = (
-                self._monitor.accuracies(f"{self.metric_prefix}val", gamma) for gamma in (0.0, result.gamma)
+            before, after, alone = (
+                self._monitor.accuracies(f"{self.metric_prefix}val", gamma) for gamma in (0.0, result.gamma, -math.inf)
             )
+            told += _falls(before, after)
+            if self._search.source != "validation":
+                told += _learned_by_heart(result, [float(alone[name]) for name in alone if "val_acc_seen" in name])
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
-        rank_zero_info(_summary(result, before, after, note, self.checkpoint_results))
+        rank_zero_info(_summary(result, before, after, note, told, self.checkpoint_results))
+        if harm := expected_harm(result.as_dict()):
+            rank_zero_warn(harm)
         logged = {
             f"{self.metric_prefix}gamma": result.gamma,
             f"{self.metric_prefix}gamma_standard_error": result.standard_error,
@@ -788,18 +854,44 @@ class AbsentClassCalibration(LightningCallback):
             logger.log_metrics(logged, step=trainer.global_step)
 
 
+def _falls(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return a sentence for each accuracy on all samples that gamma lowers."""
+    names = [name for name in before if "val_acc_all" in name and after[name] < before[name]]
+    return [
+        f"{name} falls: "
+        + (
+            "this data has no samples of absent classes, so gamma can only cost accuracy here"
+            if before[name.replace("acc_all", "acc_absent")].isnan()
+            else "on this data, gamma does harm; compare its share of absent samples with `absent_share`"
+        )
+        for name in names
+    ]
+
+
+def _learned_by_heart(result: CalibrationResult, in_validation: Sequence[float]) -> list[str]:
+    """Return a sentence if the model is right on the samples behind gamma, but clearly less often in validation."""
+    accuracy, lowest = result.seen_accuracy, min(in_validation, default=math.nan)
+    if accuracy is None or accuracy < 0.95 or not lowest <= accuracy - 0.05:
+        return []
+    return [
+        f"among the seen classes, {accuracy:.1%} of the samples behind gamma are right, but {lowest:.1%} in validation:"
+        " the model has learned them by heart, and gamma is too large; use samples that were not trained on"
+    ]
+
+
 def _summary(
     result: CalibrationResult,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     note: str,
+    told: Sequence[str],
     files: Mapping[str, CalibrationResult],
 ) -> str:
-    """Return a plain-text table of gamma, the accuracies without and with it, and the calibrated files."""
+    """Return a plain-text table of gamma, what is known of it, the accuracies without and with it, and the files."""
     split = result.split
     lines = [
         f"Absent-class calibration ({result.estimator}): gamma = {result.gamma:.3f} ± {result.standard_error:.3f}"
-        f" from {result.num_samples:,} samples; {len(split.seen_classes)} classes seen,"
+        f" (sampling error only) from {result.num_samples:,} samples; {len(split.seen_classes)} classes seen,"
         f" {len(split.absent_classes)} absent"
     ]
     if before:
@@ -807,5 +899,6 @@ def _summary(
         lines += [f"  {'':{width}}  gamma 0  calibrated"]
         lines += [f"  {name:{width}}  {float(before[name]):7.4f}  {float(after[name]):10.4f}" for name in before]
         lines += [f"  ({note})"]
+    lines += [f"  {sentence}" for sentence in told]
     lines += [f"  {file}: gamma = {of_file.gamma:.3f}" for file, of_file in files.items()]
     return "\n".join(lines)

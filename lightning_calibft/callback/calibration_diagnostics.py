@@ -17,7 +17,7 @@ from lightning_calibft.analysis.report import Format
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
-from lightning_calibft.callback.trainer_checks import check_class_lists, check_trainer
+from lightning_calibft.callback.trainer_checks import check_trainer
 from lightning_calibft.callback.trainer_data import is_model_parallel
 from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.head.find import find_head
@@ -25,7 +25,7 @@ from lightning_calibft.head.layers import num_classes
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
 from lightning_calibft.labels.label_names import LabelNames
 from lightning_calibft.plotting import check_matplotlib
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.split import ClassSplit, class_ids
 
 _FORMATS: dict[str, Format] = {".md": "markdown", ".html": "html"}
 
@@ -53,7 +53,7 @@ class CalibrationDiagnostics(LightningCallback):
     Args:
         seen_classes: Head rows of the classes in the fine-tuning data. ``None``: the labels of the training batches so
             far. Whenever a new class appears, earlier measurements are dropped.
-        absent_classes: Head rows of the absent classes. ``None``: all classes that are not seen.
+        absent_classes: Head rows of the absent classes that can occur. ``None``: all classes that are not seen.
         head: Dotted name of the module that outputs the logits, if it is not found automatically.
         every_n_epochs: Measure every ``every_n_epochs`` epochs, starting with the first, and in the last epoch.
         output: The file to write, ``.md`` or ``.html``, with its pictures embedded. Relative to the Trainer's
@@ -91,7 +91,6 @@ class CalibrationDiagnostics(LightningCallback):
         class_map: ClassMap | None = None,
         label_names: LabelNames | None = None,
     ) -> None:
-        check_class_lists(seen_classes, absent_classes)
         check_integer("every_n_epochs", every_n_epochs, least=1)
         check_path("output", output)
         if Path(output).suffix not in _FORMATS:
@@ -207,10 +206,11 @@ class CalibrationDiagnostics(LightningCallback):
     def _start_recorder(self, trainer: Trainer, model: LightningModule) -> SnapshotRecorder:
         self._remove_recorder()
         width, split = num_classes(find_head(model, self.head)), None
+        absent = None if self.absent_classes is None else class_ids("absent_classes", self.absent_classes, width)
         if self.seen_classes is not None:
-            split = ClassSplit(width, self.seen_classes, self.absent_classes)
+            split = ClassSplit(width, self.seen_classes, absent)
         reader = BatchReader(self.unpack_batch, resolve_class_map(self.class_map, self.label_names, width))
-        self._recorder = SnapshotRecorder(model, self.head, reader, split, trainer.strategy, self._warn_once)
+        self._recorder = SnapshotRecorder(model, self.head, reader, split, trainer.strategy, self._warn_once, absent)
         return self._recorder
 
     def _remove_recorder(self) -> None:

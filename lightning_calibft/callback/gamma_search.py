@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, get_args
@@ -19,15 +19,17 @@ from lightning_calibft._arguments import check_choice, check_type
 from lightning_calibft._format import CHILD_NAME
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.distributed import SharedErrors
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance
+from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance, preserve_random_state
 from lightning_calibft.calibration.loaders import check_max_samples
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer
+from lightning_calibft.callback.listed_classes import count_held_out
 from lightning_calibft.callback.pretrained_weights import PretrainedWeights
 from lightning_calibft.callback.retraining import Retraining
 from lightning_calibft.callback.trainer_checks import check_estimator_of_parts
 from lightning_calibft.callback.trainer_data import (
     Source,
+    calibration_dataloader,
     calibration_pass,
     check_source,
     is_model_parallel,
@@ -41,10 +43,15 @@ from lightning_calibft.estimators import (
     check_estimator_width,
     make_estimator,
     needs_absent_samples,
+    needs_held_out_samples,
     needs_pretrained_logits,
 )
 from lightning_calibft.head.attach import get_gamma
 from lightning_calibft.split import ClassSplit
+
+# From 50 held-out samples, `pseudo_absent` loses at most 0.2 points more than from all of them in the recorded runs,
+# and 3 points less than from training samples on an ImageNet network. From 20, it loses up to 0.4 more.
+LEAST_HELD_OUT = 50
 
 
 class GammaSearch:
@@ -61,6 +68,7 @@ class GammaSearch:
         absent_classes: As in :class:`~lightning_calibft.AbsentClassCalibration`. Only used to check the others.
 
     Attributes:
+        source: The data that gamma is found on. For ``"auto"``, it is chosen when the loaders exist.
         retraining: Pseudo cross-validation, for the estimator ``"pcv"``. ``None`` for other estimators.
         pretrained: The weights before the fit, for estimators that need them.
         steps: The training steps of the current epoch, for ``source="training_steps"`` during a fit. Otherwise
@@ -96,7 +104,8 @@ class GammaSearch:
         self.unlabeled: list[Any] = []
         self._estimator = estimator
         self._estimator_kwargs = estimator_kwargs
-        self._source = source
+        self.source = source
+        self._chooses = source == "auto"
         self._max_samples = max_samples
         self._tolerance = tolerance
         self._refreshes = refresh_on_validation
@@ -137,7 +146,7 @@ class GammaSearch:
             ValueError: If the estimator needs other weights and the model is sharded.
         """
         self._forget_found()
-        if self._source == "training_steps":
+        if self.source == "training_steps":
             check_no_averaging(trainer, "`source='training_steps'`")
         if self._refreshes:
             check_no_averaging(trainer, "`refresh_on_validation=True`")
@@ -155,31 +164,60 @@ class GammaSearch:
             ValueError: If there is no data to find gamma on.
             TypeError: If PCV cannot copy the model.
         """
-        check_source(trainer, self._source, self._estimator)
+        check_source(trainer, "auto" if self._chooses else self.source, self._estimator)
+        if self._chooses:
+            validation = needs_absent_samples(self._estimator) and not _has_calibration_data(trainer)
+            self.source = "validation" if validation else "train"
         self._reader = reader
         if self.needs_weights_before:
             self.pretrained.start(model, resumed=trainer.ckpt_path is not None)
         if self.retraining is not None:
             self.retraining.keep(model)
-        if self._source == "training_steps":
+        if self.source == "training_steps":
             assert split is not None
             sharded = sharded_reading(trainer)
             counts = sharded is None or sharded.counts
             self.steps = TrainingSteps(model, self._estimator, self._estimator_kwargs, split, counts)
+
+    def choose_source(
+        self, trainer: Trainer, rows: dict[int, int] | None, readable: bool, seen_classes: Sequence[int]
+    ) -> None:
+        """Choose the data for ``source="auto"``, before the first step. Warn if it must be that of training.
+
+        The arguments are those of :func:`count_held_out`.
+        """
+        if not self._chooses or self.source == "validation" or not needs_held_out_samples(self._estimator):
+            return
+        if _has_calibration_data(trainer):
+            return
+        number = count_held_out(trainer, rows, readable, seen_classes)
+        if number >= LEAST_HELD_OUT:
+            self.source = "validation"
+        else:
+            found = f"the validation data has {int(number)} samples of seen classes"
+            self._warn_of_training_data(found if trainer.enable_validation else "there is no validation data")
 
     @property
     def needs_weights_before(self) -> bool:
         """Whether the weights before the fit are needed."""
         return self.retraining is not None or needs_pretrained_logits(self._estimator)
 
-    def make_pass(self, trainer: Trainer, model: LightningModule) -> EvaluationPass | None:
-        """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data."""
+    def make_pass(self, trainer: Trainer, model: LightningModule, knows_classes: bool = True) -> EvaluationPass | None:
+        """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data.
+
+        Args:
+            trainer: The Trainer.
+            model: The module, whose head is attached.
+            knows_classes: Whether the seen classes are known. If not, only training data shows them.
+        """
+        if self._chooses and not knows_classes and not needs_absent_samples(self._estimator):
+            self.source = "train"
         errors = SharedErrors()  # the loaders of the user can raise anything, also on one process only
         with errors.shared():
             reading = calibration_pass(
                 trainer,
                 model,
-                self._source,
+                self.source,
                 self._estimator,
                 self._estimator_kwargs,
                 self._reader,
@@ -195,6 +233,8 @@ class GammaSearch:
         """Find the gamma of the model's current weights, by a pass or by pseudo cross-validation."""
         if self.retraining is None:
             with _buffers_of_first(trainer, reading.model):
+                if self._chooses and reading.validation and not needs_absent_samples(self._estimator):
+                    return self._run_held_out(trainer, reading, split)
                 return reading.run(split)
         if self._of_retraining is None:  # one gamma for all weights of a run
             assert self.pretrained.weights is not None
@@ -271,6 +311,33 @@ class GammaSearch:
         if self.retraining is not None:
             self.retraining.forget()
 
+    def _run_held_out(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
+        """Find gamma on the validation data that was chosen for the user, or on the training data if it does not do."""
+        enough = LEAST_HELD_OUT if self._max_samples is None else 1
+        try:
+            result = reading.run(split)
+            if result.num_samples >= enough:
+                return result
+            reason = f"the validation data has {result.num_samples} samples of seen classes"
+        except Exception as error:  # the user did not choose this data; an error of one process is one of all
+            reason = f"the validation data cannot be used: {error}"
+        self._warn_of_training_data(reason)
+        self.source = "train"
+        again = self.make_pass(trainer, trainer.lightning_module)
+        assert again is not None  # there was a validation, so there are training data
+        again.progress = reading.progress
+        return again.run(split)
+
+    def _warn_of_training_data(self, reason: str) -> None:
+        name = self._estimator if isinstance(self._estimator, str) else type(self._estimator).__name__
+        rank_zero_warn(
+            f"The estimator {name!r} finds gamma on the training data, since {reason}. A model that has"
+            " learned its training data by heart has larger margins there than on new samples, and gamma is then too"
+            f" large. Give the Trainer validation data with at least {LEAST_HELD_OUT} samples of the seen classes, or"
+            " give the module or its datamodule a method `calibration_dataloader()` with samples that are not trained"
+            " on. If you mean the training data, pass `source='train'`."
+        )
+
     def _check_steps(self, seen_classes: list[int] | None) -> None:
         estimator = self._estimator
         if self.needs_weights_before or needs_absent_samples(estimator):
@@ -286,7 +353,7 @@ class GammaSearch:
 
     def _check_refresh(self) -> None:
         expected = "Expected argument `refresh_on_validation` to be False with"
-        if self._source == "training_steps":
+        if self.source == "training_steps":
             raise ValueError(
                 f"{expected} `source='training_steps'`, but got True: the steps give gamma before each validation."
             )
@@ -303,6 +370,11 @@ class GammaSearch:
             " model is calibrated, so it has been fine-tuned already. If you do not mean these weights, build the"
             " module again" + (f", or call {calibrate}." if self.retraining is None else ".")
         )
+
+
+def _has_calibration_data(trainer: Trainer) -> bool:
+    with preserve_random_state():  # the user's method may draw which samples it takes
+        return calibration_dataloader(trainer) is not None
 
 
 def _fingerprint(trainer: Trainer, model: LightningModule) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_calibft.calibration.data_check import label_bins
-from lightning_calibft.calibration.loaders import drawn_from, flat_loaders
+from lightning_calibft.calibration.distributed import SharedErrors
+from lightning_calibft.calibration.loaders import drawn_from, flat_loaders, is_read_once
+from lightning_calibft.callback.trainer_data import max_validation_batches
+from lightning_calibft.callback.training_labels import split_of_met
 from lightning_calibft.labels.class_map import rows_tensor, to_rows
 from lightning_calibft.labels.dataset_labels import labels_at, labels_of
 from lightning_calibft.split import ClassSplit, shorten
@@ -29,10 +33,12 @@ class ListedClasses:
 
     Args:
         num_classes: Number of classes ``C`` of the head.
+        absent_classes: The classes that can be absent. ``None``: all that are not seen.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, absent_classes: Sequence[int] | None = None) -> None:
         self._num_classes = num_classes
+        self._absent_classes = absent_classes
         self._counts: list[int] = []  # samples of each class in the lists; empty if they are not known
         self._earlier: set[int] = set()  # classes that the run met before it was interrupted
         self._may_miss = 0  # number of samples that an epoch may leave out
@@ -104,9 +110,7 @@ class ListedClasses:
             )
             self._counts, listed = [], []
         classes = listed or met
-        before, self._split = self._split, None
-        if 0 < len(classes) < self._num_classes:
-            self._split = ClassSplit(self._num_classes, classes)
+        before, self._split = self._split, split_of_met(self._num_classes, classes, self._absent_classes)
         if before is not None and self._split != before and not self._told:
             self._told = True
             new = sorted(set(classes).difference(before.seen_classes))
@@ -130,6 +134,34 @@ class ListedClasses:
                 f" are calibrated as absent classes, but {_NAMES} have counted them as seen."
             )
         return not never
+
+
+def count_held_out(trainer: Any, rows: dict[int, int] | None, readable: bool, seen_classes: Sequence[int]) -> float:
+    """Return how many validation samples of the seen classes can be read when training has ended, on all processes.
+
+    Samples whose labels are not listed count as such, and those of a stream are infinitely many.
+
+    Args:
+        trainer: The Trainer, with its validation loaders.
+        rows: The head's row for each label, if they differ.
+        readable: Whether batches have the labels that the datasets list, as far as is known.
+        seen_classes: The seen classes. Empty if they are not known yet.
+    """
+    number, max_batches = 0.0, max_validation_batches(trainer)
+    for loader in flat_loaders(trainer.val_dataloaders) if trainer.enable_validation else ():
+        if is_read_once(loader):
+            continue
+        indices = drawn_from(loader)[0] if isinstance(loader, DataLoader) else None
+        if indices is None or isinstance(loader.dataset, IterableDataset):
+            number += math.inf
+            continue
+        if max_batches is not None:
+            indices = indices[: max_batches * (loader.batch_size or 1) * trainer.world_size]
+        labels = labels_at(indices, labels_of(loader.dataset)) if readable and seen_classes else None
+        if labels is not None and rows is not None:
+            labels = to_rows(labels, rows_tensor(rows))
+        number += len(indices) if labels is None else int(torch.isin(labels, torch.tensor(seen_classes)).sum())
+    return min(SharedErrors().gather(lambda: number))
 
 
 def _labels_of_loader(loader: Any, num_batches: float, world_size: int) -> tuple[Tensor | None, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class SnapshotRecorder:
         split: The seen and the absent classes. ``None``: the labels of the training batches are the seen classes.
         strategy: The strategy of the Trainer, which combines what the processes have recorded.
         warn: Called with the reason if a batch is left out.
+        absent_classes: Without ``split``, the classes that can be absent. ``None``: all that are not met.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SnapshotRecorder:
         split: ClassSplit | None,
         strategy: Strategy,
         warn: Callable[[str], None],
+        absent_classes: Sequence[int] | None = None,
     ) -> None:
         self._model = model
         self._head = head
@@ -50,7 +52,9 @@ class SnapshotRecorder:
         self._split = split
         self._strategy = strategy
         self._warn = warn
-        self._labels = TrainingLabels(num_classes(find_head(model, head)), reader.maps) if split is None else None
+        self._labels = None
+        if split is None:
+            self._labels = TrainingLabels(num_classes(find_head(model, head)), reader.maps, absent_classes)
         self._recorder = LogitRecorder(model, head)
         self._metrics: tuple[AUSUC, LogitLevelsMetric] | None = None  # while a validation runs
         self._target: Tensor | None = None
@@ -85,8 +89,7 @@ class SnapshotRecorder:
         """Return the split on all processes, or ``None`` if so far no class is seen or no class is absent."""
         if self._labels is None:
             return self._split
-        classes = self._labels.classes(self._strategy)
-        return ClassSplit(self._labels.num_classes, classes) if 0 < len(classes) < self._labels.num_classes else None
+        return self._labels.split(self._strategy)
 
     def start_validation(self) -> None:
         """Start to count validation batches, if the split is known."""

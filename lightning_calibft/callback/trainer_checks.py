@@ -15,18 +15,6 @@ from lightning_calibft.head.find import HeadNotFoundError, find_head
 from lightning_calibft.head.offset import attached_heads
 
 
-def check_class_lists(seen_classes: list[int] | None, absent_classes: list[int] | None) -> None:
-    """Refuse ``absent_classes`` without ``seen_classes``.
-
-    Raises:
-        ValueError: If ``absent_classes`` are given and ``seen_classes`` are not.
-    """
-    if absent_classes is not None and seen_classes is None:
-        raise ValueError(
-            "Expected argument `seen_classes` to be given with `absent_classes`, but got None. Give both or neither."
-        )
-
-
 def check_trainer(trainer: Any, model: LightningModule) -> None:
     """Refuse a Trainer or module that would lead to a wrong gamma or to none.
 

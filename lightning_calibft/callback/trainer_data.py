@@ -25,7 +25,7 @@ from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 
-Source = Literal["train", "validation", "training_steps"]
+Source = Literal["auto", "train", "validation", "training_steps"]
 
 
 def is_model_parallel(trainer: Any) -> bool:
@@ -52,10 +52,12 @@ def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -
             "Expected argument `source` to be 'train' without validation, but got 'validation'. Give the Trainer"
             " validation data, or leave `source` out."
         )
-    if source == "train" and needs_absent_samples(estimator) and calibration_dataloader(trainer) is None:
+    if source == "auto" and trainer.enable_validation:
+        return
+    if source in ("auto", "train") and needs_absent_samples(estimator) and calibration_dataloader(trainer) is None:
         raise ValueError(
-            f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got 'train': it needs"
-            " labeled samples of absent classes. A `calibration_dataloader` that has them also works."
+            f"Expected argument `source` to be 'validation' for the estimator {estimator!r}, but got {source!r}: it"
+            " needs labeled samples of absent classes. A `calibration_dataloader` that has them also works."
         )
 
 
@@ -260,7 +262,7 @@ def calibration_pass(
     """
     clean = None if source == "validation" else calibration_dataloader(trainer)
     if source == "validation":
-        loaders, max_batches = trainer.val_dataloaders, _max_validation_batches(trainer)
+        loaders, max_batches = trainer.val_dataloaders, max_validation_batches(trainer)
     else:
         loaders = trainer.train_dataloader if clean is None else clean
         max_batches = _max_batches(trainer, of_training=clean is None)
@@ -305,7 +307,8 @@ def _max_batches(trainer: Trainer, of_training: bool) -> int | None:
     return int(trainer.num_training_batches) if isinstance(limit, int) or limit < 1 else None
 
 
-def _max_validation_batches(trainer: Trainer) -> int | None:
+def max_validation_batches(trainer: Trainer) -> int | None:
+    """Return how many batches of each validation loader are read, or ``None`` for all of them."""
     limit = trainer.limit_val_batches
     if not (isinstance(limit, int) or limit < 1):
         return None

@@ -20,7 +20,7 @@ from lightning_calibft.calibration.evaluation_pass import EvaluationPass
 from lightning_calibft.callback.lightning_package import Strategy
 from lightning_calibft.callback.trainer_data import training_batches
 from lightning_calibft.estimators import needs_absent_samples
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.split import ClassSplit, shorten
 
 
 class TrainingLabels:
@@ -29,6 +29,7 @@ class TrainingLabels:
     Args:
         num_classes: Number of classes ``C`` of the head.
         mapped: Whether a ``class_map`` has turned the labels into rows.
+        absent_classes: The classes that can be absent. ``None``: all that are not met.
 
     Attributes:
         num_classes: Number of classes ``C`` of the head.
@@ -39,10 +40,11 @@ class TrainingLabels:
     # The small kernels of a flush slow down fast training loops, so up to 64 label vectors are flushed together.
     flush_every = 64
 
-    def __init__(self, num_classes: int, mapped: bool) -> None:
+    def __init__(self, num_classes: int, mapped: bool, absent_classes: Sequence[int] | None = None) -> None:
         self.num_classes = num_classes
         self.given_up = False
         self.may_be_positions = not mapped
+        self._absent_classes = absent_classes
         self._found = torch.zeros(num_classes + 3, dtype=torch.int32)  # classes, then: out of range, ignored, mixed
         self._outside = torch.tensor(NO_LABEL)
         self._pending: list[Tensor] = []
@@ -86,12 +88,12 @@ class TrainingLabels:
         return [] if mixed else [index for index, count in enumerate(found) if count]
 
     def check(self, strategy: Strategy) -> None:
-        """Check that the labels of all processes are rows of the head.
+        """Check that the labels of all processes are rows of the head, and not of absent classes.
 
         Raises:
-            ValueError: If a label was not a row of the head.
+            ValueError: If a label was not a row of the head, or an absent class was met.
         """
-        self.classes(strategy)
+        check_not_absent(self.classes(strategy), self._absent_classes)
         if self._found[-3] and not self._found[-1]:
             label = strategy.reduce(self._outside.to(strategy.root_device), reduce_op="max")
             label = int(torch.as_tensor(label))
@@ -104,7 +106,7 @@ class TrainingLabels:
         """
         classes = self.classes(strategy)
         if self._split is None or list(self._split.seen_classes) != classes:
-            self._split = ClassSplit(self.num_classes, classes) if 0 < len(classes) < self.num_classes else None
+            self._split = split_of_met(self.num_classes, classes, self._absent_classes)
         return self._split
 
     def end_epoch(self, strategy: Strategy) -> None:
@@ -124,7 +126,37 @@ class TrainingLabels:
         self._outside = largest_outside(self._outside.to(target.device), target, self.num_classes)
 
 
-def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: EvaluationPass) -> ClassSplit | None:
+def split_of_met(num_classes: int, met: Sequence[int], absent_classes: Sequence[int] | None) -> ClassSplit | None:
+    """Return the split in which the classes met are seen, or ``None`` if no class is seen or no class is absent.
+
+    Args:
+        num_classes: Number of classes ``C`` of the head.
+        met: The classes in the training data.
+        absent_classes: The classes that can be absent. ``None``: all that are not met.
+    """
+    absent = set(range(num_classes) if absent_classes is None else absent_classes).difference(met)
+    return ClassSplit(num_classes, met, absent) if met and absent else None
+
+
+def check_not_absent(met: Sequence[int], absent_classes: Sequence[int] | None) -> None:
+    """Refuse absent classes that the training data has.
+
+    Raises:
+        ValueError: If a class that was met is listed as absent.
+    """
+    if both := sorted(set(met).intersection(absent_classes or ())):
+        raise ValueError(
+            "Expected argument `absent_classes` to hold classes that the training data does not have, but it has"
+            f" samples of {shorten(both)}. Remove them from the list, or their samples from the data."
+        )
+
+
+def split_of_data(
+    labels: TrainingLabels | None,
+    strategy: Strategy,
+    reading: EvaluationPass,
+    absent_classes: Sequence[int] | None = None,
+) -> ClassSplit | None:
     """Return the split that follows from the labels in training, or, if there are none, from the data of a pass.
 
     Return ``None``, with a warning, if there are fewer than two seen classes or no absent class.
@@ -133,10 +165,11 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
         labels: The labels in training, or ``None``.
         strategy: The strategy of the Trainer.
         reading: The pass that will find gamma.
+        absent_classes: The classes that can be absent. ``None``: all that are not seen.
 
     Raises:
-        ValueError: If a label was not a row of the head. Also if neither shows the seen classes: training labels are
-            mixed or unknown, and the pass may read samples of other classes as well.
+        ValueError: If a label was not a row of the head, or of an absent class. Also if neither shows the seen classes:
+            training labels are mixed or unknown, and the pass may read samples of other classes as well.
     """
     if labels is not None:
         labels.check(strategy)
@@ -149,8 +182,9 @@ def split_of_data(labels: TrainingLabels | None, strategy: Strategy, reading: Ev
             " those of the calibration data show them, but got None."
         )
     classes = classes or reading.read_classes()
-    if 2 <= len(classes) < reading.num_classes:
-        return ClassSplit(reading.num_classes, classes)
+    check_not_absent(classes, absent_classes)
+    if len(classes) >= 2 and (split := split_of_met(reading.num_classes, classes, absent_classes)) is not None:
+        return split
     rank_zero_warn(
         f"The training data holds {len(classes)} of the {reading.num_classes} classes. AbsentClassCalibration needs at"
         " least two seen classes and one absent one, so the model is not calibrated."

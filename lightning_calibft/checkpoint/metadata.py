@@ -140,11 +140,21 @@ _DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
 
 _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
+_SHARE: tuple[Callable[[Any], bool], str] = (lambda value: _is_number(value) and 0 <= value <= 1, "a share in [0, 1]")
+_CHANGE: tuple[Callable[[Any], bool], str] = (
+    lambda value: _is_number(value) and -1 <= value <= 1,
+    "a change in [-1, 1]",
+)
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (_is_finite, "a finite number"),
     "standard_error": (lambda value: _is_number(value) and not _LARGEST_GAMMA < abs(value) < math.inf, "a number"),
     "num_samples": (_is_count, "a number of samples"),
     "estimator": _TEXT,
+    "absent_share": _SHARE,
+    "seen_accuracy": _SHARE,
+    "seen_change": _CHANGE,
+    "absent_change": _CHANGE,
+    "break_even_share": _SHARE,
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
     "seen_classes": _CLASSES,
     "absent_classes": _CLASSES,

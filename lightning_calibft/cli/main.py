@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_calibft._format import expectations
 from lightning_calibft.checkpoint.inspect import inspect_checkpoint
 from lightning_calibft.cli.options import EPILOG, add_classes, add_command, add_files, add_model, add_reading
 
@@ -279,7 +280,7 @@ def _described(path: Path, info: dict[str, Any]) -> str:
         return _printable(f"{path}: not calibrated")
     lines = {"gamma": f"{info['gamma']:.4f}"}
     if "standard_error" in info:
-        lines["gamma"] += f" ± {info['standard_error']:.4f}"
+        lines["gamma"] += f" ± {info['standard_error']:.4f} (sampling error only)"
     if {"estimator", "num_samples"} <= info.keys():
         lines["found by"] = f"{info['estimator']} from {info['num_samples']:,} samples"
     absent, seen = info["absent_classes"], info.get("seen_classes", [])
@@ -293,7 +294,8 @@ def _described(path: Path, info: dict[str, Any]) -> str:
     if known:
         lines["made with"] = ", ".join(known)
     state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
-    return "\n".join(map(_printable, [f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())]))
+    told = [f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())]
+    return "\n".join(map(_printable, [*told, *(f"  {sentence}" for sentence in expectations(info))]))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from lightning_calibft.estimators.choice import (
     check_estimator_width as check_estimator_width,
     make_estimator as make_estimator,
     needs_absent_samples as needs_absent_samples,
+    needs_held_out_samples as needs_held_out_samples,
     needs_pretrained_logits as needs_pretrained_logits,
 )
 from lightning_calibft.estimators.fixed_gamma import FixedGamma as FixedGamma

@@ -24,7 +24,7 @@ class Estimator(Protocol):
 
     If its attribute ``needs_pretrained_logits`` is true, ``update`` gets a third argument: the logits of the same
     samples from the model before fine-tuning. If ``needs_absent_samples`` is true, ``update`` also gets labeled samples
-    of absent classes.
+    of absent classes. If ``needs_held_out_samples`` is true, the callback prefers validation data to training data.
     """
 
     split: ClassSplit
@@ -70,6 +70,12 @@ def needs_absent_samples(estimator: str | Estimator) -> bool:
     """Return whether an estimator, given by name or as an object, needs labeled samples of absent classes."""
     kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     return bool(getattr(kind, "needs_absent_samples", False))
+
+
+def needs_held_out_samples(estimator: str | Estimator) -> bool:
+    """Return whether an estimator, given by name or as an object, is misled by samples that were trained on."""
+    kind = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
+    return bool(getattr(kind, "needs_held_out_samples", False))
 
 
 def with_absent_share(

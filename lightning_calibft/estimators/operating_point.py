@@ -94,6 +94,7 @@ class OperatingPoint(SeenUnseenCurve):
     """
 
     needs_absent_samples = True
+    needs_held_out_samples = True
     plot_lower_bound: float | None = None  # type: ignore[assignment]
     plot_upper_bound: float | None = None  # type: ignore[assignment]
 

@@ -87,6 +87,7 @@ class PseudoAbsent(GammaEstimator):
     """
 
     needs_pretrained_logits = True
+    needs_held_out_samples = True
     leads: list[Tensor] | Tensor
     sums: Tensor
 
@@ -149,6 +150,15 @@ class PseudoAbsent(GammaEstimator):
     def num_samples(self) -> int:
         """Number of samples used for gamma."""
         return len(self._gathered()[1].margin)
+
+    @property
+    def seen_accuracy(self) -> Tensor:
+        """Accuracy on the samples among the seen classes alone.
+
+        If it is near 1, and lower on other samples, the margins of these samples are too large.
+        """
+        right = self._gathered()[1].right  # smoothed, so neither 0 nor 1
+        return (right > 0.5).to(right).mean()
 
     @property
     def expected_change(self) -> AccuracyChange:

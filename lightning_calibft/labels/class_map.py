@@ -54,8 +54,9 @@ def resolve_class_map(
             - a dataset whose folders are WordNet ids in alphabetical order, as ``ImageFolder`` numbers them:
               ``"imagenet-a"``, ``"imagenet-r"``, ``"mini-imagenet"``, ``"imagenette"`` or ``"imagewoof"``.
         label_names: The names of the head's rows: a list, the path of a text file with one name per line, the path of a
-            JSON file (``.json``) with a list, or, for WordNet ids, one of timm's label sets, such as
-            ``"imagenet-1k"``.
+            JSON file (``.json``) with a list, or one of timm's label sets, such as ``"imagenet-1k"``, which has WordNet
+            ids and words (``"lion"``, ``"tabby cat"``). A name such as ``"tabby, tabby cat"`` can also be given by one
+            of its words. Words may be written in any case, and with ``_`` for spaces.
         num_classes: Number of rows. ``None``: it is not checked, and the known datasets assume a head with 1000 rows.
 
     Returns:
@@ -71,6 +72,8 @@ def resolve_class_map(
         {0: 1, 1: 3}
         >>> resolve_class_map("imagenette", num_classes=1000)[9]
         701
+        >>> resolve_class_map(["lion", "tabby_cat"], label_names="imagenet-1k")
+        {0: 291, 1: 281}
     """
     if class_map is None:
         if label_names is not None:
@@ -178,6 +181,12 @@ def _target(key: Any) -> int:
     return int(key)
 
 
+def _examples(by_name: Mapping[str, list[int]]) -> list[str]:
+    """Return the first and the last name: of a label set, a WordNet id and a word."""
+    names = list(by_name)
+    return names[:1] + names[1:][-1:]
+
+
 def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
     if is_integer(value):
         return int(value)
@@ -188,11 +197,11 @@ def _row(value: Any, by_name: Mapping[str, list[int]] | None) -> int:
             f"Expected argument `label_names` to name the rows of the head, because `class_map` holds the name"
             f" {value!r}, but got None. Pass the list of names, a file of them, or a label set such as 'imagenet-1k'."
         )
-    rows = by_name.get(value, [])
+    rows = by_name.get(value) or by_name.get(value.replace("_", " ").lower(), [])
     if not rows:
         raise ValueError(
-            f"Expected argument `class_map` to hold names that are in `label_names`, but got {value!r}."
-            f"{did_you_mean(value, by_name)}"
+            f"Expected argument `class_map` to hold names such as {' or '.join(map(repr, _examples(by_name)))}, names"
+            f" that are in `label_names`, but got {value!r}.{did_you_mean(value, by_name)}"
         )
     if len(rows) > 1:
         raise ValueError(

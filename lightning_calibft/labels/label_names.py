@@ -38,13 +38,18 @@ def wordnet_ids(name: str) -> list[str]:
 
 
 def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str, list[int]]:
-    """Return the rows with each name. ``label_names`` and the errors are as in ``resolve_class_map``."""
+    """Return the rows with each name, in the order of the rows, and then those with each word in small letters.
+
+    ``label_names`` and the errors are as in ``resolve_class_map``.
+    """
     names: Any = label_names
+    descriptions: list[str] | None = None  # such as "tabby, tabby cat"
     if isinstance(label_names, (str, os.PathLike)):
         if label_names in LABEL_SETS:
             from timm.data import ImageNetInfo
 
-            names = ImageNetInfo(str(label_names)).label_names()
+            info = ImageNetInfo(str(label_names))
+            names, descriptions = info.label_names(), info.label_descriptions()
         elif Path(label_names).suffix == ".json":
             names = read_json("label_names", label_names, LABEL_SETS)
         else:
@@ -61,7 +66,11 @@ def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str,
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
-    return rows
+    words: dict[str, list[int]] = {}
+    for row, description in enumerate(names if descriptions is None else descriptions):
+        for word in dict.fromkeys(description.lower().split(", ")):
+            words.setdefault(word, []).append(row)
+    return {**rows, **{word: of_word for word, of_word in words.items() if word not in rows}}
 
 
 def row_names_of(model: Any) -> list[str]:

@@ -99,7 +99,7 @@ class AbsentClassMetric(Metric):
         After the first batch, :class:`torchmetrics.MetricCollection` merges metrics whose states have the same names
         and values. So a hash of the configuration is a state too, and only metrics with the same update are merged.
         """
-        text = repr((self.split, self.ignore_index, self.class_map, *options))
+        text = repr((*vars(self.split).values(), self.ignore_index, self.class_map, *options))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         self.add_state("configuration", torch.tensor(list(digest), dtype=torch.uint8), dist_reduce_fx="max")
 

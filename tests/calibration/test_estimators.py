@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from lightning_calibft import ClassSplit, calibrate, get_gamma
-from lightning_calibft.estimators import ESTIMATORS, make_estimator, needs_absent_samples, needs_pretrained_logits
+from lightning_calibft.estimators import (
+    ESTIMATORS,
+    PseudoAbsent,
+    make_estimator,
+    needs_absent_samples,
+    needs_pretrained_logits,
+)
 from tests.helpers.runs import NUM_CLASSES, SEEN, TRAIN, VAL, loader, pretrained, quiet
 
 pytestmark = quiet
@@ -120,3 +126,41 @@ def test_an_operating_point_needs_to_know_and_to_meet_the_classes():
     with pytest.raises(ValueError, match="to hold labeled samples of the absent classes"):
         calibrate(model, loader(TRAIN), SEEN, estimator="operating_point", progress=False)
     assert get_gamma(model) is None
+
+
+class TooFar(PseudoAbsent):
+    """Finds a gamma far above the best one, and tells what it is expected to do."""
+
+    def compute(self):
+        return super().compute() + 12
+
+
+def test_a_gamma_that_is_expected_to_do_harm():
+    """It is in the model all the same, and the caller is warned."""
+    model, before = pretrained(), pretrained()
+    metric = TooFar(NUM_CLASSES, SEEN, absent_share=0.1)
+    with pytest.warns(UserWarning, match=r"is expected to do harm: .* told, 10.0%, .* It pays above") as told:
+        result = calibrate(model, loader(), estimator=metric, pretrained=before, progress=False)
+    assert told[0].filename == __file__
+    assert get_gamma(model) == pytest.approx(result.gamma, rel=1e-6)
+
+
+def test_seen_accuracy():
+    """Among the seen classes alone; here, for labels that are mostly wrong."""
+    x, y = VAL.tensors
+    seen = torch.isin(y, torch.tensor(SEEN))
+    x, y = x[seen], y[seen].flip(0)
+    with torch.no_grad():
+        logits = pretrained().eval()(x)
+    right = torch.tensor(SEEN)[logits[:, SEEN].argmax(1)] == y
+    options = {"estimator": "pseudo_absent", "pretrained": pretrained(), "progress": False}
+    result = calibrate(pretrained(), [(x, y)], SEEN, **options)
+    assert result.seen_accuracy == pytest.approx(right.double().mean().item())
+    assert 0.1 < result.seen_accuracy < 0.7
+
+
+def test_a_result_of_a_wide_head_fits_a_screen():
+    head = torch.nn.Linear(4, 1000)
+    result = calibrate(head, [(torch.randn(60, 4), torch.arange(60) * 2)], progress=False)
+    assert len(repr(result)) < 800
+    assert len(result.split.seen_classes) == 60

@@ -208,7 +208,6 @@ def test_classes_met_later_make_earlier_numbers_void(tmp_path):
 
 def test_arguments_and_what_is_refused(tmp_path):
     for arguments, message in (
-        ({"absent_classes": [1]}, "`seen_classes` to be given with `absent_classes`"),
         ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, but got 0"),
         ({"every_n_epochs": True}, "`every_n_epochs` to be an integer, but got True"),
         ({"output": "report.pdf"}, r"end in .md or .html, but got 'report.pdf'"),

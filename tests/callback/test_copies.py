@@ -344,7 +344,7 @@ def test_an_error_does_not_name_the_teacher(make, tmp_path):
 @pytest.mark.parametrize("make", [OfTimm, InValidationOnly])
 def test_the_weights_before_fine_tuning_of_the_evaluated_copy(make, tmp_path):
     before = make()
-    _, module, _ = fit(tmp_path, make, AbsentClassCalibration(estimator="pseudo_absent"))
+    _, module, _ = fit(tmp_path, make, AbsentClassCalibration(estimator="pseudo_absent", source="train"))
     average, gamma = copy.deepcopy(module.evaluated), get_gamma(module)
     result = calibrate(
         detach(average), loader(), SEEN, estimator="pseudo_absent", pretrained=before.evaluated, progress=False

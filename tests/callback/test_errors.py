@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_calibft import AbsentClassCalibration, get_gamma
 from lightning_calibft.metrics import AverageLogitGap
 from tests.helpers.runs import (
-    ABSENT,
     MASK,
     NUM_CLASSES,
     OFFSET,
@@ -36,11 +35,6 @@ pytestmark = quiet
     [
         ({"estimator": "platt"}, ValueError, "one of 'alg', 'pseudo_absent', .* or a metric, but got 'platt'"),
         ({"estimator": 3}, TypeError, "`estimator` to be a name or a torchmetrics Metric"),
-        (
-            {"absent_classes": ABSENT},
-            ValueError,
-            "`seen_classes` to be given with `absent_classes`, but got None. Give both",
-        ),
         ({"max_samples": 0}, ValueError, "`max_samples` to be an integer of at least 1, but got 0"),
         ({"unpack_batch": "no.such.function"}, ValueError, "`unpack_batch` to be the import path of a function"),
         ({"unpack_batch": "function"}, ValueError, "`unpack_batch` to be the import path of a function"),

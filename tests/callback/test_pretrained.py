@@ -33,7 +33,7 @@ def expected(state, before):
 def test_gamma_of_the_model_and_of_each_file(tmp_path):
     module = pretrained()
     before = copy.deepcopy(module.state_dict())
-    callback = AbsentClassCalibration(estimator="pseudo_absent")
+    callback = AbsentClassCalibration(estimator="pseudo_absent", source="train")
     checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     trainer_of(tmp_path, callback, checkpoints, max_epochs=2).fit(module, loader())
     assert callback.result.gamma == pytest.approx(expected(module.state_dict(), before), rel=1e-5)
@@ -47,10 +47,10 @@ def test_gamma_of_the_model_and_of_each_file(tmp_path):
 
 def test_a_resumed_fit_compares_with_the_weights_that_the_first_began_with(tmp_path):
     before = copy.deepcopy(pretrained().state_dict())
-    first = AbsentClassCalibration(estimator="pseudo_absent")
+    first = AbsentClassCalibration(estimator="pseudo_absent", source="train")
     trainer = trainer_of(tmp_path, first, ModelCheckpoint(tmp_path, "first"), max_epochs=1)
     trainer.fit(pretrained(), loader())
-    module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent")
+    module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent", source="train")
     trainer = trainer_of(tmp_path, callback, max_epochs=2)
     trainer.fit(module, loader(), ckpt_path=tmp_path / "first.ckpt")
     assert callback.result.gamma == pytest.approx(expected(module.state_dict(), before), rel=1e-5)
@@ -69,7 +69,7 @@ def test_a_head_and_weights_that_come_in_setup(tmp_path):
             super().build(0.1)
             self.load_state_dict(before)
 
-    module, callback = Late(), AbsentClassCalibration(estimator="pseudo_absent")
+    module, callback = Late(), AbsentClassCalibration(estimator="pseudo_absent", source="train")
     trainer_of(tmp_path, callback, max_epochs=1).fit(module, loader())
     state = module.state_dict()
     assert callback.result.gamma == pytest.approx(expected(state, before), rel=1e-5)
@@ -90,7 +90,7 @@ def test_the_copy_goes_when_training_fails(tmp_path):
         def training_step(self, batch, batch_idx):
             raise RuntimeError("no")
 
-    module, callback = Fails(), AbsentClassCalibration(estimator="pseudo_absent")
+    module, callback = Fails(), AbsentClassCalibration(estimator="pseudo_absent", source="train")
     with pytest.raises(RuntimeError, match=r"^no$"):
         trainer_of(tmp_path, callback).fit(module, loader())
     assert callback._search.pretrained.weights is None
@@ -105,11 +105,13 @@ def test_a_model_that_was_fine_tuned_before_is_told(tmp_path):
     with pytest.warns(
         UserWarning, match=r"'pseudo_absent' takes the weights that this fit begins .* estimator='pseudo"
     ):
-        trainer_of(tmp_path, AbsentClassCalibration(estimator="pseudo_absent"), max_epochs=1).fit(module, loader())
+        trainer_of(tmp_path, AbsentClassCalibration(estimator="pseudo_absent", source="train"), max_epochs=1).fit(
+            module, loader()
+        )
 
 
 def test_a_tuner_leaves_nothing_behind(tmp_path):
-    module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent")
+    module, callback = pretrained(), AbsentClassCalibration(estimator="pseudo_absent", source="train")
     trainer = trainer_of(tmp_path, callback)
     Tuner(trainer).lr_find(module, loader(), num_training=5, update_attr=False)
     assert callback._search.pretrained.weights is None

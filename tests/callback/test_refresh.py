@@ -122,8 +122,11 @@ def test_some_samples_only(tmp_path):
 
 def test_weights_from_before_are_compared_with(tmp_path):
     found = {}
-    for name, callback in {"end": AbsentClassCalibration(SEEN, estimator="pseudo_absent"), "each": None}.items():
-        callback = callback or refreshing(estimator="pseudo_absent")
+    for name, callback in {
+        "end": AbsentClassCalibration(SEEN, estimator="pseudo_absent", source="train"),
+        "each": None,
+    }.items():
+        callback = callback or refreshing(estimator="pseudo_absent", source="train")
         torch.manual_seed(0)
         trainer_of(tmp_path, callback).fit(pretrained(), loader(), val())
         found[name] = callback.result.gamma

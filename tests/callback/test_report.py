@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration
+from lightning_calibft.estimators import PseudoAbsent
 from tests.callback.measures import HARD, Measures, measured, val_loader
 from tests.helpers.runs import (
     ABSENT,
@@ -89,3 +90,60 @@ def test_accuracies_among_fewer_classes_are_not_told(tmp_path):
         trainer.fit(pretrained(), loader(data, shuffle=False), val_loader())
     (last,) = [row for row in rows(logger) if "gamma" in row]
     assert set(last) == {"gamma", "gamma_standard_error", "step"}
+
+
+def told_at_the_end(folder, caplog, callback, val):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    module = pretrained()
+    trainer_of(folder, callback).fit(module, loader(), val)
+    (told,) = [message for message in caplog.messages if "Absent-class calibration" in message]
+    return told
+
+
+def test_what_gamma_is_expected_to_do(tmp_path, caplog):
+    callback = AbsentClassCalibration(estimator="pseudo_absent", absent_share=0.3)
+    data = blobs([*SEEN, *ABSENT], each=40, seed=7)
+    told = told_at_the_end(tmp_path, caplog, callback, loader(data, shuffle=False))
+    result = callback.result
+    assert f"{result.gamma:.3f} ± {result.standard_error:.3f} (sampling error only) from 120 samples" in told
+    seen, absent = 100 * result.seen_change, 100 * result.absent_change
+    assert f"  expected change in accuracy: {seen:+.1f} points on seen samples, {absent:+.1f} on absent ones\n" in told
+    limit = f"{result.break_even_share:.1%}"
+    assert f"  gamma pays if more than {limit} of the samples are of absent classes (it is for 30.0%)" in told
+    assert "negative" not in told
+
+
+class TooFar(PseudoAbsent):
+    """Finds a gamma far above or below the best one, and tells what it is expected to do."""
+
+    shift = 12.0
+
+    def compute(self):
+        return super().compute() + self.shift
+
+
+class TooLow(TooFar):
+    shift = -12.0
+
+
+@pytest.mark.parametrize(("kind", "share", "side"), [(TooFar, 0.05, "above"), (TooLow, 0.95, "below")])
+def test_a_gamma_that_is_expected_to_do_harm(tmp_path, caplog, kind, share, side):
+    callback = AbsentClassCalibration(estimator=kind(6, SEEN, absent_share=share))
+    data = blobs([*SEEN, *ABSENT], each=40, seed=7)
+    text = rf"Gamma \(.*\) is expected to do harm: at the share of absent samples that was told, {share:.1%}, .* {side}"
+    with pytest.warns(UserWarning, match=text):
+        told = told_at_the_end(tmp_path, caplog, callback, loader(data, shuffle=False))
+    assert ("gamma is negative: the model predicts absent classes even less often" in told) == (kind is TooLow)
+    assert "  val_acc_all falls: on this data, gamma does harm" in told
+    assert callback.result.gamma != 0
+
+
+def test_a_fall_on_data_without_absent_classes(tmp_path, caplog):
+    callback = AbsentClassCalibration(estimator="fixed", estimator_kwargs={"gamma": 30.0})
+    told = told_at_the_end(tmp_path, caplog, callback, loader(blobs(SEEN, seed=7)))
+    assert "  val_acc_all falls: this data has no samples of absent classes" in told
+
+
+def test_nothing_falls(tmp_path, caplog):
+    callback = AbsentClassCalibration(estimator="fixed", estimator_kwargs={"gamma": 0.0})
+    assert "falls" not in told_at_the_end(tmp_path, caplog, callback, loader(blobs(SEEN, seed=7)))

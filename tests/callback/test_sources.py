@@ -218,7 +218,7 @@ def test_averaged_weights_are_in_no_step(tmp_path, averaging):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "steps"}, "`source` to be one of 'train', 'validation', 'training_steps', but got 'steps'"),
+        ({"source": "steps"}, "`source` to be one of 'auto', 'train', 'validation', 'training_steps', but got 'steps'"),
         ({"source": "training_steps"}, "`seen_classes` to be given with `source='training_steps'`, but got None"),
         (
             {"source": "training_steps", "estimator": "pseudo_absent", "seen_classes": SEEN},

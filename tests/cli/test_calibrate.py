@@ -526,3 +526,28 @@ def test_plain_weights_are_told_to_be_calibrated_with_the_command(command, raw, 
     assert "load_from_checkpoint" not in error
     assert "Callback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_told_of_gamma(raw, photos, tmp_path, capsys):
+    before, out = tmp_path / "before.pth", tmp_path / "out.pth"
+    torch.manual_seed(3)
+    torch.save(timm.create_model("test_resnet", num_classes=NUM_CLASSES).state_dict(), before)
+    words = ["calibrate", "test_resnet", raw, photos, out, *READ]
+    pseudo = ["--estimator", "pseudo_absent", "--pretrained", before, "--absent-share", "0.3"]
+    assert run(*words, *pseudo) == 0
+    capsys.readouterr()
+    assert run("inspect", out) == 0
+    text, info = capsys.readouterr().out, inspect_checkpoint(out)
+    assert info["absent_share"] == 0.3
+    assert f"{info['standard_error']:.4f} (sampling error only)\n" in text
+    seen, absent = 100 * info["seen_change"], 100 * info["absent_change"]
+    assert f"  expected change in accuracy: {seen:+.1f} points on seen samples, {absent:+.1f} on absent ones\n" in text
+    side = "more" if info["gamma"] > 0 else "less"
+    assert f"gamma pays if {side} than {info['break_even_share']:.1%} of the samples are of absent classes" in text
+    assert "(it is for 30.0%)" in text
+
+
+def test_a_negative_gamma_is_no_plain_success(raw, photos, tmp_path, capsys):
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--estimator", "fixed"]
+    assert run(*words, "--estimator-kwargs", "gamma=-1.0") == 0
+    assert "  gamma is negative: the model predicts absent classes even less often" in capsys.readouterr().out

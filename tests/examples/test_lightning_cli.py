@@ -176,7 +176,7 @@ def test_an_estimator_object(main, fitted: tuple[str, Path], tmp_path: Path) -> 
         ("max_samples=0", "`max_samples` to be an integer of at least 1, but got 0"),
         ("max_samples=many", "'max_samples', val='many'"),
         ("seen_classes=[a]", "class 'int'>. Got value: a"),
-        ("absent_classes=[1]", "`seen_classes` to be given with `absent_classes`, but got None"),
+        ("absent_share=2", r"`absent_share` to be None or a number in \(0, 1\), but got 2"),
         ("unpack_batch=no.such", "`unpack_batch` to be the import path of a function, such as .* but got 'no.such'"),
         ("class_map=imagenet-z", "`class_map` to be one of 'imagenet-a', .* but got 'imagenet-z'"),
         ("log_metrics=maybe", "class 'bool'>. Got value: maybe"),

@@ -218,3 +218,32 @@ def test_values_are_not_read():
 def test_soft_targets_are_refused(target):
     with pytest.raises(TypeError, match=r"class ids, but got dtype .*A `class_map` maps integers"):
         to_rows(target, rows_tensor({0: 2, 1: 0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("lion", 291),
+        ("king of beasts", 291),
+        ("Lion", 291),
+        ("tabby cat", 281),
+        ("tabby_cat", 281),
+        ("Persian cat", 283),
+        ("persian_cat", 283),
+        ("n02129165", 291),
+    ],
+)
+def test_names_of_imagenet_rows_as_people_write_them(name, row):
+    assert resolve_class_map([name], "imagenet-1k", 1000) == {0: row}
+
+
+def test_one_word_of_a_longer_name():
+    names = ["tench, Tinca tinca", "crane", "crane, a bird", "Tabby, tabby cat"]
+    assert resolve_class_map(["tench", "crane", "tabby cat", "crane, a bird"], names) == {0: 0, 1: 1, 2: 3, 3: 2}
+
+
+def test_a_name_that_no_imagenet_row_has():
+    with pytest.raises(ValueError, match=r"such as 'n01440764' or '[a-z ]+', names .* got 'tabyb cat'. .*'tabby cat'"):
+        resolve_class_map(["tabyb cat"], "imagenet-1k")
+    with pytest.raises(ValueError, match=r"the name 'crane', .* to one row, but the rows 134, 517 have it"):
+        resolve_class_map(["crane"], "imagenet-1k")
