@@ -23,7 +23,8 @@ RESULTS = {
 }
 # What the rooms of the package call in each other, with arguments that are checked by then.
 INSIDE = {
-    *("check_estimator_width", "make_estimator", "needs_absent_samples", "needs_pretrained_logits"),
+    *("check_estimator_width", "make_estimator"),
+    *("needs_absent_samples", "needs_held_out_samples", "needs_pretrained_logits"),
 }
 
 NUMBERS = {"3", "-1", "2.5", "2**70", "0-d"}
