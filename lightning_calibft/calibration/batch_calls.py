@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -394,7 +396,8 @@ def _told(error: Exception) -> str:
 
 def _users_frame(error: Exception) -> traceback.FrameSummary | None:
     """Return the last place in an error's traceback that is in none of the libraries."""
-    libraries = ("torch", "lightning", "pytorch_lightning", "lightning_calibft", "torchmetrics", "timm")
-    parts = ("<frozen", *(f"/{name}/" for name in libraries))
+    names = ("torch", "lightning", "pytorch_lightning", __name__.partition(".")[0], "torchmetrics", "timm")
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in names]
+    inside = ("<frozen", *(os.path.dirname(file) + os.sep for file in files if file is not None))
     frames = traceback.extract_tb(error.__traceback__)
-    return next((each for each in reversed(frames) if not any(part in each.filename for part in parts)), None)
+    return next((each for each in reversed(frames) if not each.filename.startswith(inside)), None)
