@@ -120,8 +120,8 @@ class ListedClasses:
             )
         return self._split
 
-    def end(self, met: list[int]) -> bool:
-        """Forget the lists when training has ended. Return whether the classes in them, if they are known, were met.
+    def end(self, met: list[int]) -> None:
+        """Forget the lists when training has ended. Warn if training has not met all classes in them.
 
         Args:
             met: The classes in the training batches of all processes. Empty if labels are mixed.
@@ -133,7 +133,6 @@ class ListedClasses:
                 f"Training ended before it met a sample of the classes {shorten(never)}, which the datasets list. They"
                 f" are calibrated as absent classes, but {_NAMES} have counted them as seen."
             )
-        return not never
 
 
 def count_held_out(trainer: Any, rows: dict[int, int] | None, readable: bool, seen_classes: Sequence[int]) -> float:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.callback.lightning_package import LightningModule
 from lightning_calibft.head.copies import in_place_of
 from lightning_calibft.head.offset import AbsentClassOffset, attached_copies, is_attached, offset_of
@@ -84,7 +85,8 @@ class NetworkCopies:
         """Probe the head that ``forward`` runs, and then the one that the steps evaluate, if it is another."""
         checked = check()
         self._compare()
-        if not self._answers:
+        # The check waits for all processes, some of which may not have evaluated a batch yet.
+        if self._copies and any(SharedErrors().gather(lambda: not self._answers)):
             with self.evaluated(model):
                 check()
         return checked
