@@ -32,7 +32,7 @@ import digits_module
 from compare import gamma_rows, kept, method_rows, method_tables, prepare, summary
 from digits_data import NUM_CLASSES, DigitData, make_data
 from digits_module import DigitClassifier
-from methods import Classifier, Setting, fine_tuned, fit, start, tune
+from methods import Classifier, Setting, fine_tuned, fit, sigmoids, start, tune
 from table import Rows, Scores, markdown, oracle, run, score
 from torch import nn
 
@@ -103,6 +103,11 @@ SMALL_TABLES = {
         ("all parameters", fine_tuned, "AdamW", 5e-4),
         ("LoRA", low_rank, "AdamW", 5e-3),
         ("biases", bias_only, "AdamW", 5e-3),
+    ],
+    "loss": [
+        (f"{loss}, {optimizer}", train, optimizer, rate)
+        for optimizer, rate in FINE_TUNING.values()
+        for loss, train in (("softmax", fine_tuned), ("sigmoids", sigmoids))
     ],
 }
 

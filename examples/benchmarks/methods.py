@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from digits_data import keep_classes
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -98,8 +99,16 @@ class Setting(ABC):
 class Classifier(pl.LightningModule):
     """A copy of the pre-trained module to train; with ``classes``, its loss is over these alone."""
 
-    def __init__(self, before: Any, optimizer: str, learning_rate: float, classes: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        before: Any,
+        optimizer: str,
+        learning_rate: float,
+        classes: list[int] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> None:
         super().__init__()
+        self.loss = loss
         self.backbone, self.head = copy.deepcopy(before.backbone), copy.deepcopy(before.head)
         self.optimizer, self.learning_rate = optimizer, learning_rate
         rows = range(self.head.out_features)
@@ -112,9 +121,9 @@ class Classifier(pl.LightningModule):
         return self.head(self.backbone(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy over the classes of the loss."""
+        """The loss, by default cross-entropy, over its classes."""
         images, labels = batch
-        return F.cross_entropy(self(images).masked_fill(self.others, -torch.inf), labels)
+        return self.loss(self(images).masked_fill(self.others, -torch.inf), labels)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Build the optimizer and a cosine schedule over all steps."""
@@ -202,6 +211,12 @@ def cosine_classifier(setting: Setting) -> Classifier:
 def partial_softmax(setting: Setting) -> Classifier:
     """Fine-tune with the cross-entropy over the seen classes alone: nothing pushes the absent logits down."""
     return tune(setting, start(setting, setting.seen))
+
+
+def sigmoids(setting: Setting) -> Classifier:
+    """Fine-tune with a sigmoid for each class, as timm's ``--bce-loss --bce-sum`` does; a label is still one class."""
+    loss = BinaryCrossEntropy(smoothing=0.0, sum_classes=True)
+    return tune(setting, Classifier(setting.pretrained(), setting.optimizer, setting.learning_rate, loss=loss))
 
 
 @torch.no_grad()

@@ -73,9 +73,9 @@ def tables(text):
     return {first[0]: (first[1:], {name: cells for name, *cells in rest}) for first, _, *rest in lines}
 
 
-def test_it_prints_four_tables(printed, rows):
+def test_it_prints_five_tables(printed, rows):
     found = tables(printed[0])
-    assert list(found) == ["50 % seen, SGD", "Acc_Y/Y", "optimizer, learning rate", "trained by AdamW"]
+    assert list(found) == ["50 % seen, SGD", "Acc_Y/Y", "optimizer, learning rate", "trained by AdamW", "loss"]
     columns, shown = found["50 % seen, SGD"]
     assert columns == [*COLUMNS, "gamma", "cost"]
     three = [[name, f"{name} + ALG", f"{name} + pseudo_absent"] for name in MODELS]
@@ -93,7 +93,7 @@ def test_it_prints_four_tables(printed, rows):
 
 def test_the_small_tables_have_four_gammas_of_each_model(printed, rows):
     found = tables(printed[0])
-    for title, number in (("optimizer, learning rate", 12), ("trained by AdamW", 3)):
+    for title, number in (("optimizer, learning rate", 12), ("trained by AdamW", 3), ("loss", 4)):
         columns, shown = found[title]
         names = ["+ ALG", "gamma of ALG", "+ pseudo_absent", "gamma of pseudo_absent", "+ oracle", "gamma of oracle"]
         assert columns == ["AUSUC", "fine-tuned", *names]
@@ -244,3 +244,9 @@ def test_stale_files_are_done_again(bench, setting, tmp_path, monkeypatch, damag
     bench.kept(tmp_path, "x", setting, compute)
     assert len(calls) == 2
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_gamma_is_0_where_cross_validation_finds_none(bench, setting):
+    gammas = sys.modules["compare"].cross_validated(replace(setting, seed=2, share=30))
+    assert gammas["fine-tuned + PCV over Y"][0] == 0
+    assert gammas["fine-tuned + PCV over S"][0] > 0
