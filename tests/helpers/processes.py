@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -23,19 +25,49 @@ ROOT = Path(__file__).parents[2]
 OF_A_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
 
 
-def run_python(*words: Any, cwd: Path = ROOT, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words and environment variables, on one thread, and see that it ends with this status."""
+def run_python(
+    *words: Any, cwd: Path = ROOT, status: int = 0, anew: bool = not hasattr(os, "fork"), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words and environment variables, on one thread, and see that it ends with this status.
+
+    The process is forked from one that has imported the large packages, which takes longer than most scripts; ``anew``
+    starts an interpreter that has imported nothing, for those that are about their imports.
+    """
     # What a fit with several processes has left in this one would make the new process wait for others.
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
-    command, environment = [sys.executable, *map(str, words)], {**inherited, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
+    words = tuple(map(str, words))
+    if anew:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    else:
+        with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+            request = {"words": words, "folder": str(cwd), "variables": environment}
+            server = _python_server()
+            print(json.dumps({**request, "output": output.name, "errors": errors.name}), file=server.stdin, flush=True)
+            returned = int(server.stdout.readline())
+            done = subprocess.CompletedProcess(words, returned, output.read(), errors.read())
     assert done.returncode == status, done.stderr
     return done
 
 
-def run_script(script: str, *arguments: Any) -> None:
+@functools.cache
+def _python_server() -> subprocess.Popen[str]:
+    """Start it once for all tests of this process; when this one ends, so does its input, and with it the server."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.python_server"],
+        cwd=ROOT,
+        env={**inherited, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_script(script: str, *arguments: Any, **options: Any) -> None:
     """Run a module of the tests in a process of its own."""
-    run_python("-m", script, *arguments)
+    run_python("-m", script, *arguments, **options)
 
 
 def outcomes(script: str, folder: Path, processes: int) -> list[Any]:
