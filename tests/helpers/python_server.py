@@ -47,4 +47,5 @@ if __name__ == "__main__":
         if process.is_alive():
             process.kill()
             process.join()
-        print(process.exitcode, flush=True)
+        sys.stdout.write(f"{process.exitcode}\n")
+        sys.stdout.flush()
