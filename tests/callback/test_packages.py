@@ -178,7 +178,7 @@ def test_a_module_of_the_other_package(tmp_path, package):
 def test_a_script_that_imports_one(tmp_path, name, refused):
     (other,) = {*PACKAGES} - {name}
     missing = other.split(".")[0] if refused == "the other" else refused
-    run_script("tests.callback.package_script", name, missing, tmp_path, anew=True)
+    run_script("tests.callback.package_script", name, missing, tmp_path)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -187,5 +187,4 @@ def test_a_script_that_imports_lightning_first(name):
         "-c",
         f"import {name} as pl; from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics\n"
         "assert issubclass(AbsentClassCalibration, pl.Callback) and issubclass(CalibrationDiagnostics, pl.Callback)",
-        anew=True,
     )

@@ -25,28 +25,26 @@ ROOT = Path(__file__).parents[2]
 OF_A_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
 
 
-def run_python(
-    *words: Any, cwd: Path = ROOT, status: int = 0, anew: bool = not hasattr(os, "fork"), **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run_python(*words: Any, cwd: Path = ROOT, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these words and environment variables, on one thread, and see that it ends with this status.
 
-    The process is forked from one that has imported the large packages, which takes longer than most scripts; ``anew``
-    starts an interpreter that has imported nothing, for those that are about their imports.
+    Most scripts take less time than to import what they use. So it is forked from a process that has imported the large
+    packages, and nothing else: neither this one, nor a package of Lightning.
     """
     # What a fit with several processes has left in this one would make the new process wait for others.
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
     environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
     words = tuple(map(str, words))
-    if anew:
+    if not hasattr(os, "fork"):
         command = [sys.executable, *words]
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
     else:
         with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
-            request = {"words": words, "folder": str(cwd), "variables": environment}
+            files = {"output": output.name, "errors": errors.name}
             server = _python_server()
-            print(json.dumps({**request, "output": output.name, "errors": errors.name}), file=server.stdin, flush=True)
-            returned = int(server.stdout.readline())
-            done = subprocess.CompletedProcess(words, returned, output.read(), errors.read())
+            request = json.dumps({"words": words, "folder": str(cwd), "variables": environment, **files})
+            print(request, file=server.stdin, flush=True)
+            done = subprocess.CompletedProcess(words, int(server.stdout.readline()), output.read(), errors.read())
     assert done.returncode == status, done.stderr
     return done
 
@@ -65,9 +63,9 @@ def _python_server() -> subprocess.Popen[str]:
     )
 
 
-def run_script(script: str, *arguments: Any, **options: Any) -> None:
+def run_script(script: str, *arguments: Any) -> None:
     """Run a module of the tests in a process of its own."""
-    run_python("-m", script, *arguments, **options)
+    run_python("-m", script, *arguments)
 
 
 def outcomes(script: str, folder: Path, processes: int) -> list[Any]:

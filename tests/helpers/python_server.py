@@ -1,4 +1,4 @@
-"""A process that has the large packages loaded, and forks for each run of Python that it is asked for.
+"""A process that has imported the large packages, and forks for each run of Python that it is asked for.
 
 It reads requests from its standard input, a line of JSON each, and answers each with the exit status of the run.
 """
@@ -12,8 +12,8 @@ import runpy
 import sys
 from types import ModuleType
 
-import lightning.pytorch  # noqa: F401
 import timm  # noqa: F401
+import torchmetrics  # noqa: F401
 
 LONGEST = 500  # seconds
 
