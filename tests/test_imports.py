@@ -17,6 +17,7 @@ from timm.data import transforms
 import lightning_calibft
 from lightning_calibft import estimators
 from lightning_calibft.cli import options
+from tests.helpers.processes import run_python
 
 
 def type_checked_names():
@@ -70,12 +71,19 @@ def test_a_replaced_class_is_seen(monkeypatch):
 HEAVY = ["lightning", "matplotlib", "onnx", "pytorch_lightning", "timm", "torch", "torchmetrics", "torchvision"]
 
 
+def output(code):
+    """Return the lines that a fresh process prints; the last tells which of the heavy packages it has loaded."""
+    show = f"import os, sys; print('loaded', *[name for name in {HEAVY} if name in sys.modules], flush=True)"
+    end = "os._exit(0)"  # to take the interpreter down takes as long as some imports
+    words = [sys.executable, "-c", f"{code}\n{show}\n{end}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def loaded(code):
     """Return which of the heavy packages a fresh process has loaded after ``code``."""
-    show = f"import sys; print('loaded', *[name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].split()[1:]
+    return output(code)[-1].split()[1:]
 
 
 def test_the_package_itself_loads_nothing():
@@ -83,12 +91,32 @@ def test_the_package_itself_loads_nothing():
 
 
 def test_subpackages_are_attributes():
-    assert "torch" in loaded("import lightning_calibft; lightning_calibft.functional.ausuc")
+    code = "import sys, lightning_calibft as package; print('lightning_calibft.functional' in sys.modules)\n"
+    assert run_python("-c", f"{code}print(package.functional.ausuc.__name__)").stdout.split() == ["False", "ausuc"]
 
 
-@pytest.mark.parametrize("package", ["functional", "metrics", "split", "labels.class_map", "labels.label_names"])
-def test_functions_and_metrics_load_torch_and_torchmetrics_alone(package):
-    assert set(loaded(f"import lightning_calibft.{package}")) <= set(loaded("import torch, torchmetrics"))
+LIGHT = ["functional", "metrics", "split", "labels.class_map", "labels.label_names"]
+
+
+@pytest.fixture(scope="module")
+def loaded_by_light():
+    """Which of the heavy packages are loaded beside torch and torchmetrics after each light one, in this order."""
+    code = f"""
+import sys, torch, torchmetrics
+from importlib import import_module
+before = {{*sys.modules}}
+found = {{}}
+for name in {LIGHT}:
+    import_module(f"lightning_calibft.{{name}}")
+    found[name] = [heavy for heavy in {HEAVY} if heavy in sys.modules and heavy not in before]
+print(found)
+"""
+    return ast.literal_eval(output(code)[-2])
+
+
+@pytest.mark.parametrize("package", LIGHT)
+def test_functions_and_metrics_load_torch_and_torchmetrics_alone(package, loaded_by_light):
+    assert loaded_by_light[package] == []
 
 
 @pytest.fixture(scope="module")

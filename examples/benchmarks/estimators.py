@@ -13,7 +13,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from ideas import (
@@ -70,9 +70,15 @@ def losses(method: Method, runs: Iterable[Run], shares: Sequence[float | None] =
         for share in shares:
             true = run.natural if share is NATURAL else share
             told = factor * true / (1 - true + factor * true)
-            lost.append(run.loss(method(run, told), true))
+            lost.append(run.loss(gamma_of(method, run, told), true))
         found[run.name] = statistics.mean(lost)
     return found
+
+
+@cache
+def gamma_of(method: Method, run: Run, share: float) -> float:
+    """The gamma of a method, which several tables show."""
+    return method(run, share)
 
 
 def mean_of_rows(values: Losses, runs: Iterable[Run]) -> dict[str, float]:
@@ -363,9 +369,15 @@ def _loss_of_some(run: Run, size: int | None) -> float:
     return statistics.mean(found)
 
 
+@cache
+def _estimator(name: str, run: Run) -> Estimator:
+    return make_estimator(name, run.split, {"absent_share": run.natural})
+
+
 def _metric(name: str, run: Run, index: Tensor | slice) -> Estimator:
-    """An estimator that was fed with some samples of a run."""
-    metric = make_estimator(name, run.split, {"absent_share": run.natural})
+    """An estimator that was fed with some samples of a run, until the next ones are asked for."""
+    metric = _estimator(name, run)
+    metric.reset()
     before = (run.pretrained_logits[index],) if needs_pretrained_logits(name) else ()
     metric.update(run.logits[index], run.target[index], *before)
     return metric

@@ -19,18 +19,16 @@ from lightning_calibft.functional.average_logit_gap import prior_shift
 from lightning_calibft.functional.pseudo_absent_gamma import WeighedSamples, pseudo_absent_compute, weigh
 
 Method = Callable[[Run, float], float]  # gamma for a run at a share of absent samples
-_SAMPLES: dict[tuple[str, str], WeighedSamples] = {}
 
 
+@cache
 def pseudo_absent_samples(run: Run) -> WeighedSamples:
     """The samples and copies of the package's estimator."""
-    key = run.name, run.part
-    if key not in _SAMPLES:
-        leads, sums = _leads(run)
-        _SAMPLES[key] = weigh(leads, sums, len(run.absent))
-    return _SAMPLES[key]
+    leads, sums = _leads(run)
+    return weigh(leads, sums, len(run.absent))
 
 
+@cache
 def pseudo_absent(run: Run, share: float) -> float:
     return pseudo_absent_compute(pseudo_absent_samples(run), share).gamma.item()
 
@@ -40,16 +38,9 @@ def shifted(gap: Callable[[Run], float]) -> Method:
     return lambda run, share: gap(run) + prior_shift(share, len(run.seen), len(run.absent))
 
 
+@cache
 def alg(run: Run) -> float:
     return average_logit_gap(run.logits, run.target, run.seen, run.absent).gamma.item()
-
-
-def root(function: Callable[[float], float], low: float = -300.0, high: float = 300.0) -> float:
-    """Where a rising function is zero."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if function(middle) > 0 else (middle, high)
-    return (low + high) / 2
 
 
 def balance(samples: WeighedSamples, share: float, copy_slope: float) -> float:
@@ -61,7 +52,7 @@ def balance(samples: WeighedSamples, share: float, copy_slope: float) -> float:
         missed = (copy_right * torch.sigmoid(copy_slope * (copy_margin - gamma))).mean()
         return ((1 - share) * lost - share * missed).item()
 
-    return root(surplus)
+    return brentq(surplus, -300, 300)
 
 
 @dataclass(frozen=True)
@@ -108,27 +99,17 @@ def _variant_samples(variant: Variant, run: Run) -> tuple[Tensor, Tensor, Tensor
     return torch.maximum(own, rival), (right * count + 0.5) / (count + 1), rival - copy.clamp(min=0), copy_right
 
 
-_LEADS: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-
-
+@cache
 def _leads(run: Run) -> tuple[Tensor, Tensor]:
-    key = run.name, run.part
-    if key not in _LEADS:
-        _LEADS[key] = run.leads
-    return _LEADS[key]
+    return run.leads
 
 
-_REFERENCES: dict[tuple[str, str], Tensor] = {}
-
-
+@cache
 def _of_reference(run: Run) -> Tensor:
     """What the leads change by if copies stand above the absent classes as before, ``(N, 3)``."""
-    key = run.name, run.part
-    if key not in _REFERENCES:
-        now, before = run.logits[:, run.absent], run.pretrained_logits[:, run.absent]
-        change = _scale(now, before) * (_other_mean(run) - before.mean(1))
-        _REFERENCES[key] = torch.stack([torch.zeros_like(change), torch.zeros_like(change), change], 1)
-    return _REFERENCES[key]
+    now, before = run.logits[:, run.absent], run.pretrained_logits[:, run.absent]
+    change = _scale(now, before) * (_other_mean(run) - before.mean(1))
+    return torch.stack([torch.zeros_like(change), torch.zeros_like(change), change], 1)
 
 
 def _scale(now: Tensor, before: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ NETWORKS = {"gn": "GroupNorm", "bn": "BatchNorm", "resnet": "ResNet"}
 GROUPS = ("digits", "glyphs", "pictures A, near", "pictures A, test", "pictures B, near", "pictures B, test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by its identity, so that what is found of it can be cached
 class Run:
     """A fine-tuned classifier, seen through ``part`` of its data: ``"train"`` or ``"heldout"``.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from lightning_calibft import calibrate, detach, get_gamma
 from tests.calibration.nets import net
@@ -29,7 +29,7 @@ def loader(**kwargs):
 
 def resnet():
     torch.manual_seed(0)
-    model = resnet18(num_classes=NUM_CLASSES)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=NUM_CLASSES)
     with torch.no_grad():
         model.fc.bias.copy_(torch.linspace(1, -1, NUM_CLASSES))
     return model

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_calibft import calibrate
@@ -20,10 +17,9 @@ from lightning_calibft.head import attach
 from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.split import ClassSplit
 from tests.calibration.nets import net
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import in_group
 from tests.helpers.runs import SEEN, TRAIN
 
-PATIENCE = timedelta(seconds=60)  # else code that is wrong hangs
 X, Y = TRAIN.tensors
 CPU = torch.device("cpu")
 
@@ -92,10 +88,8 @@ def cases(second):
     }
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE)
-    results = {}
+def _run() -> dict[str, Any]:
+    rank, results = dist.get_rank(), {}
     for name, run in cases(second=rank == 1).items():
         model = net().train()
         try:
@@ -123,21 +117,12 @@ def _run(rank: int, folder: str) -> None:
             results[name] = first_batch_of_any(batch if rank else None, CPU)
         except Exception as error:
             results[name] = type(error).__name__, str(error)
-    hand_over(results, Path(folder), rank)
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("errors")
-    processes = mp.spawn(_run, args=(str(folder),), nprocs=2, join=False)
-    try:
-        end = time.monotonic() + 400
-        while not processes.join(timeout=5):  # which returns when the first of them ends
-            assert time.monotonic() < end
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return in_group(_run, tmp_path_factory.mktemp("errors"))
 
 
 OWN = {

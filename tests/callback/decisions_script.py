@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
-from tests.helpers.processes import hand_over
+from tests.helpers.processes import as_started_by_torchrun, hand_over
 from tests.helpers.runs import SEEN, VAL, Plain, blobs, loader, trainer_of
 
 
@@ -91,4 +91,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    as_started_by_torchrun(lambda: main(Path(sys.argv[1])), int(sys.argv[2]))

@@ -249,7 +249,4 @@ def main(folder: Path, devices: int) -> None:
 
 if __name__ == "__main__":
     folder, devices = Path(sys.argv[1]), int(sys.argv[2])
-    if devices > 2:  # two are started by Lightning
-        as_started_by_torchrun(lambda: main(folder, devices), devices)
-    else:
-        main(folder, devices)
+    as_started_by_torchrun(lambda: main(folder, devices), devices)

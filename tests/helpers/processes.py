@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,13 +26,41 @@ OF_A_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", 
 
 
 def run_python(*words: Any, cwd: Path = ROOT, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words and environment variables, on one thread, and see that it ends with this status."""
+    """Run Python with these words and environment variables, on one thread, and see that it ends with this status.
+
+    Most scripts take less time than to import what they use. So it is forked from a process that has imported the large
+    packages, and nothing else: neither this one, nor a package of Lightning.
+    """
     # What a fit with several processes has left in this one would make the new process wait for others.
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
-    command, environment = [sys.executable, *map(str, words)], {**inherited, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
+    words = tuple(map(str, words))
+    if not hasattr(os, "fork"):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    else:
+        with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+            files = {"output": output.name, "errors": errors.name}
+            server = _python_server()
+            request = json.dumps({"words": words, "folder": str(cwd), "variables": environment, **files})
+            print(request, file=server.stdin, flush=True)
+            done = subprocess.CompletedProcess(words, int(server.stdout.readline()), output.read(), errors.read())
     assert done.returncode == status, done.stderr
     return done
+
+
+@functools.cache
+def _python_server() -> subprocess.Popen[str]:
+    """Start it once for all tests of this process; when this one ends, so does its input, and with it the server."""
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.python_server"],
+        cwd=ROOT,
+        env={**inherited, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_script(script: str, *arguments: Any) -> None:
