@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_calibft._arguments import check_number, check_type
 from lightning_calibft.functional import ausuc, seen_unseen_curve
 from lightning_calibft.functional.seen_unseen_curve import point_at
+from lightning_calibft.metrics import AUSUC, SeenUnseenCurve
 from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_seen_unseen_curve
 from lightning_calibft.split import ClassIds
 
@@ -48,6 +49,16 @@ class MethodCurve:
         gammas = {f"{self.name}, {text}": point.gamma for text, point in self.points.items()}
         area = self.curve[0].new_tensor(self.ausuc)
         return plot_seen_unseen_curve(self.curve, gammas=gammas, score=area, label=self.name, ax=ax)
+
+
+def curve_of(metric: AUSUC, name: str, gammas: Mapping[str, float]) -> MethodCurve:
+    """Return the curve of the samples that a metric was updated with, and the points of some gammas on it."""
+    seen, absent, gamma = (value.cpu() for value in SeenUnseenCurve.compute(metric))
+    points = {
+        text: CurvePoint(at, *(accuracy.item() for accuracy in point_at(seen, absent, gamma, at)))
+        for text, at in gammas.items()
+    }
+    return MethodCurve(name, (seen, absent, gamma), metric.compute().item(), points)
 
 
 def compare_curves(

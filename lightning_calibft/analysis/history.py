@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft.analysis.accuracy_gain import GroupAccuracies
+from lightning_calibft.analysis.curves import MethodCurve
 from lightning_calibft.analysis.logit_levels import GroupLevels, LogitLevels
 from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms, mean_similarity, row_norms
 from lightning_calibft.metrics import AUSUC
@@ -104,6 +105,11 @@ class History:
         epoch: Number of epochs before the fit.
         step: Number of training steps before the fit.
         weight: Weight of the head at the start, of shape ``(C, D)``. ``None`` if the head is not linear.
+
+    Attributes:
+        split: The seen and the absent classes of the snapshots.
+        snapshots: The snapshots in order.
+        curves: The seen-unseen curves of the last and of the first validation since the history was begun or loaded.
     """
 
     def __init__(self, epoch: int, step: int, weight: Tensor | None) -> None:
@@ -112,6 +118,7 @@ class History:
         self.weight = weight
         self.split: ClassSplit | None = None
         self.snapshots: list[Snapshot] = []
+        self.curves: list[MethodCurve] = []
 
     def add(
         self,
@@ -121,10 +128,13 @@ class History:
         weight: Tensor | None,
         levels: LogitLevels | None = None,
         evaluation: Evaluation | None = None,
+        curve: MethodCurve | None = None,
     ) -> None:
         """Add a snapshot. If the split has changed, earlier ones are not comparable and are dropped."""
         if split != self.split:
-            self.split, self.snapshots = split, []
+            self.split, self.snapshots, self.curves = split, [], []
+        if curve is not None:
+            self.curves = [curve, *self.curves[-1:]]
         if not self.snapshots and step > self.step:
             self.snapshots = [Snapshot(self.epoch, self.step, _norms(self.weight, split))]
         updates = None

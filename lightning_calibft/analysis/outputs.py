@@ -77,7 +77,7 @@ def collect_outputs(
             model,
             calibration_loaders(loader),
             reader=reader,
-            progress=False,
+            bar=None,
             context=lambda: _recorded_features(model, seen),
         )
         with closing(reading.evaluate()) as batches:

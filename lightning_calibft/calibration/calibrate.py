@@ -17,6 +17,7 @@ from lightning_calibft.calibration.evaluation_pass import (
     EvaluationPass,
     check_tolerance,
     head_width,
+    plain_bar,
     preserve_random_state,
 )
 from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
@@ -143,7 +144,7 @@ def calibrate(
                     reader,
                     max_samples,
                     tolerance=tolerance,
-                    progress=progress,
+                    bar=plain_bar if progress else None,
                     pretrained=_weights(pretrained),
                 )
                 check_weights(reading.device)

@@ -55,7 +55,14 @@ from lightning_calibft.split import ClassSplit
 LEAST_SAMPLES = 100  # from fewer samples, the standard error itself is a guess
 _LAST_LOOK = torch.iinfo(torch.long).max  # the last batch, if a loader does not know its length
 
+MakeBar = Callable[[str, int | None], Any]  # from what is going on and its number of steps, a bar like those of tqdm
+
 _LabelledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
+
+
+def plain_bar(what: str, total: int | None) -> Any:
+    """Return a bar for the terminal or the notebook that this process runs in."""
+    return tqdm(total=total, desc=what, unit="batch", leave=False)
 
 
 class EvaluatedBatch(NamedTuple):
@@ -87,7 +94,7 @@ class EvaluationPass:
     max_batches: int | None = None  # of each loader
     tolerance: float | None = None  # stop when the standard error of gamma is at most this
     validation: bool = False  # whether the samples may be of all classes
-    progress: bool = True
+    bar: MakeBar | None = plain_bar  # makes the progress bar of the first process
     pretrained: Mapping[str, Tensor] | None = None  # the weights before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
@@ -209,8 +216,7 @@ class EvaluationPass:
         numbers = count()
         for loader in self.loaders:
             total, read = _length(loader, self.max_batches), 0
-            bar = tqdm(total=total, desc=what, unit="batch", leave=False, disable=not self.progress or rank > 0)
-            with bar:
+            with self.bar(what, total) if self.bar is not None and rank == 0 else tqdm(disable=True) as bar:
                 for batch in batches_of(loader, self.max_batches):
                     if read >= share:
                         break

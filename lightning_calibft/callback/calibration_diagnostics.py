@@ -15,6 +15,8 @@ from lightning_calibft.analysis import calibration_report
 from lightning_calibft.analysis.history import History, Snapshot
 from lightning_calibft.analysis.report import Format
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
+from lightning_calibft.calibration.loaders import flat_loaders
+from lightning_calibft.callback.absent_class_calibration import AbsentClassCalibration
 from lightning_calibft.callback.lightning_package import LightningCallback, LightningModule, Trainer
 from lightning_calibft.callback.snapshot_recorder import SnapshotRecorder
 from lightning_calibft.callback.trainer_checks import check_trainer
@@ -23,7 +25,8 @@ from lightning_calibft.checkpoint.files import replace_atomically
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import num_classes
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map
-from lightning_calibft.labels.label_names import LabelNames
+from lightning_calibft.labels.dataset_labels import class_names_of_loaders
+from lightning_calibft.labels.label_names import LabelNames, names_by_row, row_names_of
 from lightning_calibft.plotting import check_matplotlib
 from lightning_calibft.split import ClassSplit, class_ids
 
@@ -40,7 +43,8 @@ class CalibrationDiagnostics(LightningCallback):
     "Fine-Tuning is Fine, if Calibrated" (NeurIPS 2024); see :mod:`lightning_calibft.analysis`.
 
     The measurements use the logits without gamma from the module's own validation, over all validation loaders
-    together. The callback works alone or with :class:`~lightning_calibft.AbsentClassCalibration`, in any order.
+    together. The callback works alone or with :class:`~lightning_calibft.AbsentClassCalibration`, in any order. With
+    it, the report also has the gamma that it has found.
 
     Note:
         The callback does not change the loss, the random state, the weights, or the state dict of the model. Its own
@@ -107,6 +111,8 @@ class CalibrationDiagnostics(LightningCallback):
         self._history: History | None = None
         self._history_before_fit: History | None = None  # of a validation before the fit
         self._restored_classes: list[int] = []
+        self._last_weight: Tensor | None = None
+        self._ended = False
         self._warned = False
 
     @property
@@ -195,9 +201,16 @@ class CalibrationDiagnostics(LightningCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._recorder is not None
-        if trainer.is_global_zero:
-            self._write_report(self._path(trainer), self._recorder.weight())
+        self._last_weight = self._recorder.weight()
+        self._ended = True
         self._remove_recorder()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not in `on_fit_end`, where the other callback may not have found gamma yet.
+        if self._ended and trainer.is_global_zero:
+            self._write_report(trainer, pl_module)
+        self._ended, self._last_weight = False, None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -225,22 +238,46 @@ class CalibrationDiagnostics(LightningCallback):
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir, self.output)
 
-    def _write_report(self, path: Path, weight: Tensor | None) -> None:
-        history = self._history
+    def _write_report(self, trainer: Any, model: LightningModule) -> None:
+        path, history = self._path(trainer), self._history
         if history is None or history.split is None:
             rank_zero_warn(
                 "CalibrationDiagnostics writes no report, because no epoch was trained with both seen and absent"
                 " classes."
             )
             return
-        weights = None if history.weight is None or weight is None else (history.weight, weight)
-        text = calibration_report(history.snapshots, history.split, weights, format=_FORMATS[path.suffix])
+        weights = None
+        if history.weight is not None and self._last_weight is not None:
+            weights = history.weight, self._last_weight
+        others = (each for each in trainer.callbacks if isinstance(each, AbsentClassCalibration))
+        text = calibration_report(
+            history.snapshots,
+            history.split,
+            weights,
+            curves=history.curves,
+            result=next((other.result for other in others), None),
+            class_names=self._class_names(trainer, model, history.split.num_classes),
+            model=type(model).__name__,
+            format=_FORMATS[path.suffix],
+        )
         try:
             replace_atomically(path, lambda file: file.write(text.encode()))
         except OSError as error:  # must not fail a fit that is complete
             rank_zero_warn(f"CalibrationDiagnostics could not write its report: {error}.")
         else:
             rank_zero_info(f"Calibration report: {path}")
+
+    def _class_names(self, trainer: Trainer, model: LightningModule, num_classes: int) -> dict[int, str]:
+        """Return the names of the head's rows, as far as the arguments, the model or the datasets tell them."""
+        if self.label_names is not None:
+            return names_by_row(self.label_names, num_classes)
+        if names := row_names_of(model):
+            return dict(enumerate(names))
+        named: dict[int, str] = {}
+        for loaders in (trainer.val_dataloaders, trainer.train_dataloader):
+            named.update(class_names_of_loaders(flat_loaders(loaders)))
+        rows = resolve_class_map(self.class_map, self.label_names, num_classes)
+        return named if rows is None else {rows[label]: name for label, name in named.items() if label in rows}
 
     def _warn_once(self, reason: str) -> None:
         if not self._warned:

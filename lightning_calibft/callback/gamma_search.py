@@ -245,7 +245,6 @@ class GammaSearch:
         self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
     ) -> CalibrationResult:
         """Find the gamma of the current weights in the middle of a fit, and remember it for these weights."""
-        reading.progress = False  # the Trainer shows its own bars
         result = self.run(trainer, reading, split)
         self.remember(trainer, model, result)
         self._refreshed = trainer.global_step, result
@@ -325,7 +324,6 @@ class GammaSearch:
         self.source = "train"
         again = self.make_pass(trainer, trainer.lightning_module)
         assert again is not None  # there was a validation, so there are training data
-        again.progress = reading.progress
         return again.run(split)
 
     def _warn_of_training_data(self, reason: str) -> None:

@@ -17,6 +17,7 @@ from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.class_subset import ClassSubset, check_loaders
 from lightning_calibft.callback.lightning_package import Callback, LightningModule, Trainer, lightning_of
 from lightning_calibft.callback.nested_fit import Progress, copy_of, fit_nested, no_op
+from lightning_calibft.callback.trainer_bar import bar_of
 from lightning_calibft.cross_validation.pseudo_cross_validation import cost, of_classes
 from lightning_calibft.cross_validation.splits import CrossValidationPlan, cross_validate
 from lightning_calibft.head.attach import reset_gamma
@@ -140,8 +141,7 @@ class Retraining:
         steps, epochs = limits.get("max_steps"), limits["max_epochs"]
         length = f"{epochs} epochs of its samples" if steps is None else f"its share of {steps} steps"
         rank_zero_info(f"{cost(self.plan, split, data.rows)} Each trains for {length}.")
-        progress_bar = trainer.progress_bar_callback
-        shown = progress_bar is not None and getattr(progress_bar, "is_enabled", True)
+        make_bar = bar_of(trainer)
 
         def fit(index: int, pseudo_split: ClassSplit) -> nn.Module:
             module = copy_of(before)
@@ -153,9 +153,9 @@ class Retraining:
             return module.to(device)
 
         def read(module: nn.Module) -> EvaluationPass:
-            return replace(reading, model=module, progress=False)
+            return replace(reading, model=module, bar=None)
 
-        with tqdm(desc="Cross-validating", unit="step", disable=not shown, leave=False) as bar:
+        with tqdm(disable=True) if make_bar is None else make_bar("Cross-validating", None) as bar:
             number = len(of_classes(data.rows, split.seen_classes))
             settings = {"epochs": self.plan.epochs, "num_samples": number, **limits}
             return cross_validate(self.plan, split, before, fit, read, settings)

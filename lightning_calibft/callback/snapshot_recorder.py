@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_calibft.analysis.curves import curve_of
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
 from lightning_calibft.analysis.weights import head_weight
@@ -134,7 +135,10 @@ class SnapshotRecorder:
             return
         curve, levels = metrics[0], metrics[1].levels()
         both = levels.seen.num_samples and levels.absent.num_samples
-        history.add(curve.split, epoch, step, self.weight(), levels, evaluation_of(curve) if both else None)
+        evaluated = evaluation_of(curve) if both else None
+        points = {"no calibration": 0.0, "best": evaluated.best_gamma} if evaluated else {}
+        drawn = curve_of(curve, f"step {step}" if step else "before fine-tuning", points) if both else None
+        history.add(curve.split, epoch, step, self.weight(), levels, evaluated, drawn)
 
     def end_epoch(self, history: History, epoch: int, step: int) -> None:
         """Add a snapshot of the weights to ``history``, if the split is known."""

@@ -21,6 +21,7 @@ from lightning_calibft.calibration.distributed import ShardedReading, SharedErro
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
 from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, is_read_once, rebuilt_loader
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
+from lightning_calibft.callback.trainer_bar import bar_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.labels.class_map import IGNORE_INDEX
@@ -272,7 +273,7 @@ def calibration_pass(
         data = "validation" if source == "validation" else "training"
         rank_zero_warn(f"AbsentClassCalibration found no {data} data: the model is not calibrated.")
         return None
-    progress_bar, sharded = trainer.progress_bar_callback, sharded_reading(trainer)
+    sharded = sharded_reading(trainer)
     return EvaluationPass(
         model,
         calibration_loaders(
@@ -290,7 +291,7 @@ def calibration_pass(
         max_batches=max_batches,
         tolerance=tolerance,
         validation=source == "validation",
-        progress=progress_bar is not None and getattr(progress_bar, "is_enabled", True),  # not all bars have it
+        bar=bar_of(trainer),
         pretrained=pretrained,
         transfer=partial(move_batch, trainer),
         context=partial(quiet_forward, trainer),

@@ -150,7 +150,7 @@ def pseudo_cross_validation(
             split,
             before,
             fit,
-            lambda net: EvaluationPass(net, [loader], reader=reader, progress=False),
+            lambda net: EvaluationPass(net, [loader], reader=reader, bar=None),
             settings={"num_samples": len(of_classes(rows, split.seen_classes))},
         )
 

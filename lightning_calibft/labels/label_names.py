@@ -73,6 +73,16 @@ def rows_of_names(label_names: LabelNames, num_classes: int | None) -> dict[str,
     return {**rows, **{word: of_word for word, of_word in words.items() if word not in rows}}
 
 
+def names_by_row(label_names: LabelNames, num_classes: int) -> dict[int, str]:
+    """Return the name of each row. The WordNet ids of timm's label sets are followed by their first word."""
+    names: dict[int, list[str]] = {}
+    for name, rows in rows_of_names(label_names, num_classes).items():
+        for row in rows:
+            names.setdefault(row, []).append(name)
+    shown = 2 if label_names in LABEL_SETS else 1
+    return {row: " ".join(of_row[:shown]) for row, of_row in names.items()}
+
+
 def row_names_of(model: Any) -> list[str]:
     """Return the names of the rows of the head in the config of a transformers model, or an empty list."""
     for module in model.modules():

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import base64
-import io
+import html
 import json
 import math
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.metadata import version
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
 
 from lightning_calibft import ClassSplit
-from lightning_calibft.analysis import calibration_report
+from lightning_calibft.analysis import calibration_report, compare_curves
 from lightning_calibft.analysis.accuracy_gain import GroupAccuracies
 from lightning_calibft.analysis.history import Evaluation, History, Snapshot, evaluation_of
 from lightning_calibft.analysis.logit_levels import GroupLevels, LogitLevels
 from lightning_calibft.analysis.verdict import degraded, verdict
 from lightning_calibft.analysis.weights import MeanSimilarity, RowNorms
+from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.metrics import AUSUC
 from tests.helpers.analysis_references import _reference_norms, _reference_similarity
 from tests.helpers.references import (
@@ -137,9 +141,38 @@ def test_one_validation_and_none():
 
 
 def pictures(text):
-    found = [base64.b64decode(code) for code in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)]
-    assert all(plt.imread(io.BytesIO(picture)).std() > 0.01 for picture in found)  # something is drawn
+    """How many pictures a page has. They are vectors, and something is drawn."""
+    found = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    found += [base64.b64decode(code).decode() for code in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", text)]
+    for picture in found:
+        assert len(ElementTree.fromstring(picture.replace("xlink:", "")).findall(".//{*}path")) > 20
     return len(found)
+
+
+class Outline(HTMLParser):
+    """The elements of a page by name, and whether each is closed in its place."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found, self.texts, self.attributes = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
 
 
 @pytest.mark.parametrize("format", ["markdown", "html"])
@@ -158,8 +191,13 @@ def test_the_page(format):
     else:
         assert "".join(f"<td>{number}</td>" for number in numbers) in text
         assert text.startswith("<!DOCTYPE html>")
-        for tag in ("html", "body", "h1", "h2", "p", "ul", "li", "table", "tr", "td", "th"):
-            assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>") > 0
+        outline = Outline(text)
+        assert {"html", "body", "h1", "h2", "p", "ul", "li", "table", "tr", "td", "th"} <= {*outline.found}
+        ids = [value for name, value in outline.attributes if name == "id"]
+        assert len(ids) == len({*ids})
+        # What pictures refer to is in the page.
+        inside = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)
+        assert {one or other for one, other in inside} <= {*ids}
     assert plt.get_fignums() == []  # the user's figures are left alone
 
 
@@ -177,3 +215,105 @@ def test_many_classes_are_thinned_out_for_the_picture():
     text = calibration_report([Snapshot(1, 10)], ClassSplit(1501, range(500)), weights)
     assert "for 167 seen and 167 absent classes" in text
     assert pictures(text) == 1
+
+
+NAMES = [
+    "<script>alert(1)</script>",
+    "a|b",
+    "_x_ *y*",
+    "[link](http://e.org)",
+    "`code`",
+    "tabby & cat",
+    "two\nlines",
+    "é",
+]
+
+
+def found_gamma(split, **options):
+    return CalibrationResult(1.234, 0.05, 90, split, "alg", **options)
+
+
+def test_the_calibration_of_the_model():
+    split, logits, target = ClassSplit(6, [0, 1, 2]), torch.randn(60, 6), torch.arange(60) % 6
+    curves = compare_curves({"step 10": logits, "before": -logits}, target, [0, 1, 2]).values()
+    known = {"absent_share": 0.25, "seen_change": -0.021, "absent_change": 0.214, "break_even_share": 0.09}
+    texts = {
+        format: calibration_report(
+            [snapshot(10)],
+            split,
+            curves=[*curves],
+            result=found_gamma(split, **known),
+            model="Net",
+            format=format,
+        )
+        for format in ("markdown", "html")
+    }
+    seen, absent, _ = _reference_at_gamma(logits, target, [0, 1, 2], [3, 4, 5], 1.234)
+    for text in texts.values():
+        assert "Model: Net" in text
+        assert "1.234 ± 0.050 (alg, 90 samples, for a share of 25.0% of absent samples)" in text
+        assert f"lightning-calibft {version('lightning-calibft')}, torch {torch.__version__}" in text
+        assert "Expected change in accuracy: -2.1 points on seen samples, +21.4 on absent ones." in text
+        assert pictures(text) == 6
+    assert f"| calibrated | 1.234 | {seen:.3f} | {absent:.3f} |" in texts["markdown"]
+    assert f"<td>calibrated</td><td>1.234</td><td>{seen:.3f}</td><td>{absent:.3f}</td>" in texts["html"]
+    labels = re.findall("<!-- (.*?) -->", texts["html"])
+    assert "step 10, calibrated (gamma 1.23)" in labels
+    assert "before, no calibration (gamma 0)" in labels
+    assert "before, calibrated (gamma 1.23)" not in labels  # it is not for those weights
+
+
+def test_names_of_users_are_escaped():
+    split, model = ClassSplit(8, [0, 1, 2]), "Net</h1><img src=http://e.org>"
+    curves = compare_curves(
+        {"<b>": torch.randn(8, 8)}, torch.arange(8), [0, 1, 2], gammas={"<b>": {"<i>": 0.0}}
+    ).values()
+    options = {"class_names": dict(enumerate(NAMES)), "model": model, "curves": [*curves]}
+    page = calibration_report([Snapshot(0, 0)], split, **options, format="html")
+    outline = Outline(page)
+    assert not {"script", "img", "b", "i", "a"} & {*outline.found}
+    for row, name in enumerate(NAMES):
+        assert f"{row} {name}" in outline.texts
+    assert f"Model: {model}" in outline.texts
+    assert "<i>" in outline.texts
+
+    text = calibration_report([Snapshot(0, 0)], split, **options)
+    (seen,) = re.findall(r"Seen classes \(3\): (.*)", text)
+    assert seen == r"0 &lt;script&gt;alert(1)&lt;/script&gt;, 1 a\|b, 2 \_x\_ \*y\*"
+    (absent,) = re.findall(r"Absent classes \(5\): (.*)", text)
+    assert absent == r"3 \[link\](http://e.org), 4 \`code\`, 5 tabby &amp; cat, 6 two lines, 7 é"
+    assert not re.search("<(script|img|b|i)\\b", text)
+
+
+def test_classes_with_and_without_a_name():
+    split = ClassSplit(500, range(250))
+    page = html.unescape(calibration_report([Snapshot(0, 0)], split, class_names={0: "cat", 299: "dog"}, format="html"))
+    for entry in ("Seen classes (250)", "<li>0 cat</li>", "<li>199</li>", "<li>and 50 more</li>", "<li>299 dog</li>"):
+        assert entry in page
+    assert "Classes" not in calibration_report([Snapshot(0, 0)], split)
+
+
+def test_the_page_does_not_depend_on_the_style_of_the_user():
+    arguments = [snapshot(0), snapshot(10)], ClassSplit(3, [0, 1])
+    page = calibration_report(*arguments, format="html")
+    with plt.style.context(["dark_background", {"svg.fonttype": "none", "figure.dpi": 10, "savefig.dpi": 10}]):
+        assert calibration_report(*arguments, format="html") == page
+        assert plt.rcParams["svg.fonttype"] == "none"
+    assert "prefers-color-scheme:dark" in page
+    assert "#000000" not in page  # but the color of the text
+    assert not [tag for tag in Outline(page).found if tag in ("link", "script", "iframe")]
+    assert "@import" not in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"curves": [1]}, "`curves` to be a list of at least one MethodCurve"),
+        ({"result": 1.0}, "`result` to be a CalibrationResult, but got a float"),
+        ({"class_names": ["cat"]}, "`class_names` to be a Mapping, but got a list"),
+        ({"model": None}, "`model` to be a str"),
+    ],
+)
+def test_what_a_report_is_not_of(options, message):
+    with pytest.raises(TypeError, match=message):
+        calibration_report([Snapshot(0, 0)], ClassSplit(3, [0, 1]), **options)

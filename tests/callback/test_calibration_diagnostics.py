@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, find_head, get_gamma, set_gamma
 from lightning_calibft.analysis import verdict
@@ -68,8 +68,8 @@ def test_the_numbers_of_each_validation(tmp_path, calibration, seen):
             assert trainer.callback_metrics["val_ausuc"] == pytest.approx(last.ausuc)
             assert trainer.callback_metrics["val_acc_absent"] == pytest.approx(last.groups.absent_among_all)
     text = (tmp_path / "sub" / "report.html").read_text()
-    assert all(html.escape(sentence) in text for sentence in verdict(diagnostics.snapshots))
-    assert text.count("data:image/png") == 6
+    assert all(sentence in html.unescape(text) for sentence in verdict(diagnostics.snapshots))
+    assert text.count("<svg ") == 7
     assert not list(tmp_path.glob("**/*.tmp"))
     for part in module.modules():
         assert not [hook for hook in part._forward_hooks.values() if "LogitRecorder" in repr(hook)]
@@ -167,7 +167,7 @@ def test_without_validation_only_weights(tmp_path):
     check_weights(diagnostics.snapshots[-1], pretrained().fc.weight.detach(), module.fc.weight.detach())
     text = (tmp_path / "calibration_report.md").read_text()
     assert "No validation had labeled samples of both" in text
-    assert text.count("data:image/png") == 3
+    assert text.count("data:image/svg+xml") == 3
 
 
 def test_validation_of_seen_classes_alone(tmp_path):
@@ -241,3 +241,51 @@ def test_after_an_exception_nothing_listens(tmp_path):
         fit(tmp_path, CalibrationDiagnostics(SEEN), module=module)
     assert not find_head(module)._forward_hooks
     assert not (tmp_path / "calibration_report.md").exists()
+
+
+class Named(TensorDataset):
+    classes = ("ant", "bee", "cat", "dog", "emu", "<fox>")
+
+
+@pytest.mark.parametrize("estimator", ["alg", "pcv"])
+@pytest.mark.parametrize("output", ["report.html", "report.md"])
+def test_the_report_has_what_the_other_callback_found(tmp_path, output, estimator):
+    """Gamma also if it is found only when the fit has ended, on the curve of the last validation."""
+    diagnostics, other = CalibrationDiagnostics(output=output), AbsentClassCalibration(estimator=estimator)
+    checkpoints = ModelCheckpoint(tmp_path)
+    train, data = loader(Named(*TRAIN.tensors)), val(Named(*HARD.tensors))
+    _, module = fit(tmp_path, checkpoints, other, diagnostics, train=train, data=data, enable_checkpointing=True)
+    text = html.unescape((tmp_path / output).read_text()).replace("\\", "")
+    result = other.result
+    assert result.gamma == pytest.approx(get_gamma(module), rel=1e-5)
+    assert f"Gamma of the model: {result.gamma:.3f} ± {result.standard_error:.3f} ({estimator}" in text
+    assert "Model: Plain" in text
+    logits = copy.deepcopy(module).eval()(HARD.tensors[0]).detach()  # with gamma
+    target = HARD.tensors[1]
+    of_groups = [(logits.argmax(1) == target)[torch.isin(target, torch.tensor(group))] for group in (SEEN, ABSENT)]
+    row = ["calibrated", f"{result.gamma:.3f}", *(f"{right.double().mean():.3f}" for right in of_groups)]
+    assert ("".join(f"<td>{cell}</td>" for cell in row) if output.endswith("html") else " | ".join(row)) in text
+    assert "5 <fox>" in text
+    if output.endswith("html"):
+        assert "<!-- step 12, calibrated (gamma" in text
+        assert "<!-- step 6, best (gamma" in text
+
+
+def test_the_names_of_rows(tmp_path):
+    """Given, or those of the dataset, by way of its class map. Without the other callback, there is no gamma."""
+    order, names = [3, 0, 2, 5, 4, 1], [f"row {row}" for row in range(6)]
+    train, data = (Named(inputs, torch.tensor(order).argsort()[y]) for inputs, y in (TRAIN.tensors, HARD.tensors))
+
+    class Mapped(Plain):
+        def loss(self, batch):
+            return super().loss((batch[0], torch.tensor(order)[batch[1]]))
+
+    for options, expected in (
+        ({}, ["0 bee", "2 cat", "3 ant"]),
+        ({"label_names": names}, ["0 row 0", "2 row 2", "3 row 3"]),
+    ):
+        diagnostics = CalibrationDiagnostics(SEEN, class_map=order, **options)
+        fit(tmp_path, diagnostics, module=pretrained(Mapped), train=loader(train), data=val(data))
+        text = (tmp_path / "calibration_report.md").read_text()
+        assert f"Seen classes (3): {', '.join(expected)}\n" in text
+        assert "Gamma of the model" not in text

@@ -86,7 +86,7 @@ def test_heads(tmp_path, make, head):
     check_evaluation(diagnostics.snapshots[-1], logits, HARD.tensors[1])
     check_levels(diagnostics.snapshots[-1], logits, HARD.tensors[1])
     assert (diagnostics.snapshots[-1].norms is None) == (make is Whole)
-    assert (tmp_path / "calibration_report.md").read_text().count("data:image/png") == (3 if make is Whole else 6)
+    assert (tmp_path / "calibration_report.md").read_text().count("data:image/svg+xml") == (4 if make is Whole else 7)
 
 
 class Compiled(Plain):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch.utils.data import (
     TensorDataset,
@@ -113,16 +113,6 @@ def test_copies_of_the_callback(tmp_path):
         assert_calibrated(module.state_dict())
         again = pickle.loads(pickle.dumps(twin))
         assert again.result == twin.result
-
-
-def test_a_progress_bar_of_the_user(tmp_path, capsys):
-    module = pretrained()
-    trainer = trainer_of(tmp_path, AbsentClassCalibration(), ProgressBar(), enable_progress_bar=True)
-    trainer.fit(module, loader())
-    assert "Calibrating" in capsys.readouterr().err
-    assert_calibrated(module.state_dict())
-    trainer_of(tmp_path, AbsentClassCalibration()).fit(module, loader())
-    assert "Calibrating" not in capsys.readouterr().err
 
 
 def test_the_callback_is_quiet_about_itself(tmp_path):
