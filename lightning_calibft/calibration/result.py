@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lightning_calibft.estimators import Estimator
+from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.split import ClassSplit
 
 
@@ -30,6 +31,8 @@ class CalibrationResult:
         absent_change: The same on samples of absent classes.
         break_even_share: The share of samples of absent classes above which a positive ``gamma`` is expected to pay,
             and below which a negative one is.
+        share_table: Gamma, and what it is expected to do, for other shares. ``None`` if gamma does not depend on the
+            share, as one that was given or that pseudo cross-validation has found.
 
     Example:
         >>> from lightning_calibft import ClassSplit
@@ -48,6 +51,7 @@ class CalibrationResult:
     seen_change: float | None = None
     absent_change: float | None = None
     break_even_share: float | None = None
+    share_table: ShareTable | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain Python numbers, strings and lists, which are safe in a checkpoint, in JSON, and in YAML.
@@ -67,6 +71,7 @@ class CalibrationResult:
             "seen_change": self.seen_change,
             "absent_change": self.absent_change,
             "break_even_share": self.break_even_share,
+            "share_table": self.share_table and self.share_table.as_dict(),
         }
         return {key: value for key, value in values.items() if value is not None}
 
@@ -89,6 +94,7 @@ def result_of(estimator: Estimator, choice: str | Estimator) -> CalibrationResul
         seen_change=_known(change and change.seen),
         absent_change=_known(change and change.absent),
         break_even_share=_known(getattr(estimator, "break_even_share", None)),
+        share_table=getattr(estimator, "share_table", None),
     )
     if not abs(result.gamma) <= torch.finfo(torch.float32).max:  # the head keeps it in float32
         raise ValueError(

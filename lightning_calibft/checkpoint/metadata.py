@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from operator import lt
 from reprlib import repr as short
 from typing import Any
 
@@ -138,6 +139,26 @@ _DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
     "interpolation": lambda value: value in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
 }
 
+
+def _is_share_table(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not {"absent_share", "gamma"} <= value.keys() <= _COLUMNS.keys():
+        return False
+    columns = list(value.values())
+    if not all(isinstance(column, (list, tuple)) and all(map(_is_finite, column)) for column in columns):
+        return False
+    shares = value["absent_share"]
+    return (
+        1 < len(shares) <= _MOST_SHARES
+        and all(len(column) == len(shares) for column in columns)
+        and all(
+            low <= item <= high for key, column in value.items() for low, high in [_COLUMNS[key]] for item in column
+        )
+        and shares[0] > 0
+        and shares[-1] < 1
+        and all(map(lt, shares, shares[1:]))
+    )
+
+
 _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
 _SHARE: tuple[Callable[[Any], bool], str] = (lambda value: _is_number(value) and 0 <= value <= 1, "a share in [0, 1]")
@@ -145,6 +166,11 @@ _CHANGE: tuple[Callable[[Any], bool], str] = (
     lambda value: _is_number(value) and -1 <= value <= 1,
     "a change in [-1, 1]",
 )
+_MOST_SHARES = 1000
+_COLUMNS = {  # their ranges
+    "gamma": (-_LARGEST_GAMMA, _LARGEST_GAMMA),
+    **dict.fromkeys(("absent_share", "seen_accuracy", "absent_accuracy", "seen_below", "absent_below"), (0.0, 1.0)),
+}
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (_is_finite, "a finite number"),
     "standard_error": (lambda value: _is_number(value) and not _LARGEST_GAMMA < abs(value) < math.inf, "a number"),
@@ -155,6 +181,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seen_change": _CHANGE,
     "absent_change": _CHANGE,
     "break_even_share": _SHARE,
+    "share_table": (_is_share_table, "columns of numbers for increasing shares in (0, 1)"),
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
     "seen_classes": _CLASSES,
     "absent_classes": _CLASSES,
