@@ -99,9 +99,8 @@ class ShareTable:
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> ShareTable:
         """Return the table that :meth:`as_dict` has described."""
-        return cls(
-            **{name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in known.items()}
-        )
+        columns = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**{**known, **columns})
 
 
 def _log_odds(share: float) -> float:
