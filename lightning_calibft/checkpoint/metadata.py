@@ -9,7 +9,7 @@ from operator import lt
 from reprlib import repr as short
 from typing import Any
 
-from lightning_calibft._format import StrPath, parse_json
+from lightning_calibft._format import VERDICTS, StrPath, parse_json
 
 _MOST_CLASSES = 2**31 - 1
 _LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -191,6 +191,8 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seen_change": _CHANGE,
     "absent_change": _CHANGE,
     "break_even_share": _SHARE,
+    "verdict": (lambda value: value in VERDICTS, f"one of {', '.join(VERDICTS)}"),
+    "held_out": (lambda value: isinstance(value, bool), "true or false"),
     "share_table": (_is_share_table, "columns of numbers for shares in (0, 1) that increase"),
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
     "seen_classes": _CLASSES,
