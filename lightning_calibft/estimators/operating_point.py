@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -10,7 +11,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_absent_share
-from lightning_calibft.functional._inputs import Average
+from lightning_calibft.functional._inputs import _SEEN, Average
 from lightning_calibft.functional.seen_unseen_curve import (
     Criterion,
     Goal,
@@ -18,8 +19,10 @@ from lightning_calibft.functional.seen_unseen_curve import (
     best_gamma_error,
     counted_samples,
     curve_best_gamma,
+    point_at,
     to_real,
 )
+from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
 from lightning_calibft.metrics.seen_unseen_curve import SeenUnseenCurve
 from lightning_calibft.split import ClassIds
@@ -147,6 +150,36 @@ class OperatingPoint(SeenUnseenCurve):
     def num_samples(self) -> int:
         """Number of samples of seen and absent classes used for gamma."""
         return len(self._gathered()[1])
+
+    @property
+    def share_table(self) -> ShareTable | None:
+        """The best gamma for each share of absent samples, and what it does to these samples.
+
+        Where it jumps between two shares, gammas between both are interpolated. ``None`` if gamma is NaN or the
+        criterion does not depend on the share.
+        """
+        gamma, (margin, code) = self.compute(), self._gathered()
+        if gamma.isnan() or self._goal.criterion != "accuracy":
+            return None
+        curve = self._computed_curve()
+        without = [accuracy.item() for accuracy in point_at(*curve[:3], 0.0)]
+        is_seen = self._groups.of_class.cpu()[(code >> 1).long()] == _SEEN
+
+        def row(share: float) -> dict[str, float]:
+            gamma = curve_best_gamma(curve, replace(self._goal, absent_share=share))
+            seen, absent = (accuracy.item() for accuracy in point_at(*curve[:3], gamma))
+            lost, won = without[0] - seen, absent - without[1]
+            below = (margin < gamma).double()
+            return {
+                "gamma": gamma.item(),
+                "seen_accuracy": seen,
+                "absent_accuracy": absent,
+                "seen_below": below[is_seen].mean().item(),
+                "absent_below": below[~is_seen].mean().item(),
+                "break_even_share": lost / (lost + won) if lost + won else share,
+            }
+
+        return ShareTable.of(row, *without)
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         self.compute()

@@ -16,9 +16,11 @@ from lightning_calibft.functional.pseudo_absent_gamma import (
     accuracy_change,
     break_even_share,
     pseudo_absent_compute,
+    pseudo_absent_table,
     pseudo_absent_update,
     weigh,
 )
+from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics.absent_class_metric import MetricOptions, append_part
 from lightning_calibft.metrics.gamma_estimator import GammaEstimator
 from lightning_calibft.split import ClassIds
@@ -178,6 +180,12 @@ class PseudoAbsent(GammaEstimator):
         """
         gamma, samples = self._gathered()
         return break_even_share(samples, gamma)
+
+    @property
+    def share_table(self) -> ShareTable | None:
+        """Gamma, and what it is expected to do, for each share of absent samples. ``None`` if gamma is NaN."""
+        gamma, samples = self._gathered()
+        return None if gamma.isnan() else pseudo_absent_table(samples)
 
     def _gathered(self) -> tuple[Tensor, WeighedSamples]:
         gamma = self.compute()

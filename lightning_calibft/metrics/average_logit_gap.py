@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_calibft._arguments import check_absent_share
 from lightning_calibft.functional.average_logit_gap import average_gaps, prior_shift
+from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics.absent_class_metric import MetricOptions
 from lightning_calibft.metrics.mean_gap_estimator import MeanGapEstimator
 from lightning_calibft.split import ClassIds
@@ -74,8 +77,16 @@ class AverageLogitGap(MeanGapEstimator):
 
     def compute(self) -> Tensor:
         """Return gamma, the mean gap of all samples so far, shifted if ``absent_share`` is known."""
-        counts = len(self.split.seen_classes), len(self.split.absent_classes)
-        return super().compute() + prior_shift(self.absent_share, *counts)
+        return super().compute() + self._shift(self.absent_share)
+
+    @property
+    def share_table(self) -> ShareTable | None:
+        """Gamma for each share of absent samples, which is exact between them, too. ``None`` if gamma is NaN."""
+        mean = super().compute().item()
+        return None if math.isnan(mean) else ShareTable.of(lambda share: {"gamma": mean + self._shift(share)})
+
+    def _shift(self, absent_share: float | None) -> float:
+        return prior_shift(absent_share, len(self.split.seen_classes), len(self.split.absent_classes))
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
         return average_gaps(preds, target, self._groups)

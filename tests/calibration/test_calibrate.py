@@ -183,4 +183,6 @@ def test_the_result():
         "num_classes": int,
         "seen_classes": list,
         "absent_classes": list,
+        "share_table": dict,
+        "verdict": str,
     }

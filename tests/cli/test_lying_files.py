@@ -166,6 +166,22 @@ FOLDED = {**TRUE, "folded": True}
         {**FOLDED, "estimator": "alg\n  seen: all"},
         {**FOLDED, "version": ["1"]},
         {**FOLDED, "folded": "no"},
+        *(
+            {**FOLDED, "share_table": table}
+            for table in (
+                [0.5],
+                {"absent_share": [0.1, 0.9]},
+                {"absent_share": [0.1, 0.9], "gamma": [1.0]},
+                {"absent_share": [0.1, 0.9], "gamma": [1.0, 10**400]},
+                {"absent_share": [0.9, 0.1], "gamma": [1.0, 2.0]},
+                {"absent_share": [0.1, 1.0], "gamma": [1.0, 2.0]},
+                {"absent_share": [0.5], "gamma": [1.0]},
+                {"absent_share": 0.5, "gamma": 1.0},
+                {"absent_share": [0.1, 0.9], "gamma": [1.0, 2.0], "seen_accuracy": [0.5, 90.0]},
+                {"absent_share": [0.1, 0.9], "gamma": [1.0, 2.0], "file": ["payload.bin", 1]},
+                {"absent_share": [0.1, 0.9], "gamma": [1.0, None]},
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
