@@ -238,6 +238,7 @@ class AbsentClassCalibration(LightningCallback):
         self._listed: ListedClasses | None = None
         self._restored_classes: list[int] = []
         self._files: KeptCheckpoints | None = None
+        self._best: tuple[str, int] | None = None  # the best file and its training step
         self._batch_checked = False
         self._told_of_rows = False
         self._own_call: OwnForwardCall | None = None
@@ -358,6 +359,8 @@ class AbsentClassCalibration(LightningCallback):
             self._use_steps(trainer, pl_module)
             if self.refresh_on_validation:
                 self._refresh(trainer, pl_module)
+        if self._files is not None and self._files.best_is_new():
+            self._monitor.keep()  # what may have been measured of it, for the report
         self._start_monitor(trainer, pl_module, "val", trainer.num_val_batches)
 
     @override
@@ -806,7 +809,7 @@ class AbsentClassCalibration(LightningCallback):
                 self._attachment.ensure(trainer, model)
                 self._copies.note(model)
 
-            self.checkpoint_results = calibrate_files(
+            done = calibrate_files(
                 files,
                 trainer,
                 model,
@@ -815,6 +818,9 @@ class AbsentClassCalibration(LightningCallback):
                 attach=attach,
                 is_foreign=lambda checkpoint: self._is_foreign(checkpoint, live.split),
             )
+            self.checkpoint_results = {path: file.result for path, file in done.items()}
+            best = kept.best_path()
+            self._best = trainer.strategy.broadcast((best, done[best].step) if best in done else None)
 
     def _is_foreign(self, checkpoint: Mapping[str, Any], split: ClassSplit) -> bool:
         """Return whether a run with other classes has written a checkpoint."""
@@ -840,7 +846,9 @@ class AbsentClassCalibration(LightningCallback):
             if self._search.source != "validation":
                 told += _learned_by_heart(result, [float(alone[name]) for name in alone if "val_acc_seen" in name])
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
-        rank_zero_info(_summary(result, before, after, note, told, self.checkpoint_results))
+        areas = self._monitor.areas(f"{self.metric_prefix}val") if before else {}
+        table = _table({**areas, **before}, {**areas, **after})
+        rank_zero_info(_summary(result, table, note, told, self.checkpoint_results, self._about_best(trainer, result)))
         if harm := warning_of_harm(result.as_dict()):
             rank_zero_warn(harm)
         logged = {
@@ -852,6 +860,33 @@ class AbsentClassCalibration(LightningCallback):
         logged = self._log.free(trainer, logged)
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
+
+    def _about_best(self, trainer: Trainer, live: CalibrationResult) -> list[str]:
+        """Return the accuracies of the best file, if it has other weights and a validation has measured them."""
+        if self._best is None:
+            return []
+        (path, step), prefix = self._best, f"{self.metric_prefix}val"
+        found, measured = self.checkpoint_results[path], self._monitor.of_step(step)
+        same = step == self._monitor.step and found.gamma == live.gamma
+        known = measured is not None and measured.split == found.split
+        if same or not trainer.strategy.reduce_boolean_decision(known):
+            return []
+        assert measured is not None
+        if not trainer.strategy.reduce_boolean_decision(measured.counted, all=False):
+            return []
+        areas, before, after = (
+            measured.areas(prefix),
+            *(measured.accuracies(prefix, each) for each in (0.0, found.gamma)),
+        )
+        note = f"  (the best file, {path}: validation data, weights of step {step})"
+        return [*_table({**areas, **before}, {**areas, **after}), note]
+
+
+def _table(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return the lines of a table of values without and with gamma. No values make no table."""
+    width = max(map(len, before), default=0)
+    lines = [f"  {'':{width}}  gamma 0  calibrated"] if before else []
+    return lines + [f"  {name:{width}}  {float(before[name]):7.4f}  {float(after[name]):10.4f}" for name in before]
 
 
 def _falls(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
@@ -881,11 +916,11 @@ def _learned_by_heart(result: CalibrationResult, in_validation: Sequence[float])
 
 def _summary(
     result: CalibrationResult,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
+    table: Sequence[str],
     note: str,
     told: Sequence[str],
     files: Mapping[str, CalibrationResult],
+    about_best: Sequence[str],
 ) -> str:
     """Return a plain-text table of gamma, what is known of it, the accuracies without and with it, and the files."""
     split = result.split
@@ -894,11 +929,8 @@ def _summary(
         f" (sampling error only) from {result.num_samples:,} samples; {len(split.seen_classes)} classes seen,"
         f" {len(split.absent_classes)} absent"
     ]
-    if before:
-        width = max(map(len, before))
-        lines += [f"  {'':{width}}  gamma 0  calibrated"]
-        lines += [f"  {name:{width}}  {float(before[name]):7.4f}  {float(after[name]):10.4f}" for name in before]
-        lines += [f"  ({note})"]
+    if table:
+        lines += [*table, f"  ({note})"]
     lines += [f"  {sentence}" for sentence in told]
     lines += [f"  {file}: gamma = {of_file.gamma:.3f}" for file, of_file in files.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *about_best])

@@ -46,6 +46,18 @@ class KeptFile(NamedTuple):
     own: bool
 
 
+class CalibratedFile(NamedTuple):
+    """What is known of a calibrated file.
+
+    Attributes:
+        result: The result for its weights.
+        step: The training step after which it was saved, on the first process. -1 on others.
+    """
+
+    result: CalibrationResult
+    step: int
+
+
 class KeptCheckpoints:
     """The files that the ``ModelCheckpoint`` callbacks of a run keep.
 
@@ -64,6 +76,21 @@ class KeptCheckpoints:
         self._plain = _is_plain(trainer)
         self._noted: set[str] = set()
         self._earlier = {path: signature(path) for path in self._paths()}
+        self._best = self._best_now()
+
+    def best_path(self) -> str:
+        """Return the path of the best file, with links resolved, as in ``trainer.test(ckpt_path="best")``."""
+        path = self._callbacks[0].best_model_path if self._callbacks else ""
+        return path if not path or _is_remote(path) else os.path.realpath(path)
+
+    def best_is_new(self) -> bool:
+        """Return whether the best file has been written since this was last asked, on this process."""
+        before, self._best = self._best, self._best_now()
+        return before != self._best
+
+    def _best_now(self) -> tuple[str, Signature | None]:
+        path = self.best_path()
+        return path, signature(path)
 
     def note(self) -> None:
         """Remember the latest file of each forgetful callback. Call this before such a callback writes another file."""
@@ -116,7 +143,7 @@ def calibrate_files(
     run: Callable[[bool], CalibrationResult],
     attach: Callable[[], None],
     is_foreign: Callable[[dict[str, Any]], bool],
-) -> dict[str, CalibrationResult]:
+) -> dict[str, CalibratedFile]:
     """Load each file into ``model``, find its gamma, and write gamma into the file. Then restore the live model.
 
     Args:
@@ -130,13 +157,13 @@ def calibrate_files(
         is_foreign: Returns whether a checkpoint is of another run. It is left as it is, with a warning.
 
     Returns:
-        The result for each file. Files that something else changed in the meantime are left out, with a warning.
+        What is known of each file. Files that something else changed in the meantime are left out, with a warning.
 
     Raises:
         RuntimeError: If a file of this run could not be read, calibrated or written. It is unchanged, and the others
             are done.
     """
-    results: dict[str, CalibrationResult] = {}
+    results: dict[str, CalibratedFile] = {}
     failed: dict[str, str] = {}
     left: dict[str, str] = {}
     cause: Exception | None = None
@@ -155,7 +182,7 @@ def calibrate_files(
                 checkpoint["state_dict"] = copy.copy(before[0])
                 put_calibration(checkpoint, calibration_entries(model.state_dict()), result)
             _write_by_first(checkpoint, before, path, trainer, found)
-            results[path] = result
+            results[path] = CalibratedFile(result, checkpoint.get("global_step", -1))
         except ReplacedError:
             rank_zero_warn(
                 f"AbsentClassCalibration leaves {path} as it is: something else has written or deleted it while its"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -46,6 +47,17 @@ class EvaluationMonitor:
         self._shift = torch.zeros(())  # what `calibrate_logits` would add, without its checks
         self._metrics: list[AUSUCWithAccuracies] = []
         self._updates: list[BatchedUpdates] = []
+        self._kept: EvaluationMonitor | None = None
+
+    def keep(self) -> None:
+        """Keep the last evaluation when the next one starts, for :meth:`of_step`."""
+        self._kept = copy.copy(self)
+        self._kept._kept, self._metrics = None, []  # the next evaluation makes its own metrics
+
+    def of_step(self, step: int) -> EvaluationMonitor | None:
+        """Return the last or the kept evaluation, if it was after this training step."""
+        known = (each for each in (self, self._kept) if each is not None and each.step == step and each._metrics)
+        return next(known, None)
 
     def start(
         self, model: LightningModule, reader: BatchReader, split: ClassSplit | None, num_loaders: int, step: int
@@ -119,6 +131,10 @@ class EvaluationMonitor:
         of_loaders = [metric.accuracies(gamma - self._gamma) for metric in self._metrics]
         named = [{f"acc_{key}": accuracy for key, accuracy in of_loader.items()} for of_loader in of_loaders]
         return self._named(prefix, named)
+
+    def areas(self, prefix: str) -> dict[str, Tensor]:
+        """Return AUSUC, which does not depend on gamma."""
+        return self._named(prefix, [{"ausuc": metric.compute()} for metric in self._metrics])
 
     def _named(self, prefix: str, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         suffixes = [f"/dataloader_idx_{index}" for index in range(len(values))] if len(values) > 1 else [""]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import reprlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = 10
+_SHORT.maxstring = _SHORT.maxother = 60
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as Callback, LightningModule as LightningModule, Trainer as Trainer
@@ -23,6 +29,15 @@ class LightningCallback(Callback):
 
     Trainers and LightningCLI ask whether a callback is an instance or a subclass of the class of their own package.
     """
+
+    def __repr__(self) -> str:
+        """Show the arguments that are not the defaults, and of a long one only the beginning."""
+        given = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value, default = vars(self).get(name, parameter.default), parameter.default
+            if type(value) is not type(default) or value != default:  # a metric overloads `!=`
+                given.append(f"{name}={_SHORT.repr(value)}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
 def _derive_from_imported_packages() -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_calibft import AbsentClassCalibration, get_gamma
+from lightning_calibft import AbsentClassCalibration, CalibrationDiagnostics, get_gamma
+from lightning_calibft.estimators import PseudoAbsent
 from tests.helpers.references import _reference_gap
 from tests.helpers.runs import (
     ABSENT,
@@ -113,6 +114,32 @@ def test_copies_of_the_callback(tmp_path):
         assert_calibrated(module.state_dict())
         again = pickle.loads(pickle.dumps(twin))
         assert again.result == twin.result
+
+
+@pytest.mark.parametrize(
+    ("callback", "text"),
+    [
+        (AbsentClassCalibration(), "AbsentClassCalibration()"),
+        (
+            CalibrationDiagnostics([0, 1], output="a.html"),
+            "CalibrationDiagnostics(seen_classes=[0, 1], output='a.html')",
+        ),
+        (
+            AbsentClassCalibration(estimator=PseudoAbsent(6, [0, 1]), log_metrics=False, max_samples=5000),
+            "AbsentClassCalibration(estimator=PseudoAbsent(), max_samples=5000, log_metrics=False)",
+        ),
+        (
+            AbsentClassCalibration(
+                [*range(900)], estimator="operating_point", estimator_kwargs={"min_seen_accuracy": 0.9}
+            ),
+            "AbsentClassCalibration(seen_classes=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...], estimator='operating_point',"
+            " estimator_kwargs={'min_seen_accuracy': 0.9})",
+        ),
+    ],
+)
+def test_a_callback_shows_its_settings(callback, text):
+    assert repr(callback) == text
+    assert callback.state_key == type(callback).__name__  # by which checkpoints know it
 
 
 def test_the_callback_is_quiet_about_itself(tmp_path):
