@@ -32,8 +32,11 @@ from lightning_calibft.calibration.distributed import SharedErrors, rank_and_wor
 _MOST_SAMPLES = torch.iinfo(torch.long).max
 # Loaders of Fabric and accelerate around a ``DataLoader``, of which they only move the batches and give each process a
 # share. Their classes are private or optional, so they are known by name.
-_WRAPPERS = ("lightning.fabric.wrappers._FabricDataLoader", "lightning_fabric.wrappers._FabricDataLoader")
-_WRAPPERS += ("accelerate.data_loader.DataLoaderShard",)
+_WRAPPERS = (
+    "lightning.fabric.wrappers._FabricDataLoader",
+    "lightning_fabric.wrappers._FabricDataLoader",
+    "accelerate.data_loader.DataLoaderShard",
+)
 
 
 def check_max_samples(max_samples: int | None) -> None:

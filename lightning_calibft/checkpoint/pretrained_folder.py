@@ -20,8 +20,14 @@ from lightning_calibft.checkpoint.state import calibration_metadata, state_dict_
 
 # In the order in which transformers looks for them. An index lists the files of weights that are split.
 _INDEX = ".index.json"
-_NAMES = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin", f"pytorch_model.bin{_INDEX}")
-_NAMES += ("adapter_model.safetensors", "adapter_model.bin")
+_NAMES = (
+    "model.safetensors",
+    f"model.safetensors{_INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 
 
 def read_folder(folder: StrPath) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
@@ -69,14 +75,14 @@ def silent_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def write_calibration(folder: StrPath, entries: Mapping[str, Tensor], result: CalibrationResult) -> None:
@@ -138,9 +144,9 @@ def _files(folder: StrPath) -> list[Path]:
 
 def _read_index(path: Path) -> dict[str, Any]:
     """Return the content of an index, which says in which file each weight is."""
-    content = parse_metadata(path.read_bytes(), path)
+    content: Any = parse_metadata(path.read_bytes(), path)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"Expected {os.fspath(path)!r} to name files of weights beside it, but it does not.")
-    return content
+    return dict(content)

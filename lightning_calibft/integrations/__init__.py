@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_calibft.integrations.hugging_face import AbsentClassCalibrationCallback
-
-__all__ = ["AbsentClassCalibrationCallback"]
+    from lightning_calibft.integrations.hugging_face import (
+        AbsentClassCalibrationCallback as AbsentClassCalibrationCallback,
+    )
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name == "AbsentClassCalibrationCallback":
         from lightning_calibft.integrations import hugging_face
 
-        return getattr(hugging_face, name)
+        return hugging_face.AbsentClassCalibrationCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -335,7 +335,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         if listed is None and self.unpack_batch is None and (labels := _listed_labels(train.dataset)) is not None:
             labels = labels if rows is None else to_rows(labels, rows_tensor(rows))
             check_rows(labels, width)
-            listed = sorted({int(label) for label in labels.unique() if label >= 0})
+            listed = sorted({label for label in labels.tolist() if label >= 0})
             if rows is None:
                 warn_if_positions(listed, width, class_names_of(train.dataset), row_names_of(model))
         if listed is not None:
@@ -651,7 +651,8 @@ def _weights_in(folder: str, model: Any) -> dict[str, Tensor]:
         read = {**read_folder(_inside(folder, model))[0], **_saved_entries(model)}
         own = _copy(model)
         try:
-            wrong = peft.set_peft_model_state_dict(model, read, adapter_name=model.active_adapter).unexpected_keys
+            loaded: Any = peft.set_peft_model_state_dict(model, read, adapter_name=model.active_adapter)
+            wrong = loaded.unexpected_keys
             weights = _copy(model)
         finally:
             model.load_state_dict(own)

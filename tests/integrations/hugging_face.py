@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+import transformers
 from torch.utils.data import Dataset
 
 from lightning_calibft import detach
@@ -68,24 +69,18 @@ TRAIN, VAL = Samples(SEEN, 11), Samples(range(NUM_CLASSES), 5, seed=1)
 
 
 def vit(**options):
-    import transformers
-
     torch.manual_seed(0)
     config = transformers.ViTConfig(**TINY, image_size=8, patch_size=4, num_labels=NUM_CLASSES, **options)
     return transformers.ViTForImageClassification(config)
 
 
 def bert():
-    import transformers
-
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "max_position_embeddings": 16, "num_labels": NUM_CLASSES, "pad_token_id": 0}
     return transformers.BertForSequenceClassification(transformers.BertConfig(**TINY, **sizes))
 
 
 def resnet():
-    import transformers
-
     torch.manual_seed(0)
     sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=NUM_CLASSES))
@@ -93,8 +88,6 @@ def resnet():
 
 def trainer_of(folder, model, *callbacks, train=TRAIN, val=VAL, kind=None, collator=None, metrics=None, **arguments):
     """A quiet Trainer on the CPU that saves and evaluates every third step of six."""
-    import transformers
-
     given = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -120,6 +113,17 @@ def trainer_of(folder, model, *callbacks, train=TRAIN, val=VAL, kind=None, colla
         data_collator=collator,
         compute_metrics=metrics,
     )
+
+
+class Then(transformers.TrainerCallback):
+    """Does something when training ends, before the callbacks after it."""
+
+    def __init__(self, work):
+        self.work, self.done = work, False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.work()
+        self.done = True
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,7 +20,12 @@ from torch.utils.data import IterableDataset
 from lightning_calibft import attach, export, get_gamma, inspect_checkpoint, load_calibrated, set_gamma
 from lightning_calibft.checkpoint.state import MASK, OFFSET
 from lightning_calibft.functional import ausuc, split_accuracy
-from tests.integrations.hugging_face import (
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from lightning_calibft.integrations import AbsentClassCalibrationCallback  # noqa: E402
+from tests.integrations.hugging_face import (  # noqa: E402
     ABSENT,
     NUM_CLASSES,
     SEEN,
@@ -26,6 +33,7 @@ from tests.integrations.hugging_face import (
     VAL,
     Samples,
     Texts,
+    Then,
     bert,
     folders,
     logits_of,
@@ -34,11 +42,6 @@ from tests.integrations.hugging_face import (
     trainer_of,
     vit,
 )
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from lightning_calibft.integrations import AbsentClassCalibrationCallback  # noqa: E402
 
 # Once per run, torch says that it has nothing to pin memory for, and transformers that a model has no tokenizer.
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
@@ -456,18 +459,6 @@ class Fails(Samples):
         return super().__getitem__(index)
 
 
-class Then(transformers.TrainerCallback):
-    """Does something when training ends, before the callback after it."""
-
-    def __init__(self, work):
-        self.work = work
-        self.done = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.work()
-        self.done = True
-
-
 def test_an_error_in_the_pass_does_not_end_the_run(tmp_path):
     data = Fails(SEEN, 11)
     callback, after = AbsentClassCalibrationCallback(), Then(lambda: None)
@@ -493,3 +484,39 @@ def test_a_folder_that_cannot_be_read(tmp_path):
         trainer.train()
     assert_calibrated(callback.result, trainer.model)
     assert callback.checkpoint_results == {}
+
+
+def test_datasets_of_hugging_face(tmp_path):
+    """Their columns list the labels, and the columns that the model does not take are removed, as in training."""
+    datasets = pytest.importorskip("datasets")
+
+    def table(data):
+        columns = {"pixel_values": data.images.tolist(), "label": data.target, "name": [""] * len(data)}
+        return datasets.Dataset.from_dict(columns)
+
+    clean = Samples(SEEN, 4, seed=5)
+    callback = AbsentClassCalibrationCallback(calibration_dataset=table(clean), log_metrics="always")
+    trainer = trainer_of(tmp_path, vit(), callback, train=table(TRAIN), val=table(VAL), save_strategy="no")
+    trainer.train()
+    assert_calibrated(callback.result, trainer.model, clean)
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert all(log.keys() >= METRICS for log in evaluations)
+
+
+def test_classes_that_the_dataset_does_not_list(tmp_path):
+    train = Samples(SEEN, 11, listed=False)
+    callback = AbsentClassCalibrationCallback(log_metrics="always")
+    trainer = trainer_of(tmp_path, vit(), callback, train=train, save_strategy="no")
+    with pytest.warns(UserWarning, match="cannot read from the dataset which classes"):
+        trainer.train()
+    assert_calibrated(callback.result, trainer.model)
+    assert not any("eval_ausuc" in log for log in trainer.state.log_history)
+    assert "eval_ausuc" in trainer.evaluate()
+
+
+def test_transformers_is_missing(monkeypatch):
+    name = "lightning_calibft.integrations.hugging_face"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers.trainer_callback", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-calibft\[transformers\]'"):
+        importlib.import_module(name)
