@@ -30,13 +30,10 @@ from lightning_calibft._arguments import is_integer
 from lightning_calibft.calibration.distributed import SharedErrors, rank_and_world_size
 
 _MOST_SAMPLES = torch.iinfo(torch.long).max
-# Loaders of Fabric and accelerate around a ``DataLoader``, of which they only move the batches and give each process a
-# share. Their classes are private or optional, so they are known by name.
-_WRAPPERS = (
-    "lightning.fabric.wrappers._FabricDataLoader",
-    "lightning_fabric.wrappers._FabricDataLoader",
-    "accelerate.data_loader.DataLoaderShard",
-)
+# Loaders of Fabric and accelerate around a ``DataLoader``. Their classes are private or optional, so they are known by
+# name. Fabric keeps the ``DataLoader`` under a private name, too, and has no public way to it.
+_OF_FABRIC = ("lightning.fabric.wrappers._FabricDataLoader", "lightning_fabric.wrappers._FabricDataLoader")
+_OF_ACCELERATE = "accelerate.data_loader.DataLoaderShard"
 
 
 def check_max_samples(max_samples: int | None) -> None:
@@ -120,18 +117,21 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def unwrapped(loader: Any) -> Any:
-    """Return a loader of the same batches without the wrapper of Fabric or accelerate, or ``loader`` itself.
+    """Return a loader without what Fabric or accelerate wrap it in to move its batches and to share them out.
 
-    With an iterable dataset, ``loader`` is returned: its wrapper shares out the batches among the processes.
+    With accelerate and an iterable dataset, ``loader`` is returned, since only it knows the share of this process.
     """
-    kind = type(loader)
-    if f"{kind.__module__}.{kind.__qualname__}" not in _WRAPPERS or isinstance(loader.dataset, IterableDataset):
+    name = f"{type(loader).__module__}.{type(loader).__qualname__}"
+    if name in _OF_FABRIC:
+        return loader._dataloader
+    if name != _OF_ACCELERATE or isinstance(loader.dataset, IterableDataset):
         return loader
+    loader = loader.base_dataloader
     batch_sampler = loader.batch_sampler
-    if type(batch_sampler).__module__ == kind.__module__:  # accelerate's shard of it
-        batch_sampler = batch_sampler.batch_sampler
     if batch_sampler is None:
         return rebuilt_loader(loader, loader.dataset, batch_size=None, sampler=loader.sampler)
+    if type(batch_sampler).__module__ == "accelerate.data_loader":  # one that gives each process its share
+        batch_sampler = batch_sampler.batch_sampler
     return rebuilt_loader(loader, loader.dataset, batch_sampler=batch_sampler)
 
 
