@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -266,7 +267,14 @@ def test_weights_in_several_files(tmp_path):
 
 
 def test_export_for_from_pretrained(calibrated, tmp_path):
-    export(calibrated.model, tmp_path / "shipped", result=calibrated.callback.result)
+    metrics = calibrated.trainer.evaluate()
+    export(calibrated.model, tmp_path / "shipped", result=calibrated.callback.result, metrics=metrics)
+    card = ModelCard.load(tmp_path / "shipped" / "README.md")
+    assert card.data.library_name == "transformers"
+    measured = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    assert measured["eval_acc_absent"] == metrics["eval_acc_absent"]
+    assert "- seen classes (3): LABEL_0, LABEL_2, LABEL_3" in card.text
+    assert f"- gamma: {calibrated.callback.result.gamma:.3f} ±" in card.text
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "shipped").eval()
     with torch.no_grad():
         expected = calibrated.model.eval()(pixel_values=VAL.images).logits
