@@ -379,8 +379,8 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         elif self._weights_at_first is None or _are_equal(self._weights_at_first, _copy(model)):
             raise ValueError(
                 f"Expected argument `pretrained` to be the model before fine-tuning for the estimator"
-                f" {self.estimator!r}, but got None, and training resumes with a model that already had the weights of"
-                " the checkpoint."
+                f" {self.estimator!r}, but got None, and training resumes with a model of which these weights are not"
+                " known: it had those of the checkpoint before."
             )
 
     def _pretrained(self) -> Mapping[str, Tensor] | None:

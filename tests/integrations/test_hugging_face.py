@@ -454,6 +454,9 @@ def test_a_model_of_the_user_that_is_attached(tmp_path):
     trainer = trainer_of(tmp_path, model, callback, save_strategy="no")
     trainer.train()
     assert_calibrated(callback.result, trainer.model)
+    without = trainer_of(tmp_path, attach(vit()), save_strategy="no")
+    without.train()
+    assert without_seconds(trainer.state.log_history) == without_seconds(without.state.log_history)
 
 
 class Fails(Samples):
