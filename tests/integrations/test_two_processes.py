@@ -52,3 +52,8 @@ def test_an_error_on_one_process(found):
     assert [len(rank["told"]) for rank in ranks] == [1, 1]
     assert "the disk is gone" in ranks[1]["told"][0]
     assert "failed on another process" in ranks[0]["told"][0]
+
+
+def test_a_sharded_model_is_refused(found):
+    _, ranks = found
+    assert all("share a model among processes are not supported" in rank["sharded"] for rank in ranks)

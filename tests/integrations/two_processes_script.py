@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from lightning_calibft import get_gamma
 from lightning_calibft.integrations import AbsentClassCalibrationCallback
@@ -59,6 +60,11 @@ def work() -> None:
         trainer = run(folder / "fails", vit(), Then(data.lose), callback, train=data, save_strategy="no")
     found["told"] = [str(each.message) for each in told if "could not calibrate" in str(each.message)]
     found["uncalibrated"] = get_gamma(trainer.model)
+    loader = trainer.get_train_dataloader()
+    try:
+        callback.on_train_begin(trainer.args, trainer.state, None, model=fully_shard(vit()), train_dataloader=loader)
+    except RuntimeError as error:
+        found["sharded"] = str(error)
     hand_over(json.dumps(found), folder, int(rank))
 
 
