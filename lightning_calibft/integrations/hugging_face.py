@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
@@ -280,7 +281,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         metrics: Any,
         model: Any = None,
         eval_dataloader: Any = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Add the metrics to those of ``predict``."""
         self._evaluated = False
@@ -351,8 +352,8 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                 calibration_loaders(loader, at_random=True)  # refuses data that it does not work with
             [few] = calibration_loaders(loader, getattr(loader, "batch_size", None) or 1, share=(0, 1), errors=errors)
             # Reading any other loader could move a stream that training is about to read.
-            batch = None if few is loader else next(iter(few), None)
-            if batch is not None:
+            rebuilt = type(few) is DataLoader and few is not loader and not isinstance(few.dataset, IterableDataset)
+            if rebuilt and (batch := next(iter(few), None)) is not None:
                 _check_labels(batch, model)
                 rows = resolve_class_map(self.class_map, self.label_names, head_width(model))
                 reading = EvaluationPass(model, [[batch]], reader=BatchReader(self.unpack_batch, rows), progress=False)
@@ -469,9 +470,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
     def _calibrate_folders(self, args: Any, model: Any, loader: Any, live: CalibrationResult) -> None:
         """Write the gamma of its own weights into each folder that is left. Warn about those where this fails."""
         first, failed = rank_and_world_size()[0] == 0, dict[str, str]()
-        kept = SharedErrors().gather(lambda: [each for each in self._folders if os.path.isdir(each)] if first else [])[
-            0
-        ]
+        kept, *_ = SharedErrors().gather(lambda: list(filter(os.path.isdir, self._folders)))
         own = _copy(model)
         for folder in sorted(kept, key=lambda each: int(each.rpartition("-")[2])):
             try:
@@ -605,7 +604,7 @@ def _earlier_folders(output_dir: str, state: Any) -> set[str]:
             earlier = json.loads(path.read_text())
             log = earlier["log_history"]
             if earlier["global_step"] <= state.global_step and log == state.log_history[: len(log)]:
-                found.add(str(path.parent))
+                found.add(os.path.join(output_dir, path.parent.name))
     return found
 
 
@@ -628,6 +627,9 @@ def _are_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 @contextmanager
 def _loaded(model: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Run the model with other weights, or some of them, and then put all of its own back, and its calibration."""
+    if not weights:
+        yield
+        return
     own = _copy(model)
     try:
         model.load_state_dict(weights, strict=False)
