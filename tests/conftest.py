@@ -21,6 +21,7 @@ THOROUGH = {
     "engines",
     "examples",
     "faults",
+    "integrations",
     "properties",
     "shipping",
     # Files.

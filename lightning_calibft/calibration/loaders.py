@@ -30,6 +30,10 @@ from lightning_calibft._arguments import is_integer
 from lightning_calibft.calibration.distributed import SharedErrors, rank_and_world_size
 
 _MOST_SAMPLES = torch.iinfo(torch.long).max
+# Loaders of Fabric and accelerate around a ``DataLoader``. Their classes are private or optional, so they are known by
+# name. Fabric keeps the ``DataLoader`` under a private name, too, and has no public way to it.
+_OF_FABRIC = ("lightning.fabric.wrappers._FabricDataLoader", "lightning_fabric.wrappers._FabricDataLoader")
+_OF_ACCELERATE = "accelerate.data_loader.DataLoaderShard"
 
 
 def check_max_samples(max_samples: int | None) -> None:
@@ -61,8 +65,9 @@ def calibration_loaders(
     - Other indices, and the batches of a custom batch sampler, stay in the batches in which one epoch draws them. The
       samples of such a batch may share a size, and a new batch could mix sizes. Repeated indices are left out.
 
-    For a custom sampler, a copy is read, with a fixed seed and no further than its length. Every other loader is used
-    as it is, except that a loader with persistent workers gets new ones.
+    For a custom sampler, a copy is read, with a fixed seed and no further than its length. What Fabric and accelerate
+    wrap a loader in does not count. Every other loader is used as it is, except that a loader with persistent workers
+    gets new ones.
 
     Args:
         loaders: A loader, a collection of loaders, or any iterable of batches.
@@ -85,7 +90,7 @@ def calibration_loaders(
         kind = type(loaders).__name__
         raise TypeError(f"Expected argument `loader` to be a DataLoader or an iterable of batches, but got a {kind}.")
     leaves = flat_loaders(loaders)
-    flat: list[Any] = [loaders] if any(_is_part_of_a_batch(leaf) for leaf in leaves) else leaves
+    flat: list[Any] = [loaders] if any(_is_part_of_a_batch(leaf) for leaf in leaves) else list(map(unwrapped, leaves))
     if at_random and len(flat) > 1:
         raise ValueError(
             f"Expected argument `tolerance` to be None with several loaders, but got {len(flat)} of them: the samples"
@@ -109,6 +114,25 @@ def flat_loaders(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return list(chain.from_iterable(map(flat_loaders, loaders)))
     return [loaders]
+
+
+def unwrapped(loader: Any) -> Any:
+    """Return a loader without what Fabric or accelerate wrap it in to move its batches and to share them out.
+
+    With accelerate and an iterable dataset, ``loader`` is returned, since only it knows the share of this process.
+    """
+    name = f"{type(loader).__module__}.{type(loader).__qualname__}"
+    if name in _OF_FABRIC:
+        return loader._dataloader
+    if name != _OF_ACCELERATE or isinstance(loader.dataset, IterableDataset):
+        return loader
+    loader = loader.base_dataloader
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None:
+        return rebuilt_loader(loader, loader.dataset, batch_size=None, sampler=loader.sampler)
+    if type(batch_sampler).__module__ == "accelerate.data_loader":  # one that gives each process its share
+        batch_sampler = batch_sampler.batch_sampler
+    return rebuilt_loader(loader, loader.dataset, batch_sampler=batch_sampler)
 
 
 def is_read_once(loader: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model, check_type
-from lightning_calibft._format import GRAPHS, METADATA_KEY, SAFETENSORS, StrPath, check_path
+from lightning_calibft._format import GRAPHS, METADATA_KEY, SAFETENSORS, StrPath, check_path, expectations
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.checkpoint.files import (
     check_destination_file,
@@ -26,6 +27,8 @@ from lightning_calibft.checkpoint.files import (
 from lightning_calibft.checkpoint.state import calibrated_heads, folded_metadata
 from lightning_calibft.head.fold import fold
 from lightning_calibft.head.offset import record_of
+from lightning_calibft.labels.label_names import row_names_of
+from lightning_calibft.split import shorten
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
 _LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message of at most 2 GiB, graph included
@@ -37,6 +40,7 @@ def export(
     inputs: Tensor | tuple[Tensor, ...] | None = None,
     *,
     result: CalibrationResult | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Write a calibrated model, with gamma folded into its bias, for a tool that does not know this package.
 
@@ -54,12 +58,15 @@ def export(
     that cannot be folded, such as one without bias, can only be exported to ``.onnx`` and ``.pt2``, with its
     calibration attached.
 
+    A folder also has a model card, ``README.md``. Upload it to the Hub with ``huggingface_hub.upload_folder``.
+
     Args:
         model: A calibrated model, in eval or training mode. For a LightningModule, pass the model inside it.
         destination: The file or folder to write. It appears complete or not at all.
         inputs: Example inputs of ``model``, with at least two rows. Only needed for ``.onnx`` and ``.pt2``. The
             exported model accepts any number of rows if its code allows that.
         result: The return value of :func:`~lightning_calibft.calibrate`, to store more details about gamma.
+        metrics: Numbers that were measured, by name, for the model card: what an evaluation of a Trainer returns.
 
     Raises:
         ValueError: If ``model`` is not calibrated or is already folded, if its head has no bias, or if ``destination``,
@@ -76,6 +83,8 @@ def export(
     check_path("destination", destination)
     if result is not None:
         check_type("result", result, CalibrationResult)
+    if metrics is not None:
+        check_type("metrics", metrics, Mapping)
     model = getattr(model, "_orig_mod", model)  # a compiled model
     check_destination(model, destination, inputs)
     heads = calibrated_heads(model.state_dict(), "the model")
@@ -87,7 +96,7 @@ def export(
     except ValueError:  # gamma cannot be folded: only a graph can store the attached calibration
         if Path(destination).suffix not in GRAPHS:
             raise
-    write_model(copied, destination, metadata, inputs)
+    write_model(copied, destination, metadata, inputs, metrics)
 
 
 def check_name(destination: StrPath) -> None:
@@ -150,6 +159,7 @@ def write_model(
     destination: StrPath,
     metadata: dict[str, Any],
     inputs: Tensor | tuple[Tensor, ...] | None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model without further folding, in the format that :func:`export` describes."""
     suffix = Path(destination).suffix
@@ -158,6 +168,7 @@ def write_model(
     elif suffix == "":
         with new_folder(destination) as folder:
             _write_folder(model, folder, metadata)
+            _write_card(model, folder, metadata, metrics or {})
     else:
         assert inputs is not None
         write = _write_onnx if suffix == ".onnx" else _write_program
@@ -181,6 +192,51 @@ def _write_folder(model: Any, folder: Path, metadata: Mapping[str, Any]) -> None
             model.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors raises if the disk is full
         raise OSError(f"Could not write the weights: {error}.") from error
+
+
+def _write_card(model: Any, folder: Path, metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Write the model card of a folder, with what is known of gamma and what was measured."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    library, kind = "transformers", type(model).__name__
+    if _is_timm(model):
+        library, kind = "timm", model.pretrained_cfg.get("architecture") or kind
+    task = "text-classification" if kind.endswith("ForSequenceClassification") else "image-classification"
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float, Tensor))}
+    measured = {name: value for name, value in numbers.items() if math.isfinite(value)}
+    data = ModelCardData(
+        model_name=kind,
+        library_name=library,
+        pipeline_tag=task,
+        tags=["absent-class-calibration", "lightning_calibft"],
+        eval_results=[EvalResult(task, "unknown", "evaluation data", *item) for item in measured.items()] or None,
+    )
+    names = row_names_of(model)
+    seen, absent = (
+        [" ".join(names[row].split()) if names else row for row in metadata[f"{group}_classes"]]
+        for group in ("seen", "absent")
+    )
+    error = f" ± {metadata['standard_error']:.3f} (sampling error only)" if "standard_error" in metadata else ""
+    samples = f" from {metadata['num_samples']:,} samples" if "num_samples" in metadata else ""
+    found = f", found by `{metadata['estimator']}`{samples}" if "estimator" in metadata else ""
+    lines = [
+        f"- gamma: {metadata['gamma']:.3f}{error}{found}",
+        f"- seen classes ({len(seen)}): {shorten(seen)}",
+        f"- absent classes ({len(absent)}): {shorten(absent)}",
+    ]
+    if "absent_share" in metadata:
+        lines.append(f"- share of samples of absent classes that gamma is for: {metadata['absent_share']:.1%}")
+    lines += [f"- {sentence}" for sentence in expectations(metadata)]
+    lines += [f"- {name}: {value:.4g}" for name, value in measured.items()]
+    text = (
+        f"# {kind}, calibrated for absent classes\n\n"
+        f"This model was fine-tuned on data of {len(seen)} of its {metadata['num_classes']} classes, after which it"
+        " would almost never predict the others. So one number, gamma, was added to the bias of its head at the absent"
+        " classes ([Mai et al., NeurIPS 2024](https://arxiv.org/abs/2409.16223)) with `lightning_calibft`"
+        f" {metadata['version']}. Load it like any other model of {library}. Training it further would undo gamma.\n\n"
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}" + "\n".join(lines) + "\n")
+    card.save(folder / "README.md")
 
 
 def _dynamic_rows(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:

@@ -5,10 +5,19 @@ import json
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from torch import nn
 
-from lightning_calibft import export, fold_checkpoint, inspect_checkpoint, load_calibrated, set_gamma
+from lightning_calibft import (
+    CalibrationResult,
+    ClassSplit,
+    export,
+    fold_checkpoint,
+    inspect_checkpoint,
+    load_calibrated,
+    set_gamma,
+)
 from tests.helpers.processes import run_python
 from tests.shipping import consumer
 from tests.shipping.consumer import NUM_CLASSES, Classifier
@@ -190,3 +199,18 @@ def test_an_onnx_file_holds_2_gib(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"less than 2 GiB, the limit of an ONNX file, .* Write a \.pt2 or"):
         export(model, tmp_path / "model.onnx", INPUTS)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_card_of_a_folder(tmp_path):
+    model = set_gamma(timm.create_model("test_resnet", num_classes=5), 2.5, [0, 1])
+    result = CalibrationResult(2.5, 0.1, 64, ClassSplit(5, [0, 1]), "pseudo_absent", absent_share=0.3)
+    measured = {"test_acc_absent": 0.4, "test_acc_all": torch.tensor(0.5), "test_ausuc": float("nan"), "note": "good"}
+    export(model, tmp_path / "folder", result=result, metrics=measured)
+    card = ModelCard.load(tmp_path / "folder" / "README.md")
+    assert card.data.library_name == "timm"
+    assert card.data.model_name == "test_resnet"
+    found = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    assert found == {"test_acc_absent": 0.4, "test_acc_all": 0.5}
+    for line in ("gamma: 2.500 ± 0.100", "seen classes (2): 0, 1", "absent classes (3): 2, 3, 4", "for: 30.0%"):
+        assert line in card.text
+    assert "nan" not in card.text
