@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
-from typing import Any
+from itertools import cycle, islice
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,13 +13,15 @@ from torchmetrics.utilities.plot import _AX_TYPE as _AX_TYPE, _PLOT_OUT_TYPE as 
 
 from lightning_calibft.functional.seen_unseen_curve import point_at
 
-# The palette of Okabe and Ito, which color-blind readers can tell apart. In every plot, each group of classes has
-# its own color and marker; the remaining colors are for curves of different methods.
-COLORS = {"seen": "#0072B2", "absent": "#D55E00", "both": "#555555"}
-MARKERS = {"seen": "o", "absent": "^", "both": "s"}
-CURVE_COLORS = ("#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# One color and one marker for each role, in all plots. Readers with any kind of color blindness can tell all colors of
+# this file apart, and each role stands out from white and from dark pages.
+COLORS = {"seen": "#0072B2", "absent": "#D55E00", "all": "#8A8A8A", "gamma": "#000000"}
+MARKERS = {"seen": "o", "absent": "^", "all": "s", "gamma": "D"}
+# Curves of different methods. Each curve is that of all gammas, so a single one has the color of gamma.
+CURVE_COLORS = (COLORS["gamma"], "#BE6BF5", "#41A363", "#71034E")
 _CURVE_STYLES = ("-", "--", "-.", ":")
 _POINT_MARKERS = "osD^vPX*"
+_FILLS: tuple[Literal["full", "none", "left"], ...] = ("full", "none", "left")
 
 
 def check_matplotlib() -> None:
@@ -43,22 +45,31 @@ def new_axis(ax: _AX_TYPE | None) -> tuple[Any, Any]:
     check_matplotlib()
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(layout="constrained")
-    axis.set_prop_cycle(color=CURVE_COLORS)
-    return figure, axis
+    return plt.subplots(layout="constrained")
 
 
-def add_legend(axis: Any, **kwargs: Any) -> None:
-    """Put the legend to the right of the axis, where it hides no data."""
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, **kwargs)
+def add_legend(axis: Any, pad: float = 4.5, **kwargs: Any) -> None:
+    """Put the legend below the axis, where it hides no data and leaves the axis its width on a narrow page.
+
+    Args:
+        axis: The matplotlib axis.
+        pad: The distance to the axis, in font sizes. The labels of the axis stand in between.
+        kwargs: Further arguments of ``axis.legend``.
+    """
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=pad, fontsize="small", frameon=False, **kwargs)
 
 
 def draw_lines(
     axis: Any, steps: Sequence[int], lines: Mapping[str, tuple[Sequence[float], str, str]], ylabel: str
 ) -> None:
-    """Draw values over training steps: ``lines`` maps each label to its values, group of classes, and line style."""
-    for label, (values, group, style) in lines.items():
-        axis.plot(steps, values, color=COLORS[group], marker=MARKERS[group], linestyle=style, markersize=4, label=label)
+    """Draw values over training steps: ``lines`` maps each label to its values, its role, and its line style.
+
+    Lines of one role differ in their style and in how their markers are filled.
+    """
+    fills = {role: cycle(_FILLS) for role in COLORS}
+    for label, (values, role, style) in lines.items():
+        look = {"color": COLORS[role], "marker": MARKERS[role], "fillstyle": next(fills[role]), "linestyle": style}
+        axis.plot(steps, values, markersize=5, label=label, **look)
     axis.set(xlabel="Training step", ylabel=ylabel)
     axis.grid(alpha=0.4)
     add_legend(axis)
@@ -105,6 +116,7 @@ def plot_seen_unseen_curve(
     seen, absent, gamma = (value.reshape(-1).detach().cpu() for value in curve)
     figure, axis = new_axis(ax)
     num_curves = sum(line.get_linestyle() != "None" for line in axis.get_lines())
+    num_points = len(axis.get_lines()) - num_curves
     plot_curve(
         ([seen], [absent], [gamma]) if label else (seen, absent, gamma),
         score=score if score is None or not label else score.reshape(1),
@@ -114,8 +126,11 @@ def plot_seen_unseen_curve(
         name=name,
     )
     line = axis.get_lines()[-1]
-    line.set_linestyle(_CURVE_STYLES[num_curves % len(_CURVE_STYLES)])
-    for (text, value), marker in zip((gammas or {}).items(), cycle(_POINT_MARKERS), strict=False):
+    line.set_color(CURVE_COLORS[num_curves % len(CURVE_COLORS)])
+    rounds = num_curves // len(CURVE_COLORS)  # so that a color that returns has another style
+    line.set_linestyle(_CURVE_STYLES[(num_curves + rounds) % len(_CURVE_STYLES)])
+    markers = islice(cycle(_POINT_MARKERS), num_points, None)
+    for (text, value), marker in zip((gammas or {}).items(), markers, strict=False):
         x, y = point_at(seen, absent, gamma, value)
         axis.plot(
             x,
