@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities.plot import _AX_TYPE as _AX_TYPE, _PLOT_OUT_TYPE as _PLOT_OUT_TYPE, plot_curve
 
 from lightning_calibft.functional.seen_unseen_curve import point_at
+from lightning_calibft.functional.share_table import ShareTable
 
 # One color and one marker for each role, in all plots. Readers with any kind of color blindness can tell all colors of
 # this file apart, and each role stands out from white and from dark pages.
@@ -145,3 +146,78 @@ def plot_seen_unseen_curve(
     if axis.get_legend_handles_labels()[0]:
         add_legend(axis)
     return figure, axis
+
+
+def plot_share_table(
+    table: ShareTable,
+    gamma: float,
+    changes: tuple[float, float] | None = None,
+    absent_share: float | None = None,
+    break_even_share: float | None = None,
+    ax: _AX_TYPE | None = None,
+) -> _PLOT_OUT_TYPE:
+    """Draw gamma and the expected accuracies over the share of samples of absent classes, and mark the gamma in use.
+
+    Args:
+        table: What is known of each share. Without accuracies, only gamma is drawn.
+        gamma: The gamma in use.
+        changes: What it is expected to change in the accuracies on samples of seen and of absent classes.
+        absent_share: The share that it is for, which is marked.
+        break_even_share: The share at which it begins to pay, which is marked.
+        ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+    Returns:
+        The figure and the axis of the accuracies, or of gamma if that is all. The figure is ``None`` if ``ax`` was
+        given.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure, axis = new_axis(ax)
+    shares, right = table.absent_share, axis
+    if table.seen_accuracy is not None and table.absent_accuracy is not None:
+        for role, values in (("seen", table.seen_accuracy), ("absent", table.absent_accuracy)):
+            _draw_share(axis, shares, values, role, "-", f"accuracy on {role} samples")
+        sides = zip(shares, table.seen_accuracy, table.absent_accuracy, strict=True)
+        overall = [(1 - share) * seen + share * absent for share, seen, absent in sides]
+        _draw_share(axis, shares, overall, "all", "-", "on all samples, gamma for this share")
+        without = table.seen_accuracy_without, table.absent_accuracy_without
+        if without[0] is not None and without[1] is not None:
+            plain = [(1 - share) * without[0] + share * without[1] for share in shares]
+            if changes is not None:
+                pairs = zip(shares, plain, strict=True)
+                fixed = [each + (1 - share) * changes[0] + share * changes[1] for share, each in pairs]
+                _draw_share(axis, shares, fixed, "all", "--", f"on all samples, gamma {gamma:.3g}", "none")
+            _draw_share(axis, shares, plain, "all", ":", "on all samples, without gamma", "left")
+        axis.set(ylabel="Expected accuracy among all classes", ylim=(0, 1))
+        right = axis.twinx()
+    _draw_share(right, shares, table.gamma, "gamma", "-.", "gamma for this share")
+    right.set(ylabel="Gamma")
+    for share, style, text in ((absent_share, "-", "share in use"), (break_even_share, "--", "break-even share")):
+        if share is not None and 0 < share < 1:
+            axis.axvline(share, color=COLORS["gamma"], linestyle=style, linewidth=1, label=f"{text}, {share:.1%}")
+    axis.set_xscale("logit")
+    axis.set(xlabel="Share of samples of absent classes", xlim=(shares[0], shares[-1]))
+    axis.set_xticks([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], ["0.1%", "1%", "10%", "50%", "90%", "99%", "99.9%"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.4)
+    handles, labels = axis.get_legend_handles_labels()
+    if right is not axis:
+        more = right.get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+    add_legend(axis, handles=handles, labels=labels, ncols=2)
+    return figure, axis
+
+
+def _draw_share(
+    axis: Any,
+    shares: Sequence[float],
+    values: Sequence[float],
+    role: str,
+    style: str,
+    label: str,
+    fill: Literal["full", "none", "left"] = "full",
+) -> None:
+    every = max(1, len(shares) // 10)
+    look = {"color": COLORS[role], "marker": MARKERS[role], "fillstyle": fill, "linestyle": style}
+    axis.plot(shares, values, markevery=every, markersize=5, label=label, **look)

@@ -113,7 +113,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _share(args: argparse.Namespace) -> int:
-    from lightning_calibft.checkpoint.absent_share import set_absent_share
+    from lightning_calibft.checkpoint.set_absent_share import set_absent_share
 
     set_absent_share(args.source, args.absent_share, args.destination, weights_only=not args.unsafe)
     info = inspect_checkpoint(args.destination, use_ema=args.use_ema, weights_only=not args.unsafe)
@@ -163,6 +163,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             seen_classes=seen,
             estimator=args.estimator,
             estimator_kwargs=args.estimator_kwargs,
+            absent_classes=args.absent_classes,
             absent_share=args.absent_share,
             max_samples=args.max_samples,
             tolerance=args.tolerance,
@@ -249,6 +250,7 @@ def _validation_text(found: dict[str, Any]) -> str:
 def _as_flags(message: str) -> str:
     """Replace the arguments of Python functions with the flags of the command."""
     for argument in (
+        "absent_classes",
         "absent_share",
         "add_bias",
         "class_map",
@@ -266,6 +268,7 @@ def _as_flags(message: str) -> str:
     ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     for argument, flag in (
+        ("absent_classes=[...]", "absent-classes ROW ..."),
         ("add_bias=True", "add-bias"),
         ("model_args", "model-kwargs"),
         ("use_ema", "[no-]ema"),

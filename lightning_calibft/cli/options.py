@@ -123,6 +123,13 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--absent-share", type=float, help="share of samples of absent classes that the model will meet, such as 0.1"
     )
+    command.add_argument(
+        "--absent-classes",
+        type=_integer(0),
+        nargs="+",
+        metavar="ROW",
+        help="rows of the absent classes that can occur; by default all that are not in the data",
+    )
     command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
