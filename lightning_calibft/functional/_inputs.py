@@ -15,22 +15,31 @@ Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
 
 _OTHER, _SEEN, _ABSENT = -1, 0, 1
+_NUMBERS = torch.tensor([[_SEEN], [_ABSENT]])
 
 
 class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
-    ``of_class (C + 1,)`` is the group of each class; its last entry is for labels that are not classes. ``order`` lists
-    the seen classes and then the absent ones, or is ``None`` if the classes are already in this order. ``place (C,)``
-    is the position of each class in that order. ``gap_weights`` has one weight per class in that order: its product
-    with the logits is the sum over seen classes divided by ``|S| - 1``, minus the mean over absent classes.
+    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent, and ``of_class (C + 1,)`` the group of each
+    class; its last entry is for labels that are not classes. ``competing`` lists the classes of both groups in order, if
+    there are others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over
+    seen classes divided by ``|S| - 1``, minus the mean over absent classes.
+
+    There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
+    the absent ones, they are parts of a row. If few columns compete, they are gathered: ``order`` lists the seen classes
+    and then the absent ones, and ``place (C,)`` is the position of each class in it. Otherwise ``rows (2, 1, C)`` is
+    added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is ``None``.
     """
 
     seen: Tensor
     absent: Tensor
+    numbers: Tensor
     of_class: Tensor
     order: Tensor | None
-    place: Tensor
+    place: Tensor | None
+    rows: Tensor | None
+    competing: Tensor | None
     gap_weights: Tensor
 
     @classmethod
@@ -39,21 +48,27 @@ class Groups(NamedTuple):
         of_class = torch.full((split.num_classes + 1,), _OTHER)
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
-        seen, absent = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes)
-        order = torch.cat([seen, absent])
-        place = torch.zeros(split.num_classes, dtype=torch.long)
-        place[order] = torch.arange(len(order))
-        in_order = len(order) == split.num_classes and bool((order == torch.arange(len(order))).all())
-        weights = torch.full((len(order),), -1 / len(absent), dtype=torch.float64)
-        weights[: len(seen)] = 1 / max(len(seen) - 1, 1)
-        return cls(seen, absent, of_class, None if in_order else order, place, weights).to(device)
+        seen, absent, numbers = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes), _NUMBERS
+        weights = torch.zeros(split.num_classes, dtype=torch.float64)
+        weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
+        order, place, rows = torch.cat([seen, absent]), None, None
+        competing = order.sort().values if len(order) < split.num_classes else None
+        if competing is None and split.seen_classes[-1] < split.absent_classes[0]:
+            order = None
+        elif 2 * len(order) <= split.num_classes:
+            place = torch.zeros(split.num_classes, dtype=torch.long)
+            place[order] = torch.arange(len(order))
+        else:
+            order, rows = None, torch.where(of_class[:-1] == numbers, 0.0, -torch.inf).unsqueeze(1)
+        weights = weights if competing is None else weights[competing]
+        return cls(seen, absent, numbers, of_class, order, place, rows, competing, weights).to(device)
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
-        dtype = real_dtype(device)
+        largest = real_dtype(device)
         return self._replace(
             **{
-                name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+                name: value.to(device, largest if value.dtype == torch.float64 else value.dtype)
                 for name, value in self._asdict().items()
                 if value is not None
             }

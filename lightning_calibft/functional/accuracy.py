@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import top_classes
+from lightning_calibft.functional._group_logits import reduce_batch, top_classes
 from lightning_calibft.functional._inputs import (
+    _ABSENT,
+    _SEEN,
     Average,
     Group,
     Groups,
@@ -175,23 +177,28 @@ def accuracy_update(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
-    target = target.long()  # unsigned integers of 16 or more bits do not compare with other dtypes
-    values, predicted = top_classes(preds, groups.classes(candidates), top_k)
-    # A logit of -inf never wins, and max and topk put NaN first.
-    found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
-    right = found.any(1) & ~values[:, 0].isnan()
-    return count_right(right, groups.of_samples(target, ignore_index), target, len(groups.of_class) - 1, average)
+    if top_k == 1:
+        _, _, group, in_group, right = reduce_batch(preds, target, groups, ignore_index)
+        if candidates != "all":
+            right = in_group & (group == (_SEEN if candidates == "seen" else _ABSENT))
+    else:
+        values, predicted = top_classes(preds, groups.classes(candidates), top_k)
+        # A logit of -inf never wins, and topk puts NaN first.
+        found = (predicted == target.long().unsqueeze(1)) & (values > -torch.inf)
+        right, group = found.any(1) & ~values[:, 0].isnan(), groups.of_samples(target, ignore_index)
+    return count_right(right, group, target, groups, average)
 
 
 def count_right(
-    right: Tensor, group: Tensor, target: Tensor, num_classes: int, average: Average
+    right: Tensor, group: Tensor, target: Tensor, groups: Groups, average: Average
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
-    counted = group >= 0
-    place, size = (group, 2) if average == "micro" else (target.long(), num_classes)
-    place = place.clamp(0, size - 1)
-    zeros = torch.zeros(size, dtype=torch.long, device=group.device)
-    return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())
+    if average == "micro":
+        counted = group == groups.numbers
+        return (counted & right).sum(1), counted.sum(1)
+    counted, size = group >= 0, len(groups.of_class) - 1
+    label, zeros = target.long().clamp(0, size - 1), torch.zeros(size, dtype=torch.long, device=group.device)
+    return zeros.index_add(0, label, (right & counted).long()), zeros.index_add(0, label, counted.long())
 
 
 def _mean(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:

@@ -105,12 +105,12 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
     """Return a gap for each sample, ``(N,)``. It is the average logit gap if the sample's class is seen."""
     dtype = real_dtype(preds.device)
 
-    def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = preds.gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
-        ordered = preds if groups.order is None else preds.index_select(1, groups.order)
-        return (ordered.to(dtype).mv(groups.gap_weights) - own / (len(groups.seen) - 1),)
+    def gaps(preds: Tensor) -> tuple[Tensor]:
+        columns = preds if groups.competing is None else preds.index_select(1, groups.competing)
+        return (columns.to(dtype).mv(groups.gap_weights),)
 
-    return in_row_chunks(gaps, preds, target)[0]
+    own = preds.detach().gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return in_row_chunks(gaps, preds)[0].sub_(own, alpha=1 / (len(groups.seen) - 1))
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -251,8 +251,7 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
 def curve_update(reduction: BatchReduction, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return margins in ``dtype`` and int32 codes: 2 * class + (right in its group), or -1 if not counted."""
     margin = reduction.top_seen.to(dtype) - reduction.top_absent.to(dtype)
-    right = reduction.right_in_group & ~margin.isnan()  # a sample with a NaN logit is wrong at every gamma
-    code = torch.add(right, target.long(), alpha=2).masked_fill_(reduction.group < 0, -1)
+    code = torch.add(reduction.right_in_group, target.long(), alpha=2).masked_fill_(reduction.group < 0, -1)
     return margin, code.int()
 
 
@@ -275,7 +274,7 @@ def _build(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, uni
     weight = mass / counts.clamp(min=1)  # weight of a sample
     seen_mass, absent_mass = mass[of_class == _SEEN].sum(), mass[of_class == _ABSENT].sum()
 
-    right = (code & 1).bool()
+    right = (code & 1).bool() & ~margin.isnan()  # a sample with a NaN logit is wrong at every gamma
     label = (code >> 1)[right].long()
     gamma, step = unique(margin[right], return_inverse=True)
     in_seen = of_class[label] == _SEEN

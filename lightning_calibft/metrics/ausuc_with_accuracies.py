@@ -58,6 +58,6 @@ class AUSUCWithAccuracies(AUSUC):
 
     def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
         super()._append(reduction, rows)
-        correct, total = count_right(reduction.right, reduction.group, rows, self.split.num_classes, self.average)
+        correct, total = count_right(reduction.right, reduction.group, rows, self._groups, self.average)
         self.correct = self.correct + correct
         self.total = self.total + total
