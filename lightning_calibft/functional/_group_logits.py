@@ -14,78 +14,90 @@ from lightning_calibft.functional._inputs import Groups
 class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
-    They are the largest logits of the seen and of the absent classes, the group of the label (-1 if the sample does not
-    count), and whether the true class wins within its group and within both groups. Ties go to the lower class id, as
-    in :func:`torch.max`. The maxima of samples that do not count are meaningless.
+    They are the number of the sample's group and its code, both negative if it does not count; its margin if the true
+    class is the best of its group, and any number otherwise; and whether the true class wins against all other seen and
+    against all other absent classes. Ties go to the lower class id, as in :func:`torch.max`.
     """
 
-    top_seen: Tensor
-    top_absent: Tensor
     group: Tensor
-    right_in_group: Tensor
-    right: Tensor
+    code: Tensor
+    margin: Tensor
+    beats_seen: Tensor
+    beats_absent: Tensor
 
 
-def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> BatchReduction:
+def reduce_batch(
+    preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None, dtype: torch.dtype, checked: bool = False
+) -> BatchReduction:
     """Reduce a batch of logits ``(N, C)`` in one pass.
 
     A maximum costs a fraction of an argmax. So the true class is left out of the maxima and compared with them. Only
     where it equals one of them, or something is NaN, a second look at the row decides.
+
+    Args:
+        preds: Logits of shape ``(N, C)``.
+        target: Class ids of shape ``(N,)``.
+        groups: The classes.
+        ignore_index: Samples with this label do not count.
+        dtype: The dtype of the margins, at least as precise as that of the logits.
+        checked: Whether all labels are known to be class ids.
     """
-    preds, target = preds.detach(), target.long()
-    group = groups.of_samples(target, ignore_index)
-    label = target.clamp(0, preds.shape[1] - 1).unsqueeze(1)
-    own, rivals, in_group = preds.gather(1, label).squeeze(1), _rivals(preds, label, groups), group == groups.numbers
-    lead = own - rivals
-    wins = lead > 0
-    clear = wins | (lead < 0)
-    top = torch.maximum(torch.where(in_group, own, -torch.inf), rivals)
-    right_in_group = (wins & in_group).any(0)
-    right = right_in_group & wins.all(0)
-    size = _rows_at_a_time(preds, 2**17)
-    if preds.device.type != "cpu":  # asking for the rows would make the host wait
-        unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
-    else:
-        unclear = [] if clear.all() else list((~clear.all(0)).nonzero().squeeze(1).split(size))
-    for rows in unclear:
-        top[:, rows], right_in_group[rows], right[rows] = _decide(preds[rows], label[rows], group[rows], groups)
-    return BatchReduction(top[0], top[1], group, right_in_group, right)
+    preds = preds.detach()
+    label, place = groups.places(target, ignore_index, checked)
+    group, column = groups.of_class.index_select(0, place), label.unsqueeze(1)
+    own = preds.gather(1, column).squeeze(1).to(dtype)
+    lead = own - _rivals(preds, column, groups).to(dtype)
+    wins = lead > groups.zero
+    on_cpu, size = preds.device.type == "cpu", _rows_at_a_time(preds, 2**17)
+    if not on_cpu:  # asking for the rows would make the host wait
+        for rows in (slice(start, start + size) for start in range(0, len(preds), size)):
+            wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    elif len(preds) and not lead.abs().amin().item() > 0:
+        clear = (lead.abs() > 0).all(0)  # neither 0 nor NaN
+        for rows in (~clear).nonzero().squeeze(1).split(size):
+            wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    (over_seen, over_absent), (beats_seen, beats_absent) = lead.unbind(), wins.unbind()
+    margin = torch.where(group == groups.zero, over_absent, -over_seen)
+    return BatchReduction(group, groups.codes.index_select(0, place), margin, beats_seen, beats_absent)
 
 
-def _rivals(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
+def right_in_group(reduction: BatchReduction, groups: Groups) -> Tensor:
+    """Return whether the true class wins within its group, ``(N,)``. It is arbitrary for samples that do not count."""
+    return torch.where(reduction.group == groups.zero, reduction.beats_seen, reduction.beats_absent)
+
+
+def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
     """Return the largest logits of the classes of each group other than the true one, ``(2, N)``.
 
-    A group of a row with NaN or infinity may be NaN instead.
+    If a logit of the row is NaN or infinite, they may be NaN.
     """
     if groups.rows is not None:  # much faster than to gather the columns
-        rows = groups.rows.to(preds.dtype)
+        rows, elements = groups.rows.to(preds.dtype), 2**16
 
-        def largest(chunk: Tensor, label: Tensor) -> Tensor:
-            return (chunk + rows).scatter_(2, label.expand(2, -1, -1), -torch.inf).amax(2)
+        def largest(chunk: Tensor, column: Tensor) -> Tensor:
+            return (chunk + rows).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
     else:
-        order, sizes = groups.order, (len(groups.seen), len(groups.absent))
-        label = label if order is None else groups.place[label]
+        order, sizes, elements = groups.order, (len(groups.seen), len(groups.absent)), 2**17
+        column = column if groups.position is None else groups.position[column]
 
-        def largest(chunk: Tensor, label: Tensor) -> Tensor:
+        def largest(chunk: Tensor, column: Tensor) -> Tensor:
             columns = chunk.clone() if order is None else chunk.index_select(1, order)
-            columns = columns.scatter_(1, label, -torch.inf)
-            return torch.stack([part.amax(1) for part in columns.split(sizes, 1)])
+            seen, absent = columns.scatter_(1, column, -torch.inf).split(sizes, 1)
+            return torch.stack([seen.amax(1), absent.amax(1)])
 
-    size = _rows_at_a_time(preds, 2**16 if groups.rows is not None else 2**17)
+    size = _rows_at_a_time(preds, elements)
     if len(preds) <= size:
-        return largest(preds, label)
-    return torch.cat([largest(*chunk) for chunk in zip(preds.split(size), label.split(size), strict=True)], 1)
+        return largest(preds, column)
+    return torch.cat([largest(*chunk) for chunk in zip(preds.split(size), column.split(size), strict=True)], 1)
 
 
-def _decide(preds: Tensor, label: Tensor, group: Tensor, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest logit of each group, and who wins, with ties and NaN."""
-    own, column = preds.gather(1, label), torch.arange(preds.shape[1], device=preds.device)
-    beaten = (preds < own) | ((preds == own) & (column >= label))
-    in_group = (groups.of_class[:-1] == groups.numbers).unsqueeze(1)
-    wins = (beaten | ~in_group).all(2)
-    counted = (group >= 0) & (own.squeeze(1) > -torch.inf)  # -inf never wins
-    right_in_group = wins.gather(0, group.clamp(min=0).unsqueeze(0)).squeeze(0) & counted
-    return torch.where(in_group, preds, -torch.inf).amax(2), right_in_group, wins.all(0) & counted
+def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return against which group the true class wins, and its lead over it, with ties, NaN and infinity."""
+    mine, column = preds.gather(1, label), torch.arange(preds.shape[1], device=preds.device)
+    rival = (groups.of_class[:-1] == groups.numbers).unsqueeze(1) & (column != label)
+    beaten = (preds < mine) | ((preds == mine) & (column > label))
+    wins = (beaten | ~rival).all(2) & (own > -torch.inf)  # -inf never wins
+    return wins, own - torch.where(rival, preds, -torch.inf).amax(2).to(own.dtype)
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:

@@ -21,23 +21,26 @@ _NUMBERS = torch.tensor([[_SEEN], [_ABSENT]])
 class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
-    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent, and ``of_class (C + 1,)`` the group of each
-    class; its last entry is for labels that are not classes. ``competing`` lists the classes of both groups in order, if
+    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent, and ``zero`` the first of them: a comparison
+    with a tensor takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, and
+    ``codes (C + 1,)`` twice its id, or -2 for other classes. Their last entry is for labels that do not count. ``competing`` lists the classes of both groups in order, if
     there are others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over
     seen classes divided by ``|S| - 1``, minus the mean over absent classes.
 
     There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
     the absent ones, they are parts of a row. If few columns compete, they are gathered: ``order`` lists the seen classes
-    and then the absent ones, and ``place (C,)`` is the position of each class in it. Otherwise ``rows (2, 1, C)`` is
+    and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise ``rows (2, 1, C)`` is
     added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is ``None``.
     """
 
     seen: Tensor
     absent: Tensor
     numbers: Tensor
+    zero: Tensor
     of_class: Tensor
+    codes: Tensor
     order: Tensor | None
-    place: Tensor | None
+    position: Tensor | None
     rows: Tensor | None
     competing: Tensor | None
     gap_weights: Tensor
@@ -51,17 +54,20 @@ class Groups(NamedTuple):
         seen, absent, numbers = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes), _NUMBERS
         weights = torch.zeros(split.num_classes, dtype=torch.float64)
         weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
-        order, place, rows = torch.cat([seen, absent]), None, None
+        order, position, rows = torch.cat([seen, absent]), None, None
         competing = order.sort().values if len(order) < split.num_classes else None
         if competing is None and split.seen_classes[-1] < split.absent_classes[0]:
             order = None
         elif 2 * len(order) <= split.num_classes:
-            place = torch.zeros(split.num_classes, dtype=torch.long)
-            place[order] = torch.arange(len(order))
+            position = torch.zeros(split.num_classes, dtype=torch.long)
+            position[order] = torch.arange(len(order))
         else:
             order, rows = None, torch.where(of_class[:-1] == numbers, 0.0, -torch.inf).unsqueeze(1)
         weights = weights if competing is None else weights[competing]
-        return cls(seen, absent, numbers, of_class, order, place, rows, competing, weights).to(device)
+        codes = torch.where(of_class < 0, -2, 2 * torch.arange(len(of_class))).int()
+        zero = torch.tensor(_SEEN)
+        groups = cls(seen, absent, numbers, zero, of_class, codes, order, position, rows, competing, weights)
+        return groups.to(device)
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
@@ -80,11 +86,21 @@ class Groups(NamedTuple):
             return torch.cat([self.seen, self.absent]).sort().values
         return self.seen if group == "seen" else self.absent
 
-    def of_samples(self, target: Tensor, ignore_index: int | None) -> Tensor:
+    def places(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the column of each label, and its place in ``of_class``, which is the last if it does not count.
+
+        Labels outside of ``[0, C)`` do not count, and get any column. If they are ``checked``, there are none.
+        """
+        target, num_classes = target.long(), len(self.of_class) - 1
+        if checked and ignore_index is None:
+            return target, target
+        column = target.clamp(0, num_classes - 1)
+        counted = column == target if ignore_index is None else (column == target) & (target != ignore_index)
+        return column, torch.where(counted, column, num_classes)
+
+    def of_samples(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
         """Return the group of each label, or -1 if the sample does not count, without a host synchronization."""
-        target = target.long()
-        group = self.of_class[target.clamp(-1, len(self.of_class) - 1)]
-        return group if ignore_index is None else group.masked_fill_(target == ignore_index, _OTHER)
+        return self.of_class.index_select(0, self.places(target, ignore_index, checked)[1])
 
 
 def prepare(
@@ -153,7 +169,7 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
     if not target.numel():
         return
     least, most = target.aminmax()
-    if least >= 0 and most < num_classes:
+    if least.item() >= 0 and most.item() < num_classes:
         return
     outside = (target < 0) | (target >= num_classes)
     if ignore_index is not None:

@@ -178,9 +178,12 @@ def accuracy_update(
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if top_k == 1:
-        _, _, group, in_group, right = reduce_batch(preds, target, groups, ignore_index)
-        if candidates != "all":
-            right = in_group & (group == (_SEEN if candidates == "seen" else _ABSENT))
+        reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype)
+        group, beats_seen, beats_absent = reduction.group, reduction.beats_seen, reduction.beats_absent
+        if candidates == "all":
+            right = beats_seen & beats_absent
+        else:
+            right = beats_seen & (group == _SEEN) if candidates == "seen" else beats_absent & (group == _ABSENT)
     else:
         values, predicted = top_classes(preds, groups.classes(candidates), top_k)
         # A logit of -inf never wins, and topk puts NaN first.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_calibft.functional._group_logits import reduce_batch
+from lightning_calibft.functional._group_logits import reduce_batch, right_in_group
 from lightning_calibft.functional._inputs import Groups
 from lightning_calibft.split import ClassSplit
 
@@ -39,14 +39,16 @@ def test_against_a_search(seen, absent, dtype, odd, layout):
     preds = preds.T.contiguous().T if layout == "columns" else preds
     target = torch.randint(-1, 7, (400,), generator=draw)
     before = preds.clone()
-    found = reduce_batch(preds, target, Groups.from_split(ClassSplit(6, seen, absent), preds.device), 2)
+    groups = Groups.from_split(ClassSplit(6, seen, absent), preds.device)
+    found = reduce_batch(preds, target, groups, 2, torch.float64)
+    right = right_in_group(found, groups)
     assert torch.equal(preds.nan_to_num(), before.nan_to_num())
     for index, (row, label) in enumerate(zip(preds, target.tolist(), strict=True)):
         group = -1 if label == 2 else 0 if label in seen else 1 if label in absent else -1
         assert found.group[index] == group
         if group < 0:
             continue
-        assert same(found.top_seen[index], row[seen].amax())
-        assert same(found.top_absent[index], row[absent].amax())
-        assert found.right_in_group[index] == wins(row, label, absent if group else seen)
-        assert found.right[index] == wins(row, label, seen + absent)
+        assert right[index] == wins(row, label, absent if group else seen)
+        assert (found.beats_seen & found.beats_absent)[index] == wins(row, label, seen + absent)
+        if right[index]:
+            assert same(found.margin[index], row[seen].double().amax() - row[absent].double().amax())
