@@ -14,13 +14,15 @@ from lightning_calibft.functional._inputs import Groups
 class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
-    They are the number of the sample's group and its code, both negative if it does not count; its margin if the true
-    class is the best of its group, and any number otherwise; and whether the true class wins against all other seen and
-    against all other absent classes. Ties go to the lower class id, as in :func:`torch.max`.
+    They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
+    whether its class is seen; its margin if its class is the best of the group, and any number otherwise; and whether
+    its class wins against all other seen and against all other absent classes. Ties go to the lower class id, as in
+    :func:`torch.max`.
     """
 
-    group: Tensor
+    place: Tensor
     code: Tensor
+    is_seen: Tensor
     margin: Tensor
     beats_seen: Tensor
     beats_absent: Tensor
@@ -44,26 +46,28 @@ def reduce_batch(
     """
     preds = preds.detach()
     label, place = groups.places(target, ignore_index, checked)
-    group, column = groups.of_class.index_select(0, place), label.unsqueeze(1)
-    own = preds.gather(1, column).squeeze(1).to(dtype)
-    lead = own - _rivals(preds, column, groups).to(dtype)
+    column, is_seen = label.unsqueeze(1), groups.is_seen.index_select(0, place)
+    own, rivals = preds.gather(1, column).squeeze(1), _rivals(preds, column, groups)
+    if preds.dtype != dtype:
+        own, rivals = own.to(dtype), rivals.to(dtype)
+    lead = own - rivals
     wins = lead > groups.zero
-    on_cpu, size = preds.device.type == "cpu", _rows_at_a_time(preds, 2**17)
-    if not on_cpu:  # asking for the rows would make the host wait
+    if preds.device.type != "cpu":  # asking for the rows would make the host wait
+        size = _rows_at_a_time(preds, 2**17)
         for rows in (slice(start, start + size) for start in range(0, len(preds), size)):
             wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    elif len(preds) and not lead.abs().amin().item() > 0:
+    elif preds.shape[0] and not lead.abs().amin().item() > 0:
         clear = (lead.abs() > 0).all(0)  # neither 0 nor NaN
-        for rows in (~clear).nonzero().squeeze(1).split(size):
+        for rows in (~clear).nonzero().squeeze(1).split(_rows_at_a_time(preds, 2**17)):
             wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    (over_seen, over_absent), (beats_seen, beats_absent) = lead.unbind(), wins.unbind()
-    margin = torch.where(group == groups.zero, over_absent, -over_seen)
-    return BatchReduction(group, groups.codes.index_select(0, place), margin, beats_seen, beats_absent)
+    over_seen, over_absent = lead.unbind()
+    margin = torch.where(is_seen, over_absent, -over_seen)
+    return BatchReduction(place, groups.codes.index_select(0, place), is_seen, margin, *wins.unbind())
 
 
-def right_in_group(reduction: BatchReduction, groups: Groups) -> Tensor:
+def right_in_group(reduction: BatchReduction) -> Tensor:
     """Return whether the true class wins within its group, ``(N,)``. It is arbitrary for samples that do not count."""
-    return torch.where(reduction.group == groups.zero, reduction.beats_seen, reduction.beats_absent)
+    return torch.where(reduction.is_seen, reduction.beats_seen, reduction.beats_absent)
 
 
 def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
@@ -72,7 +76,9 @@ def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
     If a logit of the row is NaN or infinite, they may be NaN.
     """
     if groups.rows is not None:  # much faster than to gather the columns
-        rows, elements = groups.rows.to(preds.dtype), 2**16
+        rows, elements = groups.rows, 2**16
+        if rows.dtype != preds.dtype:
+            rows = rows.to(preds.dtype)
 
         def largest(chunk: Tensor, column: Tensor) -> Tensor:
             return (chunk + rows).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
@@ -86,7 +92,7 @@ def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
             return torch.stack([seen.amax(1), absent.amax(1)])
 
     size = _rows_at_a_time(preds, elements)
-    if len(preds) <= size:
+    if preds.shape[0] <= size:
         return largest(preds, column)
     return torch.cat([largest(*chunk) for chunk in zip(preds.split(size), column.split(size), strict=True)], 1)
 

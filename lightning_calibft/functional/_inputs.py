@@ -15,20 +15,22 @@ Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
 
 _OTHER, _SEEN, _ABSENT = -1, 0, 1
+_NARROW = 128  # up to here, adding a row takes less time than making two parts
 _NUMBERS = torch.tensor([[_SEEN], [_ABSENT]])
 
 
 class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
-    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent, and ``zero`` the first of them: a comparison
-    with a tensor takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, and
-    ``codes (C + 1,)`` twice its id, or -2 for other classes. Their last entry is for labels that do not count. ``competing`` lists the classes of both groups in order, if
+    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent. ``zero`` is 0: a comparison with a tensor
+    takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, ``is_seen (C + 1,)``
+    whether that is the first one, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their last entry is
+    for labels that do not count. ``competing`` lists the classes of both groups in order, if
     there are others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over
     seen classes divided by ``|S| - 1``, minus the mean over absent classes.
 
     There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
-    the absent ones, they are parts of a row. If few columns compete, they are gathered: ``order`` lists the seen classes
+    the absent ones, they are parts of a wide row. If few columns compete, they are gathered: ``order`` lists the seen classes
     and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise ``rows (2, 1, C)`` is
     added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is ``None``.
     """
@@ -38,6 +40,7 @@ class Groups(NamedTuple):
     numbers: Tensor
     zero: Tensor
     of_class: Tensor
+    is_seen: Tensor
     codes: Tensor
     order: Tensor | None
     position: Tensor | None
@@ -56,7 +59,7 @@ class Groups(NamedTuple):
         weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
         order, position, rows = torch.cat([seen, absent]), None, None
         competing = order.sort().values if len(order) < split.num_classes else None
-        if competing is None and split.seen_classes[-1] < split.absent_classes[0]:
+        if competing is None and split.seen_classes[-1] < split.absent_classes[0] and split.num_classes > _NARROW:
             order = None
         elif 2 * len(order) <= split.num_classes:
             position = torch.zeros(split.num_classes, dtype=torch.long)
@@ -65,8 +68,10 @@ class Groups(NamedTuple):
             order, rows = None, torch.where(of_class[:-1] == numbers, 0.0, -torch.inf).unsqueeze(1)
         weights = weights if competing is None else weights[competing]
         codes = torch.where(of_class < 0, -2, 2 * torch.arange(len(of_class))).int()
-        zero = torch.tensor(_SEEN)
-        groups = cls(seen, absent, numbers, zero, of_class, codes, order, position, rows, competing, weights)
+        is_seen, zero = of_class == _SEEN, torch.tensor(0)
+        groups = cls(
+            seen, absent, numbers, zero, of_class, is_seen, codes, order, position, rows, competing, weights
+        )
         return groups.to(device)
 
     def to(self, device: torch.device) -> Groups:

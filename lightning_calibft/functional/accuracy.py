@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import reduce_batch, top_classes
+from lightning_calibft.functional._group_logits import reduce_batch, right_in_group, top_classes
 from lightning_calibft.functional._inputs import (
-    _ABSENT,
-    _SEEN,
     Average,
     Group,
     Groups,
@@ -179,29 +177,29 @@ def accuracy_update(
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if top_k == 1:
         reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype)
-        group, beats_seen, beats_absent = reduction.group, reduction.beats_seen, reduction.beats_absent
+        right, place = right_in_group(reduction), reduction.place
         if candidates == "all":
-            right = beats_seen & beats_absent
+            right = reduction.beats_seen & reduction.beats_absent
+        elif candidates == "seen":
+            right &= reduction.is_seen
         else:
-            right = beats_seen & (group == _SEEN) if candidates == "seen" else beats_absent & (group == _ABSENT)
+            right &= ~reduction.is_seen
     else:
         values, predicted = top_classes(preds, groups.classes(candidates), top_k)
         # A logit of -inf never wins, and topk puts NaN first.
         found = (predicted == target.long().unsqueeze(1)) & (values > -torch.inf)
-        right, group = found.any(1) & ~values[:, 0].isnan(), groups.of_samples(target, ignore_index)
-    return count_right(right, group, target, groups, average)
+        right, (_, place) = found.any(1) & ~values[:, 0].isnan(), groups.places(target, ignore_index)
+    return count_right(right, place, groups, average)
 
 
-def count_right(
-    right: Tensor, group: Tensor, target: Tensor, groups: Groups, average: Average
-) -> tuple[Tensor, Tensor]:
+def count_right(right: Tensor, place: Tensor, groups: Groups, average: Average) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if average == "micro":
-        counted = group == groups.numbers
+        counted = groups.of_class.index_select(0, place) == groups.numbers
         return (counted & right).sum(1), counted.sum(1)
-    counted, size = group >= 0, len(groups.of_class) - 1
-    label, zeros = target.long().clamp(0, size - 1), torch.zeros(size, dtype=torch.long, device=group.device)
-    return zeros.index_add(0, label, (right & counted).long()), zeros.index_add(0, label, counted.long())
+    zeros = torch.zeros(len(groups.of_class), dtype=torch.long, device=place.device)
+    correct, total = zeros.index_add(0, place, right.long()), zeros.index_add(0, place, torch.ones_like(place))
+    return correct[:-1], total[:-1]
 
 
 def _mean(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:

@@ -17,7 +17,6 @@ from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,
     Average,
-    Groups,
     prepare,
     real_dtype,
     warn_if_empty,
@@ -235,7 +234,7 @@ def _curve(
     if validate_args:
         warn_if_probabilities(preds)
     reduction = reduce_batch(preds, target, groups, ignore_index, real_dtype(preds.device), validate_args)
-    return curve_compute(reduction.margin, curve_codes(reduction, groups), groups.of_class, average)
+    return curve_compute(reduction.margin, curve_codes(reduction), groups.of_class, average)
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -249,9 +248,9 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, real_dtype(device))
 
 
-def curve_codes(reduction: BatchReduction, groups: Groups) -> Tensor:
+def curve_codes(reduction: BatchReduction) -> Tensor:
     """Return an int32 code for each sample: 2 * class + (right in its group), or a negative one if it does not count."""
-    return reduction.code + right_in_group(reduction, groups)
+    return reduction.code + right_in_group(reduction)
 
 
 def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:
