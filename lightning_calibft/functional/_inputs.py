@@ -103,9 +103,13 @@ class Groups(NamedTuple):
         counted = column == target if ignore_index is None else (column == target) & (target != ignore_index)
         return column, torch.where(counted, column, num_classes)
 
-    def of_samples(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
+    def of_samples(self, target: Tensor, ignore_index: int | None) -> Tensor:
         """Return the group of each label, or -1 if the sample does not count, without a host synchronization."""
-        return self.of_class.index_select(0, self.places(target, ignore_index, checked)[1])
+        return self.of_class.index_select(0, self.places(target, ignore_index)[1])
+
+    def are_seen(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
+        """Return which samples count and belong to seen classes, without a host synchronization."""
+        return self.is_seen.index_select(0, self.places(target, ignore_index, checked)[1])
 
 
 def prepare(

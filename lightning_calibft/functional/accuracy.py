@@ -173,10 +173,11 @@ def accuracy_update(
     top_k: int,
     average: Average,
     ignore_index: int | None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if top_k == 1:
-        reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype)
+        reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype, checked)
         right, place = right_in_group(reduction), reduction.place
         if candidates == "all":
             right = reduction.beats_seen & reduction.beats_absent

@@ -78,4 +78,4 @@ class AverageLogitGap(MeanGapEstimator):
         return super().compute() + prior_shift(self.absent_share, *counts)
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
-        return average_gaps(preds, target, self._groups)
+        return average_gaps(preds, target, self._groups, self.validate_args and self.ignore_index is None)
