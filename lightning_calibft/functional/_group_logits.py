@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
     They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
-    whether its class is seen; its margin if its class is the best of the group, and any number otherwise; and whether
-    its class wins against all other seen and against all other absent classes. Ties go to the lower class id, as in
-    :func:`torch.max`.
+    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin if its class is the
+    best of the group, and any number otherwise; and whether its class wins against all other seen and against all other
+    absent classes. Ties go to the lower class id, as in :func:`torch.max`.
     """
 
     place: Tensor
     code: Tensor
-    is_seen: Tensor
+    members: Tensor
     margin: Tensor
     beats_seen: Tensor
     beats_absent: Tensor
@@ -46,28 +46,28 @@ def reduce_batch(
     """
     preds = preds.detach()
     label, place = groups.places(target, ignore_index, checked)
-    column, is_seen = label.unsqueeze(1), groups.is_seen.index_select(0, place)
-    own, rivals = preds.gather(1, column).squeeze(1), _rivals(preds, column, groups)
-    if preds.dtype != dtype:
-        own, rivals = own.to(dtype), rivals.to(dtype)
-    lead = own - rivals
-    wins = lead > groups.zero
-    if preds.device.type != "cpu":  # asking for the rows would make the host wait
-        size = _rows_at_a_time(preds, 2**17)
-        for rows in (slice(start, start + size) for start in range(0, len(preds), size)):
-            wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    elif preds.shape[0] and not lead.abs().amin().item() > 0:
-        clear = (lead.abs() > 0).all(0)  # neither 0 nor NaN
-        for rows in (~clear).nonzero().squeeze(1).split(_rows_at_a_time(preds, 2**17)):
-            wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    column, members = label.unsqueeze(1), groups.members.index_select(1, place)
+    own, size = preds.gather(1, column).squeeze(1).to(dtype), _rows_at_a_time(preds, 2**17)
+    if preds.device.type == "cpu":
+        lead = own - _rivals(preds, column, groups).to(dtype)
+        wins = lead > groups.zero
+        unclear: list[Any] = []
+        if preds.shape[0] and not lead.abs().amin().item() > 0:  # 0 or NaN
+            unclear.extend(torch.split((~(lead.abs() > 0).all(0)).nonzero().squeeze(1), size))
+    else:  # asking for the rows would make the host wait
+        lead = own.new_empty(2, len(preds))
+        wins = torch.empty_like(lead, dtype=torch.bool)
+        unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
+    for rows in unclear:
+        wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
     over_seen, over_absent = lead.unbind()
-    margin = torch.where(is_seen, over_absent, -over_seen)
-    return BatchReduction(place, groups.codes.index_select(0, place), is_seen, margin, *wins.unbind())
+    margin = torch.where(members[0], over_absent, -over_seen)
+    return BatchReduction(place, groups.codes.index_select(0, place), members, margin, *wins.unbind())
 
 
 def right_in_group(reduction: BatchReduction) -> Tensor:
     """Return whether the true class wins within its group, ``(N,)``. It is arbitrary for samples that do not count."""
-    return torch.where(reduction.is_seen, reduction.beats_seen, reduction.beats_absent)
+    return torch.where(reduction.members[0], reduction.beats_seen, reduction.beats_absent)
 
 
 def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
@@ -83,18 +83,19 @@ def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
         def largest(chunk: Tensor, column: Tensor) -> Tensor:
             return (chunk + rows).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
     else:
-        order, sizes, elements = groups.order, (len(groups.seen), len(groups.absent)), 2**17
+        order, sizes, elements = groups.order, [len(groups.seen), len(groups.absent)], 2**17
         column = column if groups.position is None else groups.position[column]
 
         def largest(chunk: Tensor, column: Tensor) -> Tensor:
             columns = chunk.clone() if order is None else chunk.index_select(1, order)
-            seen, absent = columns.scatter_(1, column, -torch.inf).split(sizes, 1)
+            seen, absent = torch.split(columns.scatter_(1, column, -torch.inf), sizes, 1)
             return torch.stack([seen.amax(1), absent.amax(1)])
 
     size = _rows_at_a_time(preds, elements)
     if preds.shape[0] <= size:
         return largest(preds, column)
-    return torch.cat([largest(*chunk) for chunk in zip(preds.split(size), column.split(size), strict=True)], 1)
+    chunks = zip(torch.split(preds, size), torch.split(column, size), strict=True)
+    return torch.cat([largest(*chunk) for chunk in chunks], 1)
 
 
 def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,17 @@ class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
     ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent. ``zero`` is 0: a comparison with a tensor
-    takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, ``is_seen (C + 1,)``
-    whether that is the first one, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their last entry is
-    for labels that do not count. ``competing`` lists the classes of both groups in order, if
-    there are others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over
-    seen classes divided by ``|S| - 1``, minus the mean over absent classes.
+    takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, ``members (2, C + 1)``
+    says whether it is in the one or the other, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their
+    last entry is for labels that do not count. ``competing`` lists the classes of both groups in order, if there are
+    others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over seen
+    classes divided by ``|S| - 1``, minus the mean over absent classes.
 
     There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
-    the absent ones, they are parts of a wide row. If few columns compete, they are gathered: ``order`` lists the seen classes
-    and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise ``rows (2, 1, C)`` is
-    added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is ``None``.
+    the absent ones, they are parts of a wide row. If few columns compete, they are gathered: ``order`` lists the seen
+    classes and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise
+    ``rows (2, 1, C)`` is added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is
+    ``None``.
     """
 
     seen: Tensor
@@ -40,7 +41,7 @@ class Groups(NamedTuple):
     numbers: Tensor
     zero: Tensor
     of_class: Tensor
-    is_seen: Tensor
+    members: Tensor
     codes: Tensor
     order: Tensor | None
     position: Tensor | None
@@ -55,23 +56,21 @@ class Groups(NamedTuple):
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
         seen, absent, numbers = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes), _NUMBERS
+        members, zero = of_class == numbers, torch.tensor(0)
         weights = torch.zeros(split.num_classes, dtype=torch.float64)
         weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
-        order, position, rows = torch.cat([seen, absent]), None, None
-        competing = order.sort().values if len(order) < split.num_classes else None
-        if competing is None and split.seen_classes[-1] < split.absent_classes[0] and split.num_classes > _NARROW:
-            order = None
-        elif 2 * len(order) <= split.num_classes:
+        classes = torch.cat([seen, absent])
+        competing = classes.sort().values if len(classes) < split.num_classes else None
+        order = classes if 2 * len(classes) <= split.num_classes else None
+        position = rows = None
+        if order is not None:
             position = torch.zeros(split.num_classes, dtype=torch.long)
             position[order] = torch.arange(len(order))
-        else:
-            order, rows = None, torch.where(of_class[:-1] == numbers, 0.0, -torch.inf).unsqueeze(1)
+        elif competing is not None or split.seen_classes[-1] > split.absent_classes[0] or split.num_classes <= _NARROW:
+            rows = torch.where(members[:, :-1], 0.0, -torch.inf).unsqueeze(1)
         weights = weights if competing is None else weights[competing]
         codes = torch.where(of_class < 0, -2, 2 * torch.arange(len(of_class))).int()
-        is_seen, zero = of_class == _SEEN, torch.tensor(0)
-        groups = cls(
-            seen, absent, numbers, zero, of_class, is_seen, codes, order, position, rows, competing, weights
-        )
+        groups = cls(seen, absent, numbers, zero, of_class, members, codes, order, position, rows, competing, weights)
         return groups.to(device)
 
     def to(self, device: torch.device) -> Groups:
@@ -109,7 +108,7 @@ class Groups(NamedTuple):
 
     def are_seen(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
         """Return which samples count and belong to seen classes, without a host synchronization."""
-        return self.is_seen.index_select(0, self.places(target, ignore_index, checked)[1])
+        return self.members[0].index_select(0, self.places(target, ignore_index, checked)[1])
 
 
 def prepare(

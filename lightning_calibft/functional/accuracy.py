@@ -178,27 +178,27 @@ def accuracy_update(
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if top_k == 1:
         reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype, checked)
-        right, place = right_in_group(reduction), reduction.place
         if candidates == "all":
             right = reduction.beats_seen & reduction.beats_absent
-        elif candidates == "seen":
-            right &= reduction.is_seen
         else:
-            right &= ~reduction.is_seen
+            right = right_in_group(reduction) & reduction.members[0 if candidates == "seen" else 1]
+        place, members = reduction.place, reduction.members
     else:
         values, predicted = top_classes(preds, groups.classes(candidates), top_k)
         # A logit of -inf never wins, and topk puts NaN first.
         found = (predicted == target.long().unsqueeze(1)) & (values > -torch.inf)
         right, (_, place) = found.any(1) & ~values[:, 0].isnan(), groups.places(target, ignore_index)
-    return count_right(right, place, groups, average)
+        members = groups.members.index_select(1, place)
+    return count_right(right, place, members, len(groups.of_class) - 1, average)
 
 
-def count_right(right: Tensor, place: Tensor, groups: Groups, average: Average) -> tuple[Tensor, Tensor]:
+def count_right(
+    right: Tensor, place: Tensor, members: Tensor, num_classes: int, average: Average
+) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if average == "micro":
-        counted = groups.of_class.index_select(0, place) == groups.numbers
-        return (counted & right).sum(1), counted.sum(1)
-    zeros = torch.zeros(len(groups.of_class), dtype=torch.long, device=place.device)
+        return (members & right).sum(1), members.sum(1)
+    zeros = torch.zeros(num_classes + 1, dtype=torch.long, device=place.device)
     correct, total = zeros.index_add(0, place, right.long()), zeros.index_add(0, place, torch.ones_like(place))
     return correct[:-1], total[:-1]
 

@@ -249,7 +249,7 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
 
 
 def curve_codes(reduction: BatchReduction) -> Tensor:
-    """Return an int32 code for each sample: 2 * class + (right in its group), or a negative one if it does not count."""
+    """Return an int32 code for each sample: 2 * class + (right in its group), or a negative one if not counted."""
     return reduction.code + right_in_group(reduction)
 
 

@@ -24,14 +24,14 @@ class _OfOneState(MetricCollection):
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Add a batch of logits ``preds (N, C)`` and class ids ``target (N,)``."""
         if len(self.compute_groups) > 1:  # metrics were added
-            return super().update(*args, **kwargs)
+            super().update(*args, **kwargs)
+            return
         first = self._modules[self.compute_groups[0][0]]
         first.update(*args, **(first._filter_kwargs(**kwargs) if kwargs else {}))
-        if self._state_is_copy:
-            self._state_is_copy = False
+        self._state_is_copy = False
         for metric in self._modules.values():
             if metric._computed is not None:
-                metric._computed = None
+                metric._computed = None  # type: ignore[unreachable]
 
 
 def absent_class_metrics(
