@@ -1,74 +1,116 @@
-"""Reductions of a batch of logits to values for each group of classes, computed in chunks of rows."""
+"""Reductions of a batch of logits to values for each group of classes, in one pass and in chunks of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import _SEEN, Groups
+from lightning_calibft.functional._inputs import Groups
 
 
 class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
-    They are the largest logits of the seen and of the absent classes, the group of the label (-1 if the sample does not
-    count), and whether the true class wins within its group and within both groups. Ties go to the lower class id, as
-    in :func:`torch.max`. The maxima of samples that do not count are meaningless.
+    They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
+    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin if its class is the
+    best of the group, and any number otherwise; and whether its class wins against all other seen and against all other
+    absent classes. Ties go to the lower class id, as in :func:`torch.max`.
     """
 
-    top_seen: Tensor
-    top_absent: Tensor
-    group: Tensor
-    right_in_group: Tensor
-    right: Tensor
+    place: Tensor
+    code: Tensor
+    members: Tensor
+    margin: Tensor
+    beats_seen: Tensor
+    beats_absent: Tensor
 
 
-def reduce_batch(preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None) -> BatchReduction:
-    """Reduce a batch of logits ``(N, C)`` in one pass."""
-    preds, target = preds.detach(), target.long()
-    group = groups.of_samples(target, ignore_index)
-    label = target.clamp(0, preds.shape[1] - 1)
-    own = preds.gather(1, label.unsqueeze(1)).squeeze(1)
-    place = groups.place[label].unsqueeze(1)
-    num_seen = len(groups.seen)
+def reduce_batch(
+    preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None, dtype: torch.dtype, checked: bool = False
+) -> BatchReduction:
+    """Reduce a batch of logits ``(N, C)`` in one pass.
 
-    def others(preds: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        # A maximum costs a fraction of an argmax. So the true class's logit is masked here and compared separately.
-        copy = (preds.clone() if groups.order is None else preds.index_select(1, groups.order)).scatter_(
-            1, place, -torch.inf
-        )
-        return copy[:, :num_seen].amax(1), copy[:, num_seen:].amax(1)
+    A maximum costs a fraction of an argmax. So the true class is left out of the maxima and compared with them. Only
+    where it equals one of them, or something is NaN, a second look at the row decides.
 
-    seen, absent = in_row_chunks(others, preds, place)
-    is_seen = group == _SEEN
-    rival, outside = torch.where(is_seen, seen, absent), torch.where(is_seen, absent, seen)
-    right_in_group = own > rival
-    right = right_in_group & (own > outside)
-    tied = (own == rival) | (own == outside)
-    on_cpu = preds.device.type == "cpu"
-    if not on_cpu or tied.any():  # elsewhere, asking would make the host wait
-        rows = tied.nonzero().squeeze(1) if on_cpu else slice(None)
-        mine = own[rows].unsqueeze(1)
-        column = torch.arange(preds.shape[1], device=preds.device)
-        lower = (preds[rows] == mine) & (column < label[rows].unsqueeze(1))
-        of_class, finite = groups.of_class[:-1], own[rows] > -torch.inf  # -inf never wins
-        lower_in_group = (lower & (of_class == group[rows].unsqueeze(1))).any(1)
-        in_group = (own >= rival)[rows] & finite & ~lower_in_group
-        right_in_group[rows] = in_group
-        right[rows] = in_group & (own >= outside)[rows] & ~(lower & (of_class >= 0)).any(1)
-    top = torch.maximum(own, rival)
-    return BatchReduction(
-        torch.where(is_seen, top, seen), torch.where(is_seen, absent, top), group, right_in_group, right
-    )
+    Args:
+        preds: Logits of shape ``(N, C)``.
+        target: Class ids of shape ``(N,)``.
+        groups: The classes.
+        ignore_index: Samples with this label do not count.
+        dtype: The dtype of the margins, at least as precise as that of the logits.
+        checked: Whether all labels are known to be class ids.
+    """
+    preds = preds.detach()
+    label, place = groups.places(target, ignore_index, checked)
+    column, members = label.unsqueeze(1), groups.members.index_select(1, place)
+    own, size = preds.gather(1, column).squeeze(1).to(dtype), _rows_at_a_time(preds, 2**17)
+    if preds.device.type == "cpu":
+        lead = own - _rivals(preds, column, groups).to(dtype)
+        wins = lead > groups.zero
+        unclear: list[Any] = []
+        if preds.shape[0] and not lead.abs().amin().item() > 0:  # 0 or NaN
+            unclear.extend(torch.split((~(lead.abs() > 0).all(0)).nonzero().squeeze(1), size))
+    else:  # asking for the rows would make the host wait
+        lead = own.new_empty(2, len(preds))
+        wins = torch.empty_like(lead, dtype=torch.bool)
+        unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
+    for rows in unclear:
+        wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    over_seen, over_absent = lead.unbind()
+    margin = torch.where(members[0], over_absent, -over_seen)
+    return BatchReduction(place, groups.codes.index_select(0, place), members, margin, *wins.unbind())
+
+
+def right_in_group(reduction: BatchReduction) -> Tensor:
+    """Return whether the true class wins within its group, ``(N,)``. It is arbitrary for samples that do not count."""
+    return torch.where(reduction.members[0], reduction.beats_seen, reduction.beats_absent)
+
+
+def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
+    """Return the largest logits of the classes of each group other than the true one, ``(2, N)``.
+
+    If a logit of the row is NaN or infinite, they may be NaN.
+    """
+    if groups.rows is not None:  # much faster than to gather the columns
+        rows, elements = groups.rows, 2**16
+        if rows.dtype != preds.dtype:
+            rows = rows.to(preds.dtype)
+
+        def largest(chunk: Tensor, column: Tensor) -> Tensor:
+            return (chunk + rows).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
+    else:
+        order, sizes, elements = groups.order, [len(groups.seen), len(groups.absent)], 2**17
+        column = column if groups.position is None else groups.position[column]
+
+        def largest(chunk: Tensor, column: Tensor) -> Tensor:
+            columns = chunk.clone() if order is None else chunk.index_select(1, order)
+            seen, absent = torch.split(columns.scatter_(1, column, -torch.inf), sizes, 1)
+            return torch.stack([seen.amax(1), absent.amax(1)])
+
+    size = _rows_at_a_time(preds, elements)
+    if preds.shape[0] <= size:
+        return largest(preds, column)
+    chunks = zip(torch.split(preds, size), torch.split(column, size), strict=True)
+    return torch.cat([largest(*chunk) for chunk in chunks], 1)
+
+
+def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return against which group the true class wins, and its lead over it, with ties, NaN and infinity."""
+    mine, column = preds.gather(1, label), torch.arange(preds.shape[1], device=preds.device)
+    rival = (groups.of_class[:-1] == groups.numbers).unsqueeze(1) & (column != label)
+    beaten = (preds < mine) | ((preds == mine) & (column > label))
+    wins = (beaten | ~rival).all(2) & (own > -torch.inf)  # -inf never wins
+    return wins, own - torch.where(rival, preds, -torch.inf).amax(2).to(own.dtype)
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """Return the largest logits among ``classes`` (sorted ids) and their class ids, both of shape ``(N, top_k)``."""
     values, indices = [], []
-    for chunk in torch.split(preds.detach(), _rows_at_a_time(preds, 2**26)):
+    for chunk in torch.split(preds.detach(), _rows_at_a_time(preds, 2**18)):
         if len(classes) < preds.shape[1]:
             chunk = chunk.index_select(1, classes)
         best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
@@ -79,7 +121,7 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function from ``(N, C)`` to ``(N, ...)`` tensors to chunks of rows, which bounds the size of copies."""
-    rows = _rows_at_a_time(tensors[0], 2**22)
+    rows = _rows_at_a_time(tensors[0], 2**16)
     if len(tensors[0]) <= rows:
         return function(*(tensor.detach() for tensor in tensors))
     parts = [
@@ -89,8 +131,8 @@ def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
 
 
 def _rows_at_a_time(preds: Tensor, elements: int) -> int:
-    # On a CPU, the chunk fits in the cache: copying all rows at once takes two to three times as long.
-    return max(1, (2**18 if preds.device.type == "cpu" else elements) // preds.shape[1])
+    # On a CPU, what each thread copies should fit in its cache: copying all rows at once takes several times as long.
+    return max(1, (elements * torch.get_num_threads() if preds.device.type == "cpu" else 2**22) // preds.shape[1])
 
 
 def other_seen_logits(preds: Tensor, target: Tensor, groups: Groups, fill: float) -> Tensor:

@@ -15,22 +15,38 @@ Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
 
 _OTHER, _SEEN, _ABSENT = -1, 0, 1
+_NARROW = 128  # up to here, adding a row takes less time than making two parts
+_NUMBERS = torch.tensor([[_SEEN], [_ABSENT]])
 
 
 class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
-    ``of_class (C + 1,)`` is the group of each class; its last entry is for labels that are not classes. ``order`` lists
-    the seen classes and then the absent ones, or is ``None`` if the classes are already in this order. ``place (C,)``
-    is the position of each class in that order. ``gap_weights`` has one weight per class in that order: its product
-    with the logits is the sum over seen classes divided by ``|S| - 1``, minus the mean over absent classes.
+    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent. ``zero`` is 0: a comparison with a tensor
+    takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, ``members (2, C + 1)``
+    says whether it is in the one or the other, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their
+    last entry is for labels that do not count. ``competing`` lists the classes of both groups in order, if there are
+    others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over seen
+    classes divided by ``|S| - 1``, minus the mean over absent classes.
+
+    There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
+    the absent ones, they are parts of a wide row. If few columns compete, they are gathered: ``order`` lists the seen
+    classes and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise
+    ``rows (2, 1, C)`` is added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is
+    ``None``.
     """
 
     seen: Tensor
     absent: Tensor
+    numbers: Tensor
+    zero: Tensor
     of_class: Tensor
+    members: Tensor
+    codes: Tensor
     order: Tensor | None
-    place: Tensor
+    position: Tensor | None
+    rows: Tensor | None
+    competing: Tensor | None
     gap_weights: Tensor
 
     @classmethod
@@ -39,21 +55,30 @@ class Groups(NamedTuple):
         of_class = torch.full((split.num_classes + 1,), _OTHER)
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
-        seen, absent = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes)
-        order = torch.cat([seen, absent])
-        place = torch.zeros(split.num_classes, dtype=torch.long)
-        place[order] = torch.arange(len(order))
-        in_order = len(order) == split.num_classes and bool((order == torch.arange(len(order))).all())
-        weights = torch.full((len(order),), -1 / len(absent), dtype=torch.float64)
-        weights[: len(seen)] = 1 / max(len(seen) - 1, 1)
-        return cls(seen, absent, of_class, None if in_order else order, place, weights).to(device)
+        seen, absent, numbers = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes), _NUMBERS
+        members, zero = of_class == numbers, torch.tensor(0)
+        weights = torch.zeros(split.num_classes, dtype=torch.float64)
+        weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
+        classes = torch.cat([seen, absent])
+        competing = classes.sort().values if len(classes) < split.num_classes else None
+        order = classes if 2 * len(classes) <= split.num_classes else None
+        position = rows = None
+        if order is not None:
+            position = torch.zeros(split.num_classes, dtype=torch.long)
+            position[order] = torch.arange(len(order))
+        elif competing is not None or split.seen_classes[-1] > split.absent_classes[0] or split.num_classes <= _NARROW:
+            rows = torch.where(members[:, :-1], 0.0, -torch.inf).unsqueeze(1)
+        weights = weights if competing is None else weights[competing]
+        codes = torch.where(of_class < 0, -2, 2 * torch.arange(len(of_class))).int()
+        groups = cls(seen, absent, numbers, zero, of_class, members, codes, order, position, rows, competing, weights)
+        return groups.to(device)
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
-        dtype = real_dtype(device)
+        largest = real_dtype(device)
         return self._replace(
             **{
-                name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+                name: value.to(device, largest if value.dtype == torch.float64 else value.dtype)
                 for name, value in self._asdict().items()
                 if value is not None
             }
@@ -65,11 +90,25 @@ class Groups(NamedTuple):
             return torch.cat([self.seen, self.absent]).sort().values
         return self.seen if group == "seen" else self.absent
 
+    def places(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the column of each label, and its place in ``of_class``, which is the last if it does not count.
+
+        Labels outside of ``[0, C)`` do not count, and get any column. If they are ``checked``, there are none.
+        """
+        target, num_classes = target.long(), len(self.of_class) - 1
+        if checked and ignore_index is None:
+            return target, target
+        column = target.clamp(0, num_classes - 1)
+        counted = column == target if ignore_index is None else (column == target) & (target != ignore_index)
+        return column, torch.where(counted, column, num_classes)
+
     def of_samples(self, target: Tensor, ignore_index: int | None) -> Tensor:
         """Return the group of each label, or -1 if the sample does not count, without a host synchronization."""
-        target = target.long()
-        group = self.of_class[target.clamp(-1, len(self.of_class) - 1)]
-        return group if ignore_index is None else group.masked_fill_(target == ignore_index, _OTHER)
+        return self.of_class.index_select(0, self.places(target, ignore_index)[1])
+
+    def are_seen(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
+        """Return which samples count and belong to seen classes, without a host synchronization."""
+        return self.members[0].index_select(0, self.places(target, ignore_index, checked)[1])
 
 
 def prepare(
@@ -138,7 +177,7 @@ def check_target(target: Tensor, num_samples: int, num_classes: int, ignore_inde
     if not target.numel():
         return
     least, most = target.aminmax()
-    if least >= 0 and most < num_classes:
+    if least.item() >= 0 and most.item() < num_classes:
         return
     outside = (target < 0) | (target >= num_classes)
     if ignore_index is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import top_classes
+from lightning_calibft.functional._group_logits import reduce_batch, right_in_group, top_classes
 from lightning_calibft.functional._inputs import (
     Average,
     Group,
@@ -173,25 +173,34 @@ def accuracy_update(
     top_k: int,
     average: Average,
     ignore_index: int | None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
-    target = target.long()  # unsigned integers of 16 or more bits do not compare with other dtypes
-    values, predicted = top_classes(preds, groups.classes(candidates), top_k)
-    # A logit of -inf never wins, and max and topk put NaN first.
-    found = (predicted == target.unsqueeze(1)) & (values > -torch.inf)
-    right = found.any(1) & ~values[:, 0].isnan()
-    return count_right(right, groups.of_samples(target, ignore_index), target, len(groups.of_class) - 1, average)
+    if top_k == 1:
+        reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype, checked)
+        if candidates == "all":
+            right = reduction.beats_seen & reduction.beats_absent
+        else:
+            right = right_in_group(reduction) & reduction.members[0 if candidates == "seen" else 1]
+        place, members = reduction.place, reduction.members
+    else:
+        values, predicted = top_classes(preds, groups.classes(candidates), top_k)
+        # A logit of -inf never wins, and topk puts NaN first.
+        found = (predicted == target.long().unsqueeze(1)) & (values > -torch.inf)
+        right, (_, place) = found.any(1) & ~values[:, 0].isnan(), groups.places(target, ignore_index)
+        members = groups.members.index_select(1, place)
+    return count_right(right, place, members, len(groups.of_class) - 1, average)
 
 
 def count_right(
-    right: Tensor, group: Tensor, target: Tensor, num_classes: int, average: Average
+    right: Tensor, place: Tensor, members: Tensor, num_classes: int, average: Average
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
-    counted = group >= 0
-    place, size = (group, 2) if average == "micro" else (target.long(), num_classes)
-    place = place.clamp(0, size - 1)
-    zeros = torch.zeros(size, dtype=torch.long, device=group.device)
-    return zeros.index_add(0, place, (right & counted).long()), zeros.index_add(0, place, counted.long())
+    if average == "micro":
+        return (members & right).sum(1), members.sum(1)
+    zeros = torch.zeros(num_classes + 1, dtype=torch.long, device=place.device)
+    correct, total = zeros.index_add(0, place, right.long()), zeros.index_add(0, place, torch.ones_like(place))
+    return correct[:-1], total[:-1]
 
 
 def _mean(correct: Tensor, total: Tensor, groups: Groups, samples: Group, average: Average) -> Tensor:

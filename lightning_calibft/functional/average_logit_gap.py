@@ -12,7 +12,6 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_calibft._arguments import check_absent_share
 from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import (
-    _SEEN,
     Groups,
     prepare,
     real_dtype,
@@ -82,8 +81,8 @@ def average_logit_gap(
     check_seen_classes(len(groups.seen))
     if validate_args:
         warn_if_probabilities(preds)
-    counted = groups.of_samples(target, ignore_index) == _SEEN
-    gamma, standard_error = gap_compute(*gap_sums(average_gaps(preds, target, groups), counted))
+    gaps, counted = average_gaps(preds, target, groups), groups.are_seen(target, ignore_index)
+    gamma, standard_error = gap_compute(*gap_sums(gaps, counted))
     return GammaEstimate(gamma + prior_shift(share, len(groups.seen), len(groups.absent)), standard_error)
 
 
@@ -101,22 +100,26 @@ def check_seen_classes(num_seen_classes: int) -> None:
         )
 
 
-def average_gaps(preds: Tensor, target: Tensor, groups: Groups) -> Tensor:
-    """Return a gap for each sample, ``(N,)``. It is the average logit gap if the sample's class is seen."""
+def average_gaps(preds: Tensor, target: Tensor, groups: Groups, checked: bool = False) -> Tensor:
+    """Return a gap for each sample, ``(N,)``. It is the average logit gap if the sample's class is seen.
+
+    If labels are not ``checked``, they may be outside of ``[0, C)``.
+    """
     dtype = real_dtype(preds.device)
 
-    def gaps(preds: Tensor, target: Tensor) -> tuple[Tensor]:
-        own = preds.gather(1, target.long().clamp(0, preds.shape[1] - 1).unsqueeze(1)).squeeze(1).to(dtype)
-        ordered = preds if groups.order is None else preds.index_select(1, groups.order)
-        return (ordered.to(dtype).mv(groups.gap_weights) - own / (len(groups.seen) - 1),)
+    def gaps(preds: Tensor) -> tuple[Tensor]:
+        columns = preds if groups.competing is None else preds.index_select(1, groups.competing)
+        return (columns.to(dtype).mv(groups.gap_weights),)
 
-    return in_row_chunks(gaps, preds, target)[0]
+    column, _ = groups.places(target, None, checked)
+    own = preds.detach().gather(1, column.unsqueeze(1)).squeeze(1)
+    return in_row_chunks(gaps, preds)[0].sub_(own, alpha=1 / (len(groups.seen) - 1))
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the number of counted samples, the sum of their gaps, and the sum of the squared gaps."""
     gaps = torch.where(counted, gaps, 0.0)
-    return counted.sum(), gaps.sum(), gaps.square().sum()
+    return counted.sum(), gaps.sum(), gaps.dot(gaps)
 
 
 def gap_compute(count: Tensor, total: Tensor, squares: Tensor) -> GammaEstimate:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_absent_share, check_choice
-from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch
+from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch, right_in_group
 from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,
@@ -233,8 +233,8 @@ def _curve(
     groups = prepare(preds, target, seen_classes, absent_classes, ignore_index, validate_args)
     if validate_args:
         warn_if_probabilities(preds)
-    margin, code = curve_update(reduce_batch(preds, target, groups, ignore_index), target, real_dtype(preds.device))
-    return curve_compute(margin, code, groups.of_class, average)
+    reduction = reduce_batch(preds, target, groups, ignore_index, real_dtype(preds.device), validate_args)
+    return curve_compute(reduction.margin, curve_codes(reduction), groups.of_class, average)
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -248,12 +248,9 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, real_dtype(device))
 
 
-def curve_update(reduction: BatchReduction, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return margins in ``dtype`` and int32 codes: 2 * class + (right in its group), or -1 if not counted."""
-    margin = reduction.top_seen.to(dtype) - reduction.top_absent.to(dtype)
-    right = reduction.right_in_group & ~margin.isnan()  # a sample with a NaN logit is wrong at every gamma
-    code = torch.add(right, target.long(), alpha=2).masked_fill_(reduction.group < 0, -1)
-    return margin, code.int()
+def curve_codes(reduction: BatchReduction) -> Tensor:
+    """Return an int32 code for each sample: 2 * class + (right in its group), or a negative one if not counted."""
+    return reduction.code + right_in_group(reduction)
 
 
 def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:
@@ -275,7 +272,7 @@ def _build(margin: Tensor, code: Tensor, of_class: Tensor, average: Average, uni
     weight = mass / counts.clamp(min=1)  # weight of a sample
     seen_mass, absent_mass = mass[of_class == _SEEN].sum(), mass[of_class == _ABSENT].sum()
 
-    right = (code & 1).bool()
+    right = (code & 1).bool() & ~margin.isnan()  # a sample with a NaN logit is wrong at every gamma
     label = (code >> 1)[right].long()
     gamma, step = unique(margin[right], return_inverse=True)
     in_seen = of_class[label] == _SEEN

@@ -120,7 +120,7 @@ class AbsentClassMetric(Metric):
         if self.class_map is not None:
             check_mapped(rows)
         check_inputs(preds, rows, self.split.num_classes, self._ignored_row)
-        if probabilities and len(preds) and not self._looked_for_probabilities:
+        if probabilities and not self._looked_for_probabilities and len(preds):
             self._looked_for_probabilities = True
             warn_if_probabilities(preds)
         return rows
@@ -168,8 +168,8 @@ def append_part(parts: list[Tensor], part: Tensor) -> None:
     parts.append(part)
     if len(parts) % _JOINED:
         return
-    first, size = len(parts) - 1, len(part)
-    while first > 0 and len(parts[first - 1]) <= 2 * size:  # so that each sample is copied O(log N) times
+    first, size = len(parts) - 1, part.shape[0]
+    while first > 0 and parts[first - 1].shape[0] <= 2 * size:  # so that each sample is copied O(log N) times
         first -= 1
-        size += len(parts[first])
+        size += parts[first].shape[0]
     parts[first:] = [torch.cat(parts[first:])]

@@ -52,9 +52,8 @@ class _CountedAccuracy(AbsentClassMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
         rows = self._rows(preds, target, probabilities=False)
-        correct, total = accuracy_update(
-            preds, rows, self._groups, self.candidates, self.top_k, self.average, self._ignored_row
-        )
+        options = self.candidates, self.top_k, self.average, self._ignored_row, self.validate_args
+        correct, total = accuracy_update(preds, rows, self._groups, *options)
         self.correct = self.correct + correct
         self.total = self.total + total
 

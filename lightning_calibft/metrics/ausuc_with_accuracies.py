@@ -56,8 +56,9 @@ class AUSUCWithAccuracies(AUSUC):
         super().reset()
         self._values = {}
 
-    def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
-        super()._append(reduction, rows)
-        correct, total = count_right(reduction.right, reduction.group, rows, self.split.num_classes, self.average)
+    def _append(self, reduction: BatchReduction) -> None:
+        super()._append(reduction)
+        right = reduction.beats_seen & reduction.beats_absent
+        correct, total = count_right(right, reduction.place, reduction.members, self.split.num_classes, self.average)
         self.correct = self.correct + correct
         self.total = self.total + total

@@ -89,4 +89,4 @@ class AverageLogitGap(MeanGapEstimator):
         return prior_shift(absent_share, len(self.split.seen_classes), len(self.split.absent_classes))
 
     def _gaps(self, preds: Tensor, target: Tensor) -> Tensor:
-        return average_gaps(preds, target, self._groups)
+        return average_gaps(preds, target, self._groups, self.validate_args and self.ignore_index is None)

@@ -14,6 +14,26 @@ from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
+class _OfOneState(MetricCollection):
+    """A collection whose metrics all read the states of the first one of their only compute group.
+
+    :class:`torchmetrics.MetricCollection` hands these states on after each batch, which takes about as long as the
+    update itself if batches are small. They are handed on anyway when the metrics are read.
+    """
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add a batch of logits ``preds (N, C)`` and class ids ``target (N,)``."""
+        if len(self.compute_groups) > 1:  # metrics were added
+            super().update(*args, **kwargs)
+            return
+        first = self._modules[self.compute_groups[0][0]]
+        first.update(*args, **(first._filter_kwargs(**kwargs) if kwargs else {}))
+        self._state_is_copy = False
+        for metric in self._modules.values():
+            if metric._computed is not None:
+                metric._computed = None  # type: ignore[unreachable]
+
+
 def absent_class_metrics(
     num_classes: int,
     seen_classes: ClassIds,
@@ -65,7 +85,7 @@ def absent_class_metrics(
         "class_map": resolve_class_map(class_map, label_names, num_classes),
         **kwargs,
     }
-    return MetricCollection(
+    return _OfOneState(
         {
             "ausuc": AUSUCWithAccuracies(num_classes, seen, absent, **common),
             "acc_all": SplitAccuracy(num_classes, seen, absent, **common),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_calibft.functional._inputs import _SEEN
 from lightning_calibft.functional.average_logit_gap import check_seen_classes
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions
 from lightning_calibft.split import ClassIds
@@ -40,4 +39,4 @@ class GammaEstimator(AbsentClassMetric):
 
     def _counted(self, rows: Tensor) -> Tensor:
         """Return which samples belong to seen classes, ``(N,)``."""
-        return self._groups.of_samples(rows, self._ignored_row) == _SEEN
+        return self._groups.are_seen(rows, self._ignored_row, self.validate_args)

@@ -21,8 +21,8 @@ from lightning_calibft.functional.seen_unseen_curve import (
     curve_accuracies,
     curve_area,
     curve_best_gamma,
+    curve_codes,
     curve_compute,
-    curve_update,
     to_real,
 )
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric, MetricOptions, append_part
@@ -100,14 +100,13 @@ class SeenUnseenCurve(AbsentClassMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` and class ids ``(N,)``."""
         rows = self._rows(preds, target, probabilities=True)
-        self._append(reduce_batch(preds, rows, self._groups, self._ignored_row), rows)
-
-    def _append(self, reduction: BatchReduction, rows: Tensor) -> None:
         # For logits of at most float32, rounding the difference once or twice gives the same float32.
-        dtype = torch.promote_types(reduction.top_seen.dtype, torch.float32)
-        margin, code = curve_update(reduction, rows, dtype)
-        append_part(cast("list[Tensor]", self.margin), margin.float())
-        append_part(cast("list[Tensor]", self.code), code)
+        dtype = torch.promote_types(preds.dtype, torch.float32)
+        self._append(reduce_batch(preds, rows, self._groups, self._ignored_row, dtype, self.validate_args))
+
+    def _append(self, reduction: BatchReduction) -> None:
+        append_part(cast("list[Tensor]", self.margin), reduction.margin.float())
+        append_part(cast("list[Tensor]", self.code), curve_codes(reduction))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return seen accuracy, absent accuracy and gamma of all samples so far."""

@@ -130,3 +130,21 @@ def test_forward_of_a_collection():
         assert values["acc_absent"] == F.split_accuracy(*part, seen, absent, samples="absent")
     assert metrics.compute()["ausuc"] == F.ausuc(logits, target, seen, absent)
     assert metrics.clone().state_dict() == {}
+
+
+def test_reading_between_updates():
+    """Values, copies of the metrics and metrics that were added follow each batch, and so does a reset."""
+    logits, target, seen, absent = random_case(0)
+    metrics = absent_class_metrics(9, seen, absent)
+    for end in (20, 40, 60):
+        metrics.update(preds=logits[end - 20 : end], target=target[end - 20 : end])
+        args = logits[:end], target[:end], seen, absent
+        assert metrics["acc_seen"].compute() == F.split_accuracy(*args, samples="seen")
+        assert metrics.compute()["acc_harmonic"] == F.harmonic_mean_accuracy(*args)
+        assert {name: metric.compute() for name, metric in metrics.items()} == metrics.compute()
+    metrics.reset()
+    metrics.add_metrics({"gap": AverageLogitGap(9, seen, absent)})
+    metrics.update(logits, target)
+    values = metrics.compute()
+    assert values["acc_all"] == F.split_accuracy(logits, target, seen, absent)
+    assert values["gap"].item() == pytest.approx(F.average_logit_gap(logits, target, seen, absent).gamma.item())
