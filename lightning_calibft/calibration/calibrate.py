@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_calibft._arguments import check_model
-from lightning_calibft._format import expected_harm
+from lightning_calibft._format import warning_of_harm
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import check_weights
 from lightning_calibft.calibration.distributed import SharedErrors
@@ -162,8 +162,8 @@ def calibrate(
     for module in attached_heads(model).values() if fresh else ():
         if offset_of(module).coefficient == 0:  # in a copy of the model that does not give the logits
             remove_offset(module)
-    set_attached_gamma(model, result.gamma, result.split)
-    if harm := expected_harm(result.as_dict()):
+    set_attached_gamma(model, result.gamma, result.split, result.as_dict())
+    if harm := warning_of_harm(result.as_dict()):
         warnings.warn(harm, stacklevel=2)
     return result
 

@@ -86,7 +86,7 @@ class EvaluationPass:
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
     tolerance: float | None = None  # stop when the standard error of gamma is at most this
-    validation: bool = False  # whether the samples may be of all classes
+    validation: bool = False  # whether it reads validation data, of all classes
     progress: bool = True
     pretrained: Mapping[str, Tensor] | None = None  # the weights before fine-tuning, as a state dict of `model`
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
@@ -130,7 +130,7 @@ class EvaluationPass:
         with SharedErrors().shared():
             estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
         self.feed(estimator, split)
-        return result_of(estimator, self.estimator)
+        return result_of(estimator, self.estimator, held_out=self.validation)
 
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
         """Run the model over the data and update ``estimator`` with its logits.

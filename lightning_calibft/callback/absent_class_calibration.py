@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_type
-from lightning_calibft._format import METADATA_KEY, expectations, expected_harm
+from lightning_calibft._format import METADATA_KEY, expectations, warning_of_harm
 from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.data_check import warn_if_positions
@@ -743,7 +743,7 @@ class AbsentClassCalibration(LightningCallback):
             for _ in averaged_copies(trainer, model):
                 # When training ends, the model already has the averaged weights.
                 result = live if trained else self._run(trainer, model, reading, split)
-                set_attached_gamma(model, result.gamma, split)
+                set_attached_gamma(model, result.gamma, split, result.as_dict())
 
     def _run(
         self, trainer: Trainer, model: LightningModule, reading: EvaluationPass, split: ClassSplit
@@ -770,7 +770,7 @@ class AbsentClassCalibration(LightningCallback):
     def _put(self, model: LightningModule, result: CalibrationResult) -> None:
         self.result = result
         self._copies.leave_out_frozen()
-        set_attached_gamma(model, result.gamma, result.split)
+        set_attached_gamma(model, result.gamma, result.split, result.as_dict())
 
     def _follow(self, trainer: Trainer, model: LightningModule, live: CalibrationResult) -> None:
         """Put the gamma of its weights into a model whose own ``on_fit_end`` may have changed them, or warn."""
@@ -841,7 +841,7 @@ class AbsentClassCalibration(LightningCallback):
                 told += _learned_by_heart(result, [float(alone[name]) for name in alone if "val_acc_seen" in name])
         note = f"validation data, weights of step {self._monitor.step} of {trainer.global_step}"
         rank_zero_info(_summary(result, before, after, note, told, self.checkpoint_results))
-        if harm := expected_harm(result.as_dict()):
+        if harm := warning_of_harm(result.as_dict()):
             rank_zero_warn(harm)
         logged = {
             f"{self.metric_prefix}gamma": result.gamma,

@@ -151,7 +151,7 @@ def calibrate_files(
             before = checkpoint["state_dict"], checkpoint.get(METADATA_KEY)
             with _loaded(checkpoint, trainer, model, hooks, attach):
                 result = run(not hooks)
-                set_attached_gamma(model, result.gamma, split)
+                set_attached_gamma(model, result.gamma, split, result.as_dict())
                 checkpoint["state_dict"] = copy.copy(before[0])
                 put_calibration(checkpoint, calibration_entries(model.state_dict()), result)
             _write_by_first(checkpoint, before, path, trainer, found)

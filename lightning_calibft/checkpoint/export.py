@@ -25,6 +25,7 @@ from lightning_calibft.checkpoint.files import (
 )
 from lightning_calibft.checkpoint.state import calibrated_heads, folded_metadata
 from lightning_calibft.head.fold import fold
+from lightning_calibft.head.offset import record_of
 
 _WEIGHTS = (SAFETENSORS, ".pth", ".pt")
 _LARGEST_ONNX = 2**31 - 2**20  # bytes: an ONNX file is one protobuf message of at most 2 GiB, graph included
@@ -77,8 +78,9 @@ def export(
         check_type("result", result, CalibrationResult)
     model = getattr(model, "_orig_mod", model)  # a compiled model
     check_destination(model, destination, inputs)
-    found = {} if result is None else result.as_dict()
-    metadata = folded_metadata(found, calibrated_heads(model.state_dict(), "the model"))
+    heads = calibrated_heads(model.state_dict(), "the model")
+    found = record_of(model.get_submodule(next(iter(heads)).rstrip("."))) if result is None else result.as_dict()
+    metadata = folded_metadata(found, heads)
     copied = copy.deepcopy(model).eval()
     try:
         copied = fold(copied)

@@ -87,7 +87,7 @@ def load_calibrated(module_class: type[Module], path: StrPath, *, weights_only: 
     detach(module)  # one that the class attaches may be at another module
     attach_at(module, *split_copies(module, tuple(dict.fromkeys(modules.values()))), widths.pop())
     for prefix, (gamma, mask) in heads.items():
-        offset_of(modules[prefix]).set(gamma, ClassSplit(len(mask), *classes_of(metadata, mask)))
+        offset_of(modules[prefix]).set(gamma, ClassSplit(len(mask), *classes_of(metadata, mask)), metadata)
     return module.eval()
 
 

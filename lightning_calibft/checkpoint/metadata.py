@@ -9,7 +9,7 @@ from operator import lt
 from reprlib import repr as short
 from typing import Any
 
-from lightning_calibft._format import StrPath, parse_json
+from lightning_calibft._format import VERDICTS, StrPath, parse_json
 
 _MOST_CLASSES = 2**31 - 1
 _LARGEST_GAMMA = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -140,37 +140,47 @@ _DATA_CONFIG: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
 def _is_share_table(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not {"absent_share", "gamma"} <= value.keys() <= _COLUMNS.keys():
+    if not isinstance(value, Mapping) or not {"absent_share", "gamma"} <= value.keys() <= _SHARE_TABLE.keys():
         return False
-    columns = list(value.values())
-    if not all(isinstance(column, (list, tuple)) and all(map(_is_finite, column)) for column in columns):
+    if not all(_SHARE_TABLE[key](value[key]) for key in value):
         return False
     shares = value["absent_share"]
     return (
-        1 < len(shares) <= _MOST_SHARES
-        and all(len(column) == len(shares) for column in columns)
-        and all(
-            low <= item <= high for key, column in value.items() for low, high in [_COLUMNS[key]] for item in column
-        )
+        1 < len(shares) <= 1000
+        and all(len(column) == len(shares) for column in value.values() if not _is_number(column))
         and shares[0] > 0
         and shares[-1] < 1
         and all(map(lt, shares, shares[1:]))
     )
 
 
+def _are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check for a list of values that each pass ``check``."""
+    return lambda value: isinstance(value, (list, tuple)) and all(map(check, value))
+
+
+# What `ShareTable.as_dict` returns.
+_SHARE_TABLE: dict[str, Callable[[Any], bool]] = {
+    "gamma": _are(_is_finite),
+    **dict.fromkeys(
+        ("absent_share", "seen_accuracy", "absent_accuracy", "seen_below", "absent_below", "break_even_share"),
+        _are(_is_share),
+    ),
+    **dict.fromkeys(("seen_accuracy_without", "absent_accuracy_without"), _is_share),
+}
+
 _TEXT: tuple[Callable[[Any], bool], str] = (_is_text, "a line of text")
 _CLASSES: tuple[Callable[[Any], bool], str] = (_is_classes, "a list of class ids")
-_SHARE: tuple[Callable[[Any], bool], str] = (lambda value: _is_number(value) and 0 <= value <= 1, "a share in [0, 1]")
+_SHARE: tuple[Callable[[Any], bool], str] = (_is_share, "a share in [0, 1]")
 _CHANGE: tuple[Callable[[Any], bool], str] = (
     lambda value: _is_number(value) and -1 <= value <= 1,
     "a change in [-1, 1]",
 )
-_MOST_SHARES = 1000
-_COLUMNS = {  # their ranges
-    "gamma": (-_LARGEST_GAMMA, _LARGEST_GAMMA),
-    **dict.fromkeys(("absent_share", "seen_accuracy", "absent_accuracy", "seen_below", "absent_below"), (0.0, 1.0)),
-}
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (_is_finite, "a finite number"),
     "standard_error": (lambda value: _is_number(value) and not _LARGEST_GAMMA < abs(value) < math.inf, "a number"),
@@ -181,7 +191,9 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seen_change": _CHANGE,
     "absent_change": _CHANGE,
     "break_even_share": _SHARE,
-    "share_table": (_is_share_table, "columns of numbers for increasing shares in (0, 1)"),
+    "verdict": (lambda value: value in VERDICTS, f"one of {', '.join(VERDICTS)}"),
+    "held_out": (lambda value: isinstance(value, bool), "true or false"),
+    "share_table": (_is_share_table, "columns of numbers for shares in (0, 1) that increase"),
     "num_classes": (lambda value: _is_count(value) and 1 < value <= _MOST_CLASSES, "a number of classes"),
     "seen_classes": _CLASSES,
     "absent_classes": _CLASSES,

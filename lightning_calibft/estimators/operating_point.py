@@ -162,21 +162,24 @@ class OperatingPoint(SeenUnseenCurve):
         if gamma.isnan() or self._goal.criterion != "accuracy":
             return None
         curve = self._computed_curve()
+        without = [accuracy.item() for accuracy in point_at(*curve[:3], 0.0)]
         is_seen = self._groups.of_class.cpu()[(code >> 1).long()] == _SEEN
 
         def row(share: float) -> dict[str, float]:
             gamma = curve_best_gamma(curve, replace(self._goal, absent_share=share))
-            seen, absent = point_at(*curve[:3], gamma)
+            seen, absent = (accuracy.item() for accuracy in point_at(*curve[:3], gamma))
+            lost, won = without[0] - seen, absent - without[1]
             below = (margin < gamma).double()
             return {
                 "gamma": gamma.item(),
-                "seen_accuracy": seen.item(),
-                "absent_accuracy": absent.item(),
+                "seen_accuracy": seen,
+                "absent_accuracy": absent,
                 "seen_below": below[is_seen].mean().item(),
                 "absent_below": below[~is_seen].mean().item(),
+                "break_even_share": lost / (lost + won) if lost + won else share,
             }
 
-        return ShareTable.of(row)
+        return ShareTable.of(row, *without)
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         self.compute()

@@ -239,16 +239,18 @@ def pseudo_absent_table(samples: WeighedSamples) -> ShareTable:
     def row(share: float) -> dict[str, float]:
         nonlocal low  # gamma rises with the share
         low = gamma = _balanced(samples, share, low, high)
-        found = (copy_margin < gamma).to(right)
+        found, pays = (copy_margin < gamma).to(right), break_even_share(samples, margin.new_tensor(gamma)).item()
         return {
             "gamma": gamma,
             "seen_accuracy": (right * (margin > gamma).to(right)).mean().item(),
             "absent_accuracy": (copy_right * found).mean().item(),
             "seen_below": torch.sigmoid(smooth * (gamma - margin)).mean().item(),
             "absent_below": torch.sigmoid(smooth * (gamma - copy_margin)).mean().item(),
+            "break_even_share": share if math.isnan(pays) else pays,  # far from all margins, nothing is at stake
         }
 
-    return ShareTable.of(row)
+    without = (right * (margin > 0).to(right)).mean(), (copy_right * (copy_margin < 0).to(right)).mean()
+    return ShareTable.of(row, *map(float, without))
 
 
 def accuracy_change(samples: WeighedSamples, gamma: Tensor) -> tuple[Tensor, Tensor]:

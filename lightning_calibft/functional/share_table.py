@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 Column = tuple[float, ...]
@@ -32,6 +32,10 @@ class ShareTable:
             margin of a sample is its largest logit of a seen class less its largest one of an absent class, before
             gamma.
         absent_below: The same of all samples of absent classes.
+        break_even_share: The share of samples of absent classes above which each gamma is expected to pay, if it is
+            positive, and below which, if it is negative.
+        seen_accuracy_without: Expected accuracy on samples of seen classes without gamma, one number.
+        absent_accuracy_without: The same on samples of absent classes.
 
     Example:
         >>> table = ShareTable(absent_share=(0.1, 0.5, 0.9), gamma=(1.0, 2.0, 4.0))
@@ -45,22 +49,27 @@ class ShareTable:
     absent_accuracy: Column | None = None
     seen_below: Column | None = None
     absent_below: Column | None = None
+    break_even_share: Column | None = None
+    seen_accuracy_without: float | None = None
+    absent_accuracy_without: float | None = None
 
     @classmethod
-    def of(cls, row: Callable[[float], Mapping[str, float]]) -> ShareTable:
-        """Return the table whose row for a share of absent samples is ``row(share)``."""
+    def of(cls, row: Callable[[float], Mapping[str, float]], *without: float) -> ShareTable:
+        """Return the table whose row for a share is ``row(share)``, and the accuracies without gamma."""
         rows = [row(share) for share in ABSENT_SHARES]
-        columns = {name: tuple(round(float(each[name]), _DIGITS) for each in rows) for name in rows[0]}
-        return cls(absent_share=ABSENT_SHARES, **columns)
+        columns = {name: tuple(round(each[name], _DIGITS) for each in rows) for name in rows[0]}
+        seen, absent = (round(accuracy, _DIGITS) for accuracy in without) if without else (None, None)
+        return cls(ABSENT_SHARES, **columns, seen_accuracy_without=seen, absent_accuracy_without=absent)
 
     def at(self, absent_share: float) -> dict[str, float]:
-        """Return the row for a share, by linear interpolation in the log-odds of shares.
+        """Return what is known of a share, by linear interpolation in the log-odds of shares.
 
         Args:
             absent_share: A share between the first and the last of the table.
 
         Returns:
-            The columns that are known, by name.
+            The values of the columns that are known, by name, and ``seen_change`` and ``absent_change``, which are the
+            differences from the accuracies without gamma.
 
         Raises:
             ValueError: If the share is outside the table.
@@ -74,18 +83,24 @@ class ShareTable:
         above = max(bisect_left(self.absent_share, absent_share), 1)
         low, share, high = map(_log_odds, (self.absent_share[above - 1], absent_share, self.absent_share[above]))
         weight = (share - low) / (high - low)
-        return {
-            name: (1 - weight) * column[above - 1] + weight * column[above] for name, column in self.as_dict().items()
-        } | {"absent_share": absent_share}
+        columns = {name: column for name, column in vars(self).items() if isinstance(column, tuple)}
+        row = {name: (1 - weight) * column[above - 1] + weight * column[above] for name, column in columns.items()}
+        for side in ("seen", "absent"):
+            without = getattr(self, f"{side}_accuracy_without")
+            if without is not None and f"{side}_accuracy" in row:
+                row[f"{side}_change"] = row[f"{side}_accuracy"] - without
+        return {**row, "absent_share": absent_share}
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """Return the columns that are known as lists of plain numbers."""
-        return {name: list(column) for name, column in asdict(self).items() if column is not None}
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is known as lists of plain numbers, and plain numbers."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
     @classmethod
-    def from_dict(cls, columns: Mapping[str, Any]) -> ShareTable:
+    def from_dict(cls, known: Mapping[str, Any]) -> ShareTable:
         """Return the table that :meth:`as_dict` has described."""
-        return cls(**{name: tuple(map(float, column)) for name, column in columns.items()})
+        columns = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**{**known, **columns})
 
 
 def _log_odds(share: float) -> float:

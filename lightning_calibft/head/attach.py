@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,11 +173,13 @@ def set_gamma(
     return set_attached_gamma(attach(model, head), gamma, split)
 
 
-def set_attached_gamma(model: nn.Module, gamma: float, split: ClassSplit) -> nn.Module:
+def set_attached_gamma(
+    model: nn.Module, gamma: float, split: ClassSplit, record: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Set gamma of an attached model, for a split that fits its head. Frozen copies of the head stay without it."""
     for child in map(offset_of, attached_heads(model).values()):
         if not child.left_out:
-            child.set(gamma, split)
+            child.set(gamma, split, record)
     return model
 
 

@@ -18,6 +18,7 @@ from lightning_calibft.head.offset import (
     check_not_folded,
     mark_head_folded,
     offset_of,
+    record_of,
 )
 
 # Prefixes of the names in a Linear or Conv2d, which may be pruned, reparametrized or have an adapter.
@@ -63,6 +64,15 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         raise ValueError("Expected argument `model` to be calibrated. Call `calibrate` or `set_gamma` first.")
     for name, module in heads.items():
         _check_layer(name, module)
+    shifts = {f"{name}.".removeprefix("."): offset_of(module).shift().flatten() for name, module in heads.items()}
+    shift_biases(model, shifts, add_bias=add_bias)
+    for module in heads.values():
+        mark_head_folded(module, record_of(module))
+    return detach(model)
+
+
+def shift_biases(model: nn.Module, shifts: Mapping[str, Tensor], *, add_bias: bool = False) -> None:
+    """Shift the logits of heads by their biases, in place. The arguments are those of :func:`folded_biases`."""
     # Collected by module, so that a parameter has several names only if several modules share it.
     tensors = {
         f"{name}.{key}".removeprefix("."): tensor
@@ -70,7 +80,6 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         if not isinstance(module, AbsentClassOffset)
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
-    shifts = {f"{name}.".removeprefix("."): offset_of(module).shift().flatten() for name, module in heads.items()}
     for name, bias in folded_biases(tensors, shifts, add_bias=add_bias).items():
         owner, _, key = name.rpartition(".")
         layer = model.get_submodule(owner)
@@ -80,9 +89,6 @@ def fold(model: nn.Module, *, add_bias: bool = False) -> nn.Module:
         else:
             weight = cast(Tensor, layer.weight)
             layer.register_parameter(key, nn.Parameter(bias, requires_grad=weight.requires_grad))
-    for module in heads.values():
-        mark_head_folded(module)
-    return detach(model)
 
 
 def folded_biases(

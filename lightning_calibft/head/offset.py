@@ -1,7 +1,8 @@
 """A child module of a classification head that adds gamma to the logits of the absent classes."""
 
 # No postponed annotations here: `torch.jit.script` compiles the hook and the forward.
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Tuple, cast  # noqa: UP035
 
 import torch
@@ -17,6 +18,7 @@ from lightning_calibft.split import ClassSplit
 
 # `fold` sets this attribute of a head to True. It is not in the state dict.
 FOLDED_NAME = "_absent_class_calibration_folded"
+RECORD_NAME = "_absent_class_calibration_record"  # likewise, what is known of the folded gamma
 Recorder = Callable[["AbsentClassOffset", Tensor], None]
 
 
@@ -51,6 +53,8 @@ class AbsentClassOffset(nn.Module):
         self.proved_structure: tuple[Any, ...] | None = None
         # How that model is run on a batch.
         self.proved_call = ""
+        # What is known of gamma: `CalibrationResult.as_dict`. It is not in the state dict, so it can be out of date.
+        self.record: dict[str, Any] = {}
         # The hooks on the head, which `detach` removes.
         self.handles: tuple[RemovableHandle, ...] = ()
         # The mask is float32, because weight averaging interpolates buffers, which does not work for bool or integers.
@@ -58,6 +62,7 @@ class AbsentClassOffset(nn.Module):
 
     def resize(self, num_classes: int, device: torch.device) -> None:
         """Make new buffers, without gamma, for a head of ``num_classes``."""
+        self.record = {}
         with torch.inference_mode(False):
             self.register_buffer("offset", torch.zeros((), dtype=torch.float32, device=device))
             self.register_buffer("mask", torch.zeros(num_classes, dtype=torch.float32, device=device))
@@ -90,8 +95,9 @@ class AbsentClassOffset(nn.Module):
         """Return the offset, or ``None`` if the head is not calibrated."""
         return self.offset.item() if self.mask.any() else None
 
-    def set(self, gamma: float, split: ClassSplit) -> None:
+    def set(self, gamma: float, split: ClassSplit, record: Mapping[str, Any] | None = None) -> None:
         """Set gamma in place, so that compiled code and existing state dicts see the change."""
+        self.record = dict(record or {})
         with torch.no_grad():
             self.offset.fill_(gamma)
             self.mask.copy_(split.absent_mask)
@@ -102,6 +108,7 @@ class AbsentClassOffset(nn.Module):
 
     def reset_parameters(self) -> None:
         """Remove the calibration in place. Torch calls this after it has allocated a module that was on ``meta``."""
+        self.record = {}
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -198,6 +205,15 @@ def is_attached(head: nn.Module) -> bool:
     return isinstance(dict(head.named_children()).get(CHILD_NAME), AbsentClassOffset)
 
 
+def record_of(head: nn.Module) -> dict[str, Any]:
+    """Return what is known of the gamma that an attached or folded head has now; nothing if it has another one."""
+    if not is_attached(head):
+        return dict(vars(head).get(RECORD_NAME, {}))
+    child = offset_of(head)
+    same = child.record.get("absent_classes") == child.mask.nonzero().flatten().tolist()
+    return child.record if same and math.isclose(child.record["gamma"], child.offset.item(), rel_tol=1e-6) else {}
+
+
 def offset_of(head: nn.Module) -> AbsentClassOffset:
     """Return the calibration of an attached head."""
     return cast(AbsentClassOffset, head.get_submodule(CHILD_NAME))
@@ -243,10 +259,11 @@ def _is_folded_by_config(module: nn.Module) -> bool:
     return isinstance(metadata, dict) and metadata.get("folded") is True
 
 
-def mark_head_folded(head: nn.Module) -> None:
+def mark_head_folded(head: nn.Module, record: Mapping[str, Any]) -> None:
     """Mark a head as folded, and also the layer inside it that remains after merging an adapter."""
     for module in {head, base_layer(head)}:
         setattr(module, FOLDED_NAME, True)
+        setattr(module, RECORD_NAME, {**record, "folded": True} if record else {})
 
 
 def check_not_folded(head: nn.Module, inside: Iterable[nn.Module] = ()) -> None:

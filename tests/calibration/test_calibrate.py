@@ -184,4 +184,5 @@ def test_the_result():
         "seen_classes": list,
         "absent_classes": list,
         "share_table": dict,
+        "verdict": str,
     }
