@@ -11,6 +11,7 @@ StrPath = str | os.PathLike[str]
 
 CHILD_NAME = "absent_class_calibration"  # the module inside the head that calibrates it
 OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
+RECORD_NAME = "_absent_class_calibration_record"  # an attribute of a head: what is known of the gamma folded into it
 METADATA_KEY = "lightning_calibft"  # what a file says about its calibration, stored with the weights
 SAFETENSORS = ".safetensors"
 GRAPHS = (".onnx", ".pt2")  # files of models with their code

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_calibft.calibration.batch_reader import UNPACK_REMEDY, Arguments, BatchReader
+from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.head.evaluation import unchanged
 from lightning_calibft.head.layers import is_layer, is_lightning_module, num_classes
 from lightning_calibft.head.offset import attached_heads, offset_of
@@ -31,7 +32,7 @@ from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, re
 
 PROBE_ROWS = 4
 REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
-_STEPS = ("validation_step", "training_step")
+STEPS = ("validation_step", "training_step")
 OTHER_INPUTS = "other inputs"
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -124,7 +125,7 @@ class OwnForwardCall:
 
 
 def logits_of_first_batch(
-    model: nn.Module, batch: Any, target: Tensor, reader: BatchReader, context: Context = nullcontext
+    model: nn.Module, batch: Any, target: Tensor, reader: BatchReader | UnlabeledReader, context: Context = nullcontext
 ) -> tuple[BatchCall, Tensor]:
     """Return the way to run an attached model on batches, and the raw logits of this one.
 
@@ -250,7 +251,7 @@ def _width(model: nn.Module) -> int:
     return num_classes(next(iter(attached_heads(model).values())))
 
 
-def _forward_calls(model: nn.Module, reader: BatchReader, batch: Any) -> list[BatchCall]:
+def _forward_calls(model: nn.Module, reader: BatchReader | UnlabeledReader, batch: Any) -> list[BatchCall]:
     part = _part_with_forward(model)
     if part is None:
         return []
@@ -259,7 +260,7 @@ def _forward_calls(model: nn.Module, reader: BatchReader, batch: Any) -> list[Ba
     return [BatchCall(model, name, partial(_of_way, reader, forward, name), part) for name in ways]
 
 
-def _of_way(reader: BatchReader, forward: nn.Module, name: str, batch: Any) -> Arguments:
+def _of_way(reader: BatchReader | UnlabeledReader, forward: nn.Module, name: str, batch: Any) -> Arguments:
     return reader.arguments(batch, forward)[name]
 
 
@@ -282,7 +283,7 @@ def _step_calls(model: nn.Module) -> list[BatchCall]:
         return []
     return [
         BatchCall(model, name, partial(_step_arguments, getattr(model, name)), step=name)
-        for name in _STEPS
+        for name in STEPS
         if not _is_of_lightning(model, name)
     ]
 
@@ -374,7 +375,7 @@ def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context) -> Te
 
 def _no_call_error(model: nn.Module, failures: dict[str, Exception]) -> ValueError:
     """Return the error for a model that does not run on a batch in any way."""
-    shown = [name for name in failures if name not in _STEPS][:1] + [name for name in _STEPS if name in failures]
+    shown = [name for name in failures if name not in STEPS][:1] + [name for name in STEPS if name in failures]
     told = "; ".join(f"`{name}` {_told(failures[name])}" for name in shown)
     if not told:
         told = "it has neither its own `forward` nor a step that runs"

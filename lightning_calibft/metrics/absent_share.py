@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft._arguments import check_number, check_type
+from lightning_calibft._arguments import check_model, check_number, check_type
+from lightning_calibft._format import CHILD_NAME, RECORD_NAME
 from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import check_matrix, real_dtype, warn_if_probabilities
 from lightning_calibft.functional.absent_share import ShareEstimate, estimate_share, margin_edges
@@ -17,6 +19,7 @@ from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
 from lightning_calibft.split import ClassIds
 
+_HALF_LIFE = 50.0  # samples; more would follow a jump too slowly, and tell little more
 _LARGEST_MISFIT = 3.0  # on the recorded runs it was at most 3.1, and in 99 of 100 cases below 2
 
 
@@ -40,8 +43,8 @@ class AbsentShare(AbsentClassMetric):
 
     As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``preds``: A float tensor of logits ``(N, C)``, not probabilities. They include ``gamma``. Samples with NaN in
-      their logits are left out.
+    - ``preds``: A float tensor of logits ``(N, C)``, not probabilities, as the model gives them: they include its
+      gamma, which is taken out. Samples with NaN in their logits are left out.
 
     As output of ``forward`` and ``compute`` the metric returns the share, a float64 scalar in (0, 1), or NaN with a
     warning without samples.
@@ -52,8 +55,7 @@ class AbsentShare(AbsentClassMetric):
         absent_classes: Ids of the absent classes that can occur. ``None``: all classes that are not seen.
         share_table: The ``share_table`` of a :class:`~lightning_calibft.CalibrationResult`, of an estimator that knows
             the margins of both groups: ``"pseudo_absent"``, or ``"operating_point"`` for the best accuracy.
-        gamma: The gamma that ``preds`` include: 0 for raw logits, as heads give them in train mode or before they are
-            calibrated. Use :meth:`from_model` for the logits of a calibrated model.
+        gamma: The gamma that ``preds`` include, 0 for raw logits. With :meth:`from_model`, it is that of the model.
         half_life: After this many samples, the weight of a sample is one half. ``None``: all samples count alike.
         validate_args: Whether to check the shape and dtype of ``preds``, and warn about probabilities.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
@@ -93,7 +95,7 @@ class AbsentShare(AbsentClassMetric):
         *,
         share_table: ShareTable,
         gamma: float = 0.0,
-        half_life: float | None = 50,
+        half_life: float | None = _HALF_LIFE,
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -105,6 +107,7 @@ class AbsentShare(AbsentClassMetric):
             )
         self.share_table = share_table
         self.gamma = check_number("gamma", gamma)
+        self._head: _CalibratedHead | None = None
         self.half_life = half_life
         edges = margin_edges(share_table)
         self._constants["edges"] = torch.tensor(edges, dtype=real_dtype(self.device), device=self.device)
@@ -113,6 +116,38 @@ class AbsentShare(AbsentClassMetric):
         self._set_configuration(type(self).__name__, edges, half_life, gamma)
         self.add_state("count", torch.zeros(len(edges) + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *, half_life: float | None = _HALF_LIFE, **kwargs: Any) -> AbsentShare:
+        """Return the metric for the logits of a calibrated model, in eval mode, or of a folded one.
+
+        It follows the gamma of the model: after ``set_absent_share(model, share.compute())``, go on updating it. A copy
+        of the metric follows the same model. One that is unpickled elsewhere has the gamma of then.
+
+        Args:
+            model: A model that was calibrated by an estimator that knows the margins of both groups.
+            half_life: As for the class.
+            kwargs: The other arguments of the class.
+
+        Raises:
+            ValueError: If the model has no table of gammas with these margins.
+            TypeError: If ``model`` is not a module.
+        """
+        check_model("model", model)
+        heads = (_CalibratedHead(module) for module in model.modules())
+        head = next((head for head in heads if "share_table" in head.record), None)
+        if head is None:
+            raise ValueError(
+                f"Expected argument `model` to be calibrated, with a table of gammas over shares, but got a"
+                f" {type(model).__name__} without one. Calibrate it with the estimator 'pseudo_absent', load it with"
+                " `load_calibrated`, or pass the `share_table` of a result to `AbsentShare`."
+            )
+        record = head.record
+        classes = record["num_classes"], record["seen_classes"], record["absent_classes"]
+        table = ShareTable.from_dict(record["share_table"])
+        metric = cls(*classes, share_table=table, half_life=half_life, **kwargs).to(head.device)
+        metric._head = head
+        return metric
 
     def update(self, preds: Tensor) -> None:
         """Add a batch of logits ``(N, C)`` that include gamma."""
@@ -126,7 +161,7 @@ class AbsentShare(AbsentClassMetric):
             if len(preds) and not self._looked_for_probabilities:
                 self._looked_for_probabilities = True
                 warn_if_probabilities(preds)
-        margin = self._margins(preds) + self.gamma
+        margin = self._margins(preds) + (self.gamma if self._head is None else self._head.gamma(preds.device))
         counted = ~margin.isnan()
         after = counted.flip(0).cumsum(0).flip(0) - counted.long()  # how many samples of this batch come later
         rate = 1.0 if self.half_life is None else 0.5 ** (1 / self.half_life)
@@ -188,6 +223,37 @@ class AbsentShare(AbsentClassMetric):
         self.compute()
         assert self._estimate is not None
         return self._estimate
+
+
+class _CalibratedHead:
+    """What a module says of the calibration that is attached to it or folded into it.
+
+    It is read when it is needed, so that it is that of the model. Copying it with the metric alone does not copy the
+    model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        attached: Any = dict(self.module.named_children()).get(CHILD_NAME)
+        return vars(self.module).get(RECORD_NAME, {}) if attached is None else attached.record
+
+    @property
+    def device(self) -> torch.device:
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def gamma(self, device: torch.device) -> Tensor | float:
+        """Return the gamma that the logits include now. No device has to wait for it."""
+        attached: Any = dict(self.module.named_children()).get(CHILD_NAME)
+        if attached is None:
+            return float(self.record.get("gamma", 0.0))
+        return 0.0 if attached.training else attached.offset.detach().to(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CalibratedHead:
+        return _CalibratedHead(memo.get(id(self.module), self.module))
 
 
 def check_margins_known(name: str, table: object) -> None:
