@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
-from lightning_calibft._format import METADATA_KEY, SAFETENSORS, StrPath, check_path
+from lightning_calibft._format import LARGEST_JSON, METADATA_KEY, SAFETENSORS, StrPath, check_path
 from lightning_calibft.checkpoint.metadata import parse_metadata
 
 # torch does not compress the members of its zip archives, so a file that unpacks to many times its size is forged.
@@ -193,6 +193,21 @@ def _read_safetensors(path: StrPath) -> dict[str, Any]:
     state.update({name: state[kept] for name, kept in file_metadata.items() if kept in state and name not in state})
     metadata = parse_metadata(file_metadata.get(METADATA_KEY, "{}"), path)
     return {"state_dict": state, METADATA_KEY: metadata} if metadata else {"state_dict": state}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder of timm or transformers. Loaders prefer safetensors."""
+    others = (path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt", ".ckpt"))
+    return sorted(folder.glob(f"*{SAFETENSORS}")) or sorted(folder.glob("pytorch_model*.bin")) or list(others)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the entries of the ``config.json`` in a folder of timm or transformers."""
+    path = folder / "config.json"
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"Expected a small file, but {os.fspath(path)!r} takes {path.stat().st_size / 2**30:.1f} GiB.")
+    config = parse_metadata(path.read_bytes(), folder)
+    return config if isinstance(config, dict) else {}
 
 
 class Signature(NamedTuple):

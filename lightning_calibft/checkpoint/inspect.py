@@ -8,8 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_calibft._format import LARGEST_JSON, MASK, METADATA_KEY, OFFSET, SAFETENSORS, StrPath, check_path
-from lightning_calibft.checkpoint.files import check_is_file, is_safetensors, read_checkpoint
+from lightning_calibft._format import LARGEST_JSON, MASK, METADATA_KEY, OFFSET, StrPath, check_path
+from lightning_calibft.checkpoint.files import (
+    check_is_file,
+    is_safetensors,
+    read_checkpoint,
+    read_config,
+    weight_files,
+)
 from lightning_calibft.checkpoint.metadata import check_entries, check_metadata, parse_metadata
 
 
@@ -62,19 +68,15 @@ def inspect_checkpoint(path: StrPath, *, use_ema: bool | None = None, weights_on
 
 def _inspect_folder(folder: Path, use_ema: bool | None, weights_only: bool) -> dict[str, Any]:
     """Look into the weights of a folder, and into its ``config.json`` if the weights hold no gamma."""
-    files = sorted(folder.glob(f"*{SAFETENSORS}"))
-    weights = [_inspect_safetensors(files)] if files else []
-    if not files:  # loaders prefer safetensors
-        others = sorted(folder.glob("pytorch_model*.bin")) or [
-            path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt", ".ckpt")
-        ]
-        weights = [inspect_checkpoint(path, use_ema=use_ema, weights_only=weights_only) for path in others]
+    files = weight_files(folder)
+    if files and is_safetensors(files[0]):
+        weights = [_inspect_safetensors(files)]
+    else:
+        weights = [inspect_checkpoint(path, use_ema=use_ema, weights_only=weights_only) for path in files]
     for information in weights:
         if information["calibrated"] or information["folded"]:
             return information
-    config = parse_metadata(_text_of(folder / "config.json"), folder)
-    metadata = config.get(METADATA_KEY) if isinstance(config, Mapping) else None
-    return _information({}, check_metadata(metadata, folder), folder)
+    return _information({}, check_metadata(read_config(folder).get(METADATA_KEY), folder), folder)
 
 
 def _inspect_safetensors(paths: Iterable[StrPath]) -> dict[str, Any]:
@@ -122,12 +124,6 @@ def _metadata_of_graph(path: StrPath) -> dict[str, Any]:
     except Exception as error:  # each library has its own errors for damaged files
         raise ValueError(f"Expected an exported model, but {os.fspath(path)!r} cannot be read: {error}.") from error
     return check_metadata(parse_metadata(text, path), path)
-
-
-def _text_of(path: Path) -> bytes:
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"Expected a small file, but {os.fspath(path)!r} takes {path.stat().st_size / 2**30:.1f} GiB.")
-    return path.read_bytes()
 
 
 def _information(entries: Mapping[str, Any], metadata: Mapping[str, Any], path: StrPath) -> dict[str, Any]:

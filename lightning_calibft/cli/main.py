@@ -1,4 +1,4 @@
-"""The ``calibft`` command: inspect, fold, export and calibrate weight files."""
+"""The ``calibft`` command: inspect, fold, export and calibrate weight files, and change their share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_calibft.calibration.result import CalibrationResult
 
 # Each command imports what it needs, so that `calibft --help` does not wait for torch.
-EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_INTERRUPTED = 1, 3, 130  # argparse uses 2
+EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_HURTS, EXIT_INTERRUPTED = 1, 3, 4, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
 _LONGEST_LINE = 2000  # characters: the names in a file can have any length
@@ -112,6 +112,15 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _share(args: argparse.Namespace) -> int:
+    from lightning_calibft.checkpoint.absent_share import set_absent_share
+
+    set_absent_share(args.source, args.absent_share, args.destination, weights_only=not args.unsafe)
+    info = inspect_checkpoint(args.destination, use_ema=args.use_ema, weights_only=not args.unsafe)
+    _print(args, info, _described(args.destination, info))
+    return EXIT_HURTS if info["verdict"] == "hurts" else 0
+
+
 def _calibrate(args: argparse.Namespace) -> int:
     from lightning_calibft.checkpoint.files import check_destination_file, check_differs, write_weights
 
@@ -178,7 +187,7 @@ def _calibrate(args: argparse.Namespace) -> int:
                 stacklevel=2,
             )
     _print(args, info, text)
-    return 0
+    return EXIT_HURTS if result.verdict == "hurts" else 0
 
 
 def _load(
@@ -316,10 +325,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", help="name of the model in timm, if the file does not name it")
     add_model(export)
 
+    share = add_command(commands, "share", _share, "write a file for another share of absent samples, without data")
+    share.add_argument("source", type=Path, help="a calibrated or folded file or folder")
+    share.add_argument("destination", type=Path, help="the file or folder to write, of the same kind")
+    share.add_argument(
+        "--absent-share", type=float, required=True, help="share of samples of absent classes, such as 0.05"
+    )
+
     calibrate = add_command(commands, "calibrate", _calibrate, "find gamma for a fine-tuned timm model")
     calibrate.add_argument("model", help="name of the model in timm")
     calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
-    calibrate.add_argument("data", type=Path, help="the fine-tuning data: a folder with one folder of images per class")
+    calibrate.add_argument(
+        "data",
+        type=Path,
+        help="the fine-tuning data: a folder with one folder of images per class; for pseudo_absent, images of these"
+        " classes that were not trained on are better",
+    )
     calibrate.add_argument("destination", type=Path, help="the calibrated file to write, .pth or .safetensors")
     add_classes(calibrate)
     add_model(calibrate)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 EPILOG = """exit status: 0 success; 1 refused, with the reason on one stderr line; 2 usage error; 3 `inspect` found no
-gamma in the file; 130 interrupted. With --json, the result is one JSON object on stdout."""
+gamma in the file; 4 written by `calibrate` or `share`, but gamma is expected to hurt; 130 interrupted. With --json, the
+result is one JSON object on stdout, with the "verdict" on gamma: helps, does not matter, hurts, or cannot be told."""
 
 
 # The estimators that need no samples of absent classes, and timm's interpolations. They are written out here because

@@ -262,7 +262,20 @@ def mark_head_folded(head: nn.Module, record: Mapping[str, Any]) -> None:
     """Mark a head as folded, and also the layer inside it that remains after merging an adapter."""
     for module in {head, base_layer(head)}:
         setattr(module, FOLDED_NAME, True)
-        setattr(module, RECORD_NAME, {**record, "folded": True} if record else {})
+    keep_folded_record(head, {**record, "folded": True} if record else {})
+
+
+def keep_folded_record(head: nn.Module, record: Mapping[str, Any]) -> None:
+    """Keep what is known of a folded gamma in the head, and in the layer inside it."""
+    for module in {head, base_layer(head)}:
+        setattr(module, RECORD_NAME, dict(record))
+
+
+def folded_heads(model: nn.Module) -> list[nn.Module]:
+    """Return the heads of ``model`` that are marked as folded, without the layers inside them."""
+    marked = [module for module in model.modules() if vars(module).get(FOLDED_NAME) is True]
+    inner = [base_layer(module) for module in marked if base_layer(module) is not module]
+    return [module for module in marked if module not in inner]
 
 
 def check_not_folded(head: nn.Module, inside: Iterable[nn.Module] = ()) -> None:
