@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_calibft import analysis, estimators, functional, metrics  # noqa: F401
     from lightning_calibft.calibration import CalibrationResult, calibrate
     from lightning_calibft.callback import AbsentClassCalibration, CalibrationDiagnostics
-    from lightning_calibft.checkpoint.absent_share import set_absent_share
+    from lightning_calibft.checkpoint.set_absent_share import set_absent_share
     from lightning_calibft.checkpoint.export import export
     from lightning_calibft.checkpoint.fold_checkpoint import fold_checkpoint
     from lightning_calibft.checkpoint.inspect import inspect_checkpoint
@@ -60,7 +60,7 @@ _MODULE_OF = {
     "load_calibrated": "checkpoint.load",
     "pseudo_cross_validation": "cross_validation",
     "resolve_class_map": "labels.class_map",
-    "set_absent_share": "checkpoint.absent_share",
+    "set_absent_share": "checkpoint.set_absent_share",
     "set_gamma": "head",
 }
 _SUBPACKAGES = ("analysis", "estimators", "functional", "metrics")

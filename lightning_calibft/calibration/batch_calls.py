@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_calibft.calibration.batch_reader import UNPACK_REMEDY, Arguments, BatchReader
-from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.head.evaluation import unchanged
 from lightning_calibft.head.layers import is_layer, is_lightning_module, num_classes
 from lightning_calibft.head.offset import attached_heads, offset_of
@@ -125,7 +124,7 @@ class OwnForwardCall:
 
 
 def logits_of_first_batch(
-    model: nn.Module, batch: Any, target: Tensor, reader: BatchReader | UnlabeledReader, context: Context = nullcontext
+    model: nn.Module, batch: Any, target: Tensor, reader: BatchReader, context: Context = nullcontext
 ) -> tuple[BatchCall, Tensor]:
     """Return the way to run an attached model on batches, and the raw logits of this one.
 
@@ -251,7 +250,7 @@ def _width(model: nn.Module) -> int:
     return num_classes(next(iter(attached_heads(model).values())))
 
 
-def _forward_calls(model: nn.Module, reader: BatchReader | UnlabeledReader, batch: Any) -> list[BatchCall]:
+def _forward_calls(model: nn.Module, reader: BatchReader, batch: Any) -> list[BatchCall]:
     part = _part_with_forward(model)
     if part is None:
         return []
@@ -260,7 +259,7 @@ def _forward_calls(model: nn.Module, reader: BatchReader | UnlabeledReader, batc
     return [BatchCall(model, name, partial(_of_way, reader, forward, name), part) for name in ways]
 
 
-def _of_way(reader: BatchReader | UnlabeledReader, forward: nn.Module, name: str, batch: Any) -> Arguments:
+def _of_way(reader: BatchReader, forward: nn.Module, name: str, batch: Any) -> Arguments:
     return reader.arguments(batch, forward)[name]
 
 

@@ -264,7 +264,9 @@ def _ways_of_fields(fields: dict[Any, Any], target_key: Any, signature: inspect.
         add(((rest[preferred[0]],), {}), preferred[0])
     with_target = {name: fields[name] for name in names if name in fields}
     if target_key in fields:
-        with_target.update({name: fields[target_key] for name in required if name in TARGET_KEYS and name not in fields})
+        with_target.update(
+            {name: fields[target_key] for name in required if name in TARGET_KEYS and name not in fields}
+        )
     if with_target:
         add(((), with_target), *with_target)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):

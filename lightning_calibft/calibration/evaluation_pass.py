@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class EvaluationPass:
     loaders: list[Iterable[Any]]
     estimator: str | Estimator = "alg"
     estimator_kwargs: Mapping[str, Any] | None = None
-    reader: BatchReader | UnlabeledReader = field(default_factory=BatchReader)
+    reader: BatchReader = field(default_factory=BatchReader)
     max_samples: int | None = None
     max_batches: int | None = None  # of each loader
     tolerance: float | None = None  # stop when the standard error of gamma is at most this
@@ -136,9 +136,8 @@ class EvaluationPass:
         result = result_of(estimator, self.estimator, held_out=self.validation)
         if self.unlabeled is None:
             return result
-        assert isinstance(self.reader, BatchReader)
-        reader = UnlabeledReader(self.reader)
-        # No estimator that needs weights from before fine-tuning is fed, and it may be larger than the labeled data.
+        reader = cast(BatchReader, UnlabeledReader(self.reader))
+        # No estimator is fed, so the weights from before fine-tuning are not needed.
         other = replace(self, loaders=self.unlabeled, reader=reader, estimator="alg", pretrained=None, unlabeled=None)
         return other._for_unlabeled(result)
 

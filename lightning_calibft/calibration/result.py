@@ -79,9 +79,15 @@ class CalibrationResult:
                 f" gammas of other shares, but got {absent_share}."
             )
         row = self.share_table.at(absent_share)
-        expected = {name: row.get(name) for name in ("seen_change", "absent_change", "break_even_share")}
-        ends = None if interval is None else (interval[0], interval[1])
-        return replace(self, gamma=row["gamma"], absent_share=absent_share, absent_share_interval=ends, **expected)
+        return replace(
+            self,
+            gamma=row["gamma"],
+            absent_share=absent_share,
+            absent_share_interval=None if interval is None else (interval[0], interval[1]),
+            seen_change=row.get("seen_change"),
+            absent_change=row.get("absent_change"),
+            break_even_share=row.get("break_even_share"),
+        )
 
     @property
     def verdict(self) -> str:

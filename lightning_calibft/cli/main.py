@@ -113,7 +113,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _share(args: argparse.Namespace) -> int:
-    from lightning_calibft.checkpoint.absent_share import set_absent_share
+    from lightning_calibft.checkpoint.set_absent_share import set_absent_share
 
     set_absent_share(args.source, args.absent_share, args.destination, weights_only=not args.unsafe)
     info = inspect_checkpoint(args.destination, use_ema=args.use_ema, weights_only=not args.unsafe)

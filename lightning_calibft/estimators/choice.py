@@ -102,6 +102,31 @@ def with_absent_share(
     raise ValueError(f"Expected argument `absent_share` to be None {reason[0]}, but got {share}. {reason[1]}")
 
 
+def check_unlabeled(
+    estimator: str | Estimator, estimator_kwargs: Mapping[str, Any] | None, absent_share: float | None
+) -> None:
+    """Check that a share of absent samples can be estimated from unlabeled samples, and is not given.
+
+    Raises:
+        ValueError: If the share is given, or the estimator does not know the margins of seen and of absent samples.
+    """
+    options = dict(estimator_kwargs or {})
+    if absent_share is not None or "absent_share" in options:
+        raise ValueError(
+            f"Expected argument `absent_share` to be None with `unlabeled` samples, from which it is estimated, but got"
+            f" {absent_share or options['absent_share']}. Leave one of both out."
+        )
+    known: Any = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
+    if estimator == "operating_point":
+        known = OperatingPoint(3, [0, 1], **options)
+    if not getattr(known, "knows_margins", False):
+        name = estimator if isinstance(estimator, str) else type(estimator).__name__
+        raise ValueError(
+            f"Expected argument `estimator` to know the margins of seen and of absent samples with `unlabeled` samples,"
+            f" but got {name!r}, which does not. Use 'pseudo_absent', or pass `absent_share`."
+        )
+
+
 def check_estimator(
     estimator: str | Estimator,
     estimator_kwargs: Mapping[str, Any] | None = None,

@@ -238,7 +238,8 @@ class _CalibratedHead:
     @property
     def record(self) -> Mapping[str, Any]:
         attached: Any = dict(self.module.named_children()).get(CHILD_NAME)
-        return vars(self.module).get(RECORD_NAME, {}) if attached is None else attached.record
+        record: Mapping[str, Any] = vars(self.module).get(RECORD_NAME, {}) if attached is None else attached.record
+        return record
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_calibft import calibrate, fold, set_absent_share, set_gamma
 from lightning_calibft.estimators import PseudoAbsent
 from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics import AbsentShare
@@ -273,3 +274,70 @@ def test_processes_add_up(tmp_path):
     for share, interval in in_group(_share_of_two, tmp_path):
         assert share.item() == pytest.approx(metric.compute().item(), rel=1e-12)
         assert interval.tolist() == metric.interval.tolist()
+
+
+class Shipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(CLASSES, CLASSES)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.eye(CLASSES))
+            self.fc.bias.zero_()
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def shipped():
+    """A calibrated model that gives its inputs as logits."""
+    before, model = Shipped(), Shipped().eval()
+    with torch.no_grad():
+        before.fc.bias[SEEN] = -3.0
+    held_out, target = drawn(300, 0.0, seed=1)
+    options = {"seen_classes": SEEN, "absent_classes": ABSENT, "estimator": "pseudo_absent", "pretrained": before}
+    calibrate(model, [(held_out, target)], progress=False, **options)
+    return model
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_it_follows_the_gamma_of_a_model(folded):
+    logits, _ = drawn(150, 0.4)
+    raw = make(half_life=None)
+    raw.update(logits)
+    model = shipped()
+    if folded:
+        fold(model)
+    metric = AbsentShare.from_model(model, half_life=None)
+    metric.update(model(logits[:50]))
+    twin = metric.clone()
+    set_absent_share(model, metric.compute())
+    for each in (metric, twin):
+        each.update(model(logits[50:100]))
+    set_absent_share(model, 0.9)
+    for each in (metric, twin):
+        each.update(model(logits[100:]))
+        assert each.compute().item() == pytest.approx(raw.compute().item(), rel=1e-6)
+    if not folded:
+        model.train()
+        metric.reset()
+        metric.update(model(logits))
+        assert metric.compute().item() == pytest.approx(raw.compute().item(), rel=1e-6)
+    assert len(list(metric.parameters())) == 0
+    assert metric.state_dict() == {}
+
+
+def test_a_copy_of_a_model_and_its_metric_belong_together():
+    model = shipped()
+    both = copy.deepcopy(nn.ModuleDict({"model": model, "share": AbsentShare.from_model(model, half_life=None)}))
+    set_absent_share(model, 0.9)
+    logits, _ = drawn(150, 0.4)
+    both["share"].update(both["model"](logits))
+    raw = make(half_life=None)
+    raw.update(logits)
+    assert both["share"].compute().item() == pytest.approx(raw.compute().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model", [Shipped(), set_gamma(Shipped(), 1.0, SEEN)])
+def test_a_model_without_a_table(model):
+    with pytest.raises(ValueError, match="calibrated, with a table of gammas over shares, but got a Shipped without"):
+        AbsentShare.from_model(model)
