@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from lightning_calibft import analysis, estimators, functional, metrics  # noqa: F401
     from lightning_calibft.calibration import CalibrationResult, calibrate
     from lightning_calibft.callback import AbsentClassCalibration, CalibrationDiagnostics
-    from lightning_calibft.checkpoint.set_absent_share import set_absent_share
     from lightning_calibft.checkpoint.export import export
     from lightning_calibft.checkpoint.fold_checkpoint import fold_checkpoint
     from lightning_calibft.checkpoint.inspect import inspect_checkpoint
     from lightning_calibft.checkpoint.load import load_calibrated
+    from lightning_calibft.checkpoint.set_absent_share import set_absent_share
     from lightning_calibft.cross_validation import pseudo_cross_validation
     from lightning_calibft.head import ZeroShotHead, attach, detach, find_head, fold, get_gamma, set_gamma
     from lightning_calibft.labels.class_map import resolve_class_map

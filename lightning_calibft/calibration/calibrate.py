@@ -163,7 +163,7 @@ def calibrate(
                     seen = reading.read_classes() if seen_classes is None else seen_classes
                     split = ClassSplit(reading.num_classes, seen, absent_classes)
                 errors.agree()
-            result = reading.run(split)
+            result = reading.for_unlabeled(reading.run(split))
     except BaseException:
         if fresh:
             detach(model)

@@ -133,13 +133,22 @@ class EvaluationPass:
         with SharedErrors().shared():
             estimator = make_estimator(self.estimator, split, self.estimator_kwargs).to(self.device)
         self.feed(estimator, split)
-        result = result_of(estimator, self.estimator, held_out=self.validation)
+        return result_of(estimator, self.estimator, held_out=self.validation)
+
+    def for_unlabeled(self, result: CalibrationResult) -> CalibrationResult:
+        """Return the result for the share of absent samples in the unlabeled data, or as it is if there is none.
+
+        Raises:
+            ValueError: If the result does not know the margins of both groups, there are no samples, or a logit is not
+                finite.
+            ValueError, RuntimeError: If another process has failed.
+        """
         if self.unlabeled is None:
             return result
         reader = cast(BatchReader, UnlabeledReader(self.reader))
         # No estimator is fed, so the weights from before fine-tuning are not needed.
-        other = replace(self, loaders=self.unlabeled, reader=reader, estimator="alg", pretrained=None, unlabeled=None)
-        return other._for_unlabeled(result)
+        other = replace(self, loaders=self.unlabeled, reader=reader, estimator="alg", pretrained=None)
+        return other._for_share(result)
 
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
         """Run the model over the data and update ``estimator`` with its logits.
@@ -180,17 +189,9 @@ class EvaluationPass:
             updates.flush()
         check.raise_or_warn()
 
-    def _for_unlabeled(self, result: CalibrationResult) -> CalibrationResult:
-        """Estimate the share of absent samples in the data, and return the result for this share.
-
-        Raises:
-            ValueError: If the result does not know the margins of both groups, there are no samples, or a logit is not
-                finite.
-            ValueError, RuntimeError: If another process has failed.
-        """
+    def _for_share(self, result: CalibrationResult) -> CalibrationResult:
         errors, counted = SharedErrors(), torch.zeros(2, dtype=torch.long, device=self.device)
-        proved = [(child, child.proved_structure, child.proved_call) for child in map(offset_of, self._heads())]
-        with errors.shared():
+        with errors.shared(), proofs_kept(self.model):
             split = result.split
             classes = split.num_classes, split.seen_classes, split.absent_classes
             table: Any = result.share_table  # the metric checks it
@@ -201,8 +202,6 @@ class EvaluationPass:
                     finite = batch.logits.isfinite().all(1)
                     counted += torch.stack([torch.ones_like(finite).sum(), (~finite).sum()])
                     share.update(batch.logits)
-        for child, structure, call in proved:  # the labeled data is read as before
-            child.proved_structure, child.proved_call = structure, call
         errors.agree()
         number, bad = all_reduce(counted).tolist()
         if bad or not number:
@@ -212,9 +211,6 @@ class EvaluationPass:
                 f" but {found}. Gamma stays unset. Check the loader."
             )
         return result.for_share(float(share.compute()), share.interval.tolist())
-
-    def _heads(self) -> Iterable[nn.Module]:
-        return attached_heads(self.model).values()
 
     def evaluate(self, errors: SharedErrors | None = None) -> Generator[EvaluatedBatch, None, None]:
         """Run the model over the data and yield the logits of each batch that has samples.
@@ -324,6 +320,18 @@ def preserve_random_state() -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+@contextmanager
+def proofs_kept(model: nn.Module) -> Iterator[None]:
+    """Put back, after unlabeled batches were read, how the labeled ones are run."""
+    children = map(offset_of, attached_heads(model).values())
+    proved = [(child, child.proved_structure, child.proved_call) for child in children]
+    try:
+        yield
+    finally:
+        for child, structure, call in proved:
+            child.proved_structure, child.proved_call = structure, call
 
 
 def check_runs_by_forward(model: nn.Module) -> None:

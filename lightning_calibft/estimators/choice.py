@@ -111,10 +111,11 @@ def check_unlabeled(
         ValueError: If the share is given, or the estimator does not know the margins of seen and of absent samples.
     """
     options = dict(estimator_kwargs or {})
-    if absent_share is not None or "absent_share" in options:
+    told = (absent_share, options.get("absent_share"), getattr(estimator, "absent_share", None))
+    if any(share is not None for share in told):
         raise ValueError(
             f"Expected argument `absent_share` to be None with `unlabeled` samples, from which it is estimated, but got"
-            f" {absent_share or options['absent_share']}. Leave one of both out."
+            f" {next(share for share in told if share is not None)!r}. Leave one of both out."
         )
     known: Any = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
     if estimator == "operating_point":
