@@ -123,6 +123,11 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--absent-share", type=float, help="share of samples of absent classes that the model will meet, such as 0.1"
     )
+    command.add_argument(
+        "--unlabeled",
+        type=Path,
+        help="a folder of images from where the model will be used, to estimate this share from instead",
+    )
     command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
