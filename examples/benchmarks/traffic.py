@@ -452,7 +452,8 @@ def draw(part: Deployed, path: Path) -> None:
         axis.set_title(name)
         axis.set_ylim(0, 1.05)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("unlabeled samples")
+    for axis in axes[1]:
+        axis.set_xlabel("unlabeled samples")
     figure.supylabel("share of samples of absent classes")
     handles, labels = axes[1, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

@@ -24,7 +24,9 @@ class Estimator(Protocol):
 
     If its attribute ``needs_pretrained_logits`` is true, ``update`` gets a third argument: the logits of the same
     samples from the model before fine-tuning. If ``needs_absent_samples`` is true, ``update`` also gets labeled samples
-    of absent classes. If ``needs_held_out_samples`` is true, the callback prefers validation data to training data.
+    of absent classes. If ``needs_held_out_samples`` is true, the callback prefers validation data to training data. If
+    ``knows_margins`` is true, its ``share_table`` has the margins of seen and of absent samples, and a share can be
+    estimated from unlabeled samples.
     """
 
     split: ClassSplit
