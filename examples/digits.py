@@ -40,7 +40,7 @@ from lightning_calibft.functional import (
     seen_unseen_curve,
     split_accuracy,
 )
-from lightning_calibft.plotting import CURVE_COLORS, plot_seen_unseen_curve
+from lightning_calibft.plotting import plot_seen_unseen_curve
 
 LEARNING_RATES = {"sgd": 2e-3, "adamw": 5e-4}
 Scores = dict[str, float]
@@ -183,8 +183,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def draw_curve(run: Run, file: Path) -> None:
     """Draw what every gamma would give, before and after fine-tuning, and mark the one that the callback found."""
-    figure, ax = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    ax.set_prop_cycle(color=CURVE_COLORS)
+    figure, ax = plt.subplots(figsize=(6, 6.4), layout="constrained")
     seen, target = run.data.seen_classes, run.data.target_test.tensors[1]
     names = ("fine-tuned", "fine-tuned + ALG", "fine-tuned + pseudo-absent", "oracle gamma")
     points = {"pre-trained": {"pre-trained": 0.0}, "fine-tuned": {name: run.rows[name]["gamma"] for name in names}}

@@ -75,13 +75,13 @@ class AccuracyGain:
         ):
             places, heights = [place + shift for place in range(4)], [100 * value for value in astuple(gain)]
             axis.bar(places, heights, width=0.4, color=colors, hatch=hatch, edgecolor="white")
-            handles.append(Patch(facecolor=COLORS["both"], hatch=hatch, edgecolor="white", label=label))
+            handles.append(Patch(facecolor=COLORS["all"], hatch=hatch, edgecolor="white", label=label))
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(
             range(4), ["seen\namong\nall", "absent\namong\nall", "seen\namong\nseen", "absent\namong\nabsent"]
         )
         axis.set(ylabel="Gain by fine-tuning (points of accuracy)")
-        add_legend(axis, handles=handles)
+        add_legend(axis, pad=6, handles=handles)
         return figure, axis
 
 

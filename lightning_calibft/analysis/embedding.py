@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_calibft._arguments import check_integer, check_number, check_type
 from lightning_calibft.analysis.outputs import Outputs
 from lightning_calibft.functional._inputs import check_matrix
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, MARKERS, add_legend, new_axis
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, MARKERS, add_legend, new_axis
 from lightning_calibft.split import ClassIds, ClassSplit
 
 
@@ -35,21 +35,20 @@ class Embedding:
         figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
-        for group, classes, shades in (
-            ("seen", self.split.seen_classes, "Blues"),
-            ("absent", self.split.absent_classes, "Oranges"),
-        ):
+        from matplotlib.colors import LinearSegmentedColormap
+
+        for group, classes in (("seen", self.split.seen_classes), ("absent", self.split.absent_classes)):
             rank = torch.full((self.split.num_classes,), -1)
             rank[list(classes)] = torch.arange(len(classes))
             shade = rank[self.target.long()]
             x, y = self.points[shade >= 0].T.numpy()
-            # The lightest third of the color map is too pale on white.
-            limits = {"vmin": -len(classes) / 2, "vmax": len(classes) - 1}
+            shades = LinearSegmentedColormap.from_list(group, ["white", COLORS[group], "black"])
+            limits = {"vmin": -len(classes) / 2, "vmax": 3 * len(classes) / 2}  # neither too pale nor too dark
             color = shade[shade >= 0].numpy()
             axis.scatter(x, y, c=color, cmap=shades, marker=MARKERS[group], s=14, label=f"{group} classes", **limits)
         axis.set_xticks([])
         axis.set_yticks([])
-        add_legend(axis)
+        add_legend(axis, pad=1)
         return figure, axis
 
 

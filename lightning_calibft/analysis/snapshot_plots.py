@@ -63,9 +63,9 @@ def _draw_accuracies(axis: Any, steps: Sequence[int], evaluations: Sequence[Eval
         "Acc_S/Y": ([each.groups.seen_among_all for each in evaluations], "seen", "-"),
         "Acc_U/Y": ([each.groups.absent_among_all for each in evaluations], "absent", "-"),
         "Acc_U/U": ([each.groups.absent_among_absent for each in evaluations], "absent", "--"),
-        "Acc_Y/Y": ([each.overall for each in evaluations], "both", "-"),
-        "Acc_Y/Y with the best gamma": ([each.best_overall for each in evaluations], "both", "--"),
-        "AUSUC": ([each.ausuc for each in evaluations], "both", ":"),
+        "Acc_Y/Y": ([each.overall for each in evaluations], "all", "-"),
+        "Acc_Y/Y with the best gamma": ([each.best_overall for each in evaluations], "all", "--"),
+        "AUSUC": ([each.ausuc for each in evaluations], "all", ":"),
     }
     draw_lines(axis, steps, lines, "Accuracy or area")
 
@@ -93,11 +93,11 @@ def _draw_norms(axis: Any, steps: Sequence[int], norms: Sequence[RowNorms]) -> N
 
 
 def _draw_updates(axis: Any, steps: Sequence[int], means: Sequence[MeanSimilarity]) -> None:
-    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(0, color="black", linewidth=0.8, zorder=0)
     lines = {
         "two seen classes": ([each.within_seen for each in means], "seen", "-"),
         "two absent classes": ([each.within_absent for each in means], "absent", "-"),
-        "a seen and an absent class": ([each.between for each in means], "both", "--"),
+        "a seen and an absent class": ([each.between for each in means], "all", "--"),
     }
     draw_lines(axis, steps, lines, "Mean cosine between updates")
 

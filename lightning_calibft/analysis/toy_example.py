@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_calibft._arguments import check_integer, check_number
-from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, add_legend, new_axis
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, COLORS, MARKERS, add_legend, new_axis
 
 _PRETRAINING_STEPS, _PRETRAINING_RATE = 2000, 0.3
 
@@ -35,18 +35,18 @@ class ToyTrajectory:
     own_accuracy: Tensor
 
     def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draw the path of the mean feature of each class from its start (dot) towards its goal (star).
+        """Draw the path of the mean feature of each class from its start (dot or triangle) towards its goal (star).
 
         Returns a new figure and its axis, or ``None`` and ``ax`` if it was given.
         """
         figure, axis = new_axis(ax)
         for label, group, style in ((0, "seen", "-"), (1, "seen", "--"), (2, "absent", "-"), (3, "absent", "--")):
             path, logit, color = self.features[:, label], self.true_logit[:, label], COLORS[group]
-            text = f"{group} class {label}:\nlogit {logit[0]:.1f} to {logit[-1]:.1f}"
+            text = f"{group} class {label}: logit {logit[0]:.1f} to {logit[-1]:.1f}"
             axis.plot(*path.T.numpy(), style, color=color, label=text)
-            axis.plot(*path[0].numpy(), "o", color=color)
+            axis.plot(*path[0].numpy(), MARKERS[group], color=color)
             axis.plot(*self.goal[label].numpy(), "*", color=color, markersize=12)
-        axis.set(xlabel="First feature", ylabel="Second feature", title="From the dot towards the star")
+        axis.set(xlabel="First feature", ylabel="Second feature", title="From where a path begins towards its star")
         add_legend(axis)
         return figure, axis
 

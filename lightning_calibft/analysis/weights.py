@@ -56,13 +56,15 @@ class UpdateSimilarity:
         figure, axis = new_axis(ax)
         seen, absent = self.split.seen_classes, self.split.absent_classes
         order = [*seen, *absent]
-        image = axis.imshow(self.matrix[order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        image = axis.imshow(self.matrix[order][:, order].numpy(), cmap="PRGn", vmin=-1, vmax=1)
         for line in (axis.axhline, axis.axvline):
             line(len(seen) - 0.5, color="black", linewidth=0.8)
         middles = [(len(seen) - 1) / 2, len(seen) + (len(absent) - 1) / 2]
         axis.set_xticks(middles, ["seen", "absent"])
         axis.set_yticks(middles, ["seen", "absent"])
-        axis.figure.colorbar(image, ax=axis, label="Cosine between updates")
+        axis.figure.colorbar(
+            image, ax=axis, location="bottom", ticks=[-1, -0.5, 0, 0.5, 1], label="Cosine between updates"
+        )
         return figure, axis
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning_calibft._format import verdict
 from lightning_calibft.estimators import Estimator
 from lightning_calibft.functional.share_table import ShareTable
+from lightning_calibft.plotting import _AX_TYPE, _PLOT_OUT_TYPE, plot_share_table
 from lightning_calibft.split import ClassSplit
 
 
@@ -105,6 +106,32 @@ class CalibrationResult:
     def reason(self) -> str:
         """A sentence that says why the verdict is what it is, and what accuracy is expected."""
         return verdict(self.as_dict())[1]
+
+    def plot(self, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+        """Draw gamma and the expected accuracies over the share of absent samples, see ``share_table``.
+
+        The accuracy on all samples is drawn with the gamma for each share and, for comparison, with this gamma and
+        without one. The last two meet at the break-even share.
+
+        Args:
+            ax: A matplotlib axis to draw on. ``None``: a new figure.
+
+        Returns:
+            The figure and the axis. The figure is ``None`` if ``ax`` was given.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If the estimator knows no other shares.
+        """
+        if self.share_table is None:
+            raise ValueError(
+                f"Expected a result that knows gamma for other shares of absent samples, but the estimator"
+                f" {self.estimator!r} knows none. Calibrate with 'alg', 'pseudo_absent' or 'operating_point'."
+            )
+        changes = (
+            None if self.seen_change is None or self.absent_change is None else (self.seen_change, self.absent_change)
+        )
+        return plot_share_table(self.share_table, self.gamma, changes, self.absent_share, self.break_even_share, ax)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain Python numbers, strings and lists, which are safe in a checkpoint, in JSON, and in YAML.

@@ -199,6 +199,8 @@ def test_inspect(folder, best, tmp_path):
         "num_classes": NUM_CLASSES,
         "seen_classes": SEEN,
         "absent_classes": ABSENT,
+        "share_table": read(best)["lightning_calibft"]["share_table"],
+        "verdict": "cannot be told",
         "version": version("lightning-calibft"),
         "torch_version": str(torch.__version__),
         "lightning_version": lightning.__version__,
