@@ -11,6 +11,7 @@ StrPath = str | os.PathLike[str]
 
 CHILD_NAME = "absent_class_calibration"  # the module inside the head that calibrates it
 OFFSET, MASK = f"{CHILD_NAME}.offset", f"{CHILD_NAME}.mask"
+RECORD_NAME = "_absent_class_calibration_record"  # an attribute of a head: what is known of the gamma folded into it
 METADATA_KEY = "lightning_calibft"  # what a file says about its calibration, stored with the weights
 SAFETENSORS = ".safetensors"
 GRAPHS = (".onnx", ".pt2")  # files of models with their code
@@ -59,7 +60,8 @@ def verdict(calibration: Mapping[str, Any]) -> tuple[str, str]:
     told = {_of_change(change) for change in changes}
     if len(told) > 1:
         return "cannot be told", "the share of samples of absent classes is not known; pass it as `absent_share`"
-    at = "at shares of absent samples from" if share is None else "at the share of absent samples that was told,"
+    how = "estimated" if "absent_share_interval" in calibration else "told"
+    at = "at shares of absent samples from" if share is None else f"at the share of absent samples that was {how},"
     points = " to ".join(f"{100 * change:+.1f}" for change in changes)
     reason = f"{at} {' to '.join(map('{:.1%}'.format, met))}, {points} points of accuracy are expected on all samples"
     accuracy = calibration.get("seen_accuracy", 0.0)
@@ -105,6 +107,9 @@ def expectations(calibration: Mapping[str, Any]) -> list[str]:
     if "break_even_share" in calibration and gamma != 0:
         side, limit = "more" if gamma > 0 else "less", calibration["break_even_share"]
         meant = f" (it is for {calibration['absent_share']:.1%})" if "absent_share" in calibration else ""
+        if "absent_share_interval" in calibration:
+            low, high = calibration["absent_share_interval"]
+            meant = meant.replace(")", f", estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%})")
         sentences.append(f"gamma pays if {side} than {limit:.1%} of the samples are of absent classes{meant}")
     if gamma < 0:
         sentences.append("gamma is negative: the model predicts absent classes even less often than without it")

@@ -31,7 +31,7 @@ from lightning_calibft.head.record import UnexpectedLogitsError, one_forward, re
 
 PROBE_ROWS = 4
 REMEDY = "Pass the `unpack_batch` that fits this model, or another `head`."
-_STEPS = ("validation_step", "training_step")
+STEPS = ("validation_step", "training_step")
 OTHER_INPUTS = "other inputs"
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -282,7 +282,7 @@ def _step_calls(model: nn.Module) -> list[BatchCall]:
         return []
     return [
         BatchCall(model, name, partial(_step_arguments, getattr(model, name)), step=name)
-        for name in _STEPS
+        for name in STEPS
         if not _is_of_lightning(model, name)
     ]
 
@@ -374,7 +374,7 @@ def _proved(call: BatchCall, batch: Any, target: Tensor, context: Context) -> Te
 
 def _no_call_error(model: nn.Module, failures: dict[str, Exception]) -> ValueError:
     """Return the error for a model that does not run on a batch in any way."""
-    shown = [name for name in failures if name not in _STEPS][:1] + [name for name in _STEPS if name in failures]
+    shown = [name for name in failures if name not in STEPS][:1] + [name for name in STEPS if name in failures]
     told = "; ".join(f"`{name}` {_told(failures[name])}" for name in shown)
     if not told:
         told = "it has neither its own `forward` nor a step that runs"

@@ -69,11 +69,12 @@ class BatchReader:
         rows: The head's row for each label, if they differ; see :func:`~lightning_calibft.resolve_class_map`.
 
     Attributes:
+        unpack: The user's function. ``None``: there is none.
         own_call: How the model's own steps call ``forward``, as :class:`OwnForwardCall` says. ``None``: not known.
     """
 
     def __init__(self, unpack_batch: UnpackBatch | str | None = None, rows: Mapping[int, int] | None = None) -> None:
-        self._unpack = resolve_unpack_batch(unpack_batch)
+        self.unpack = resolve_unpack_batch(unpack_batch)
         self._rows = None if rows is None else rows_tensor(rows)
         self.own_call: str | None = None
         self._target_key: Any = None  # where the target is, if several parts of a batch could be it
@@ -111,7 +112,7 @@ class BatchReader:
         Raises:
             ValueError: If several parts of the batch hold different class ids.
         """
-        if self._unpack is None and not _is_pair(batch):
+        if self.unpack is None and not _is_pair(batch):
             found, named = _possible_targets(batch), _fields(batch) is not None
             if len(found) > 1 and self._target_key not in found:
                 self._target_key = _only_target(found, None if named else num_classes)
@@ -124,7 +125,7 @@ class BatchReader:
 
         The keys say what is passed, for errors.
         """
-        if self._unpack is not None:
+        if self.unpack is not None:
             return {"forward(*inputs of `unpack_batch`)": _arguments(self._unpacked(batch)[0])}
         # The signature of a module is that of `__call__`, which accepts anything.
         signature = inspect.signature(getattr(forward, "forward", forward))
@@ -138,7 +139,7 @@ class BatchReader:
         return ways
 
     def _raw_target(self, batch: Any) -> Any:
-        if self._unpack is not None:
+        if self.unpack is not None:
             return self._unpacked(batch)[1]
         fields, key = _fields(batch), self._key(batch)
         target = batch[key] if fields is None else fields[key]
@@ -170,8 +171,8 @@ class BatchReader:
         )
 
     def _unpacked(self, batch: Any) -> Sequence[Any]:
-        assert self._unpack is not None
-        pair: Any = self._unpack(batch)
+        assert self.unpack is not None
+        pair: Any = self.unpack(batch)
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise TypeError(f"Expected argument `unpack_batch` to return `(inputs, target)`, but got {_kind(pair)}.")
         return pair
@@ -262,7 +263,10 @@ def _ways_of_fields(fields: dict[Any, Any], target_key: Any, signature: inspect.
     if preferred := [key for key in _INPUT_KEYS if key in rest]:
         add(((rest[preferred[0]],), {}), preferred[0])
     with_target = {name: fields[name] for name in names if name in fields}
-    with_target.update({name: fields[target_key] for name in required if name in TARGET_KEYS and name not in fields})
+    if target_key in fields:
+        with_target.update(
+            {name: fields[target_key] for name in required if name in TARGET_KEYS and name not in fields}
+        )
     if with_target:
         add(((), with_target), *with_target)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):

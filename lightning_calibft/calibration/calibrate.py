@@ -20,9 +20,9 @@ from lightning_calibft.calibration.evaluation_pass import (
     plain_bar,
     preserve_random_state,
 )
-from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples
+from lightning_calibft.calibration.loaders import calibration_loaders, check_max_samples, unlabeled_loaders
 from lightning_calibft.calibration.result import CalibrationResult
-from lightning_calibft.estimators import Estimator, check_estimator, needs_absent_samples
+from lightning_calibft.estimators import Estimator, check_estimator, check_unlabeled, needs_absent_samples
 from lightning_calibft.estimators.choice import with_absent_share
 from lightning_calibft.head.attach import attach, detach, set_attached_gamma
 from lightning_calibft.head.offset import attached_heads, offset_of, remove_offset
@@ -41,6 +41,7 @@ def calibrate(
     estimator: str | Estimator = "alg",
     estimator_kwargs: Mapping[str, Any] | None = None,
     absent_share: float | None = None,
+    unlabeled: Any = None,
     unpack_batch: UnpackBatch | str | None = None,
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
@@ -80,6 +81,11 @@ def calibrate(
         absent_share: The share of samples of absent classes that the model will meet, in (0, 1). ``None``: as the
             estimator documents it. ``"alg"`` then is that of the paper, ``"pseudo_absent"`` assumes 0.5, and
             ``"operating_point"`` takes the share in its samples.
+        unlabeled: Samples from where the model will be used, as a loader like the others. Labels in its batches are
+            ignored: a batch can also be a tensor, a tuple of inputs, or a mapping without a target. The share of
+            samples of absent classes in them is estimated by :class:`~lightning_calibft.metrics.AbsentShare`, and gamma
+            is the one for it. Takes the place of ``absent_share``, and needs the estimator ``"pseudo_absent"`` or
+            ``"operating_point"``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional arguments of ``model``, and a mapping its keyword arguments.
         class_map: The head's row for each target in ``loader``, if they differ, as with image folders, which number
@@ -123,6 +129,8 @@ def calibrate(
     """
     errors = SharedErrors()
     with errors.shared():
+        if unlabeled is not None:
+            check_unlabeled(estimator, estimator_kwargs, absent_share)
         estimator_kwargs = with_absent_share(estimator, estimator_kwargs, absent_share)
         check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
         check_max_samples(max_samples)
@@ -146,6 +154,7 @@ def calibrate(
                     tolerance=tolerance,
                     bar=plain_bar if progress else None,
                     pretrained=_weights(pretrained),
+                    unlabeled=None if unlabeled is None else unlabeled_loaders(unlabeled, max_samples, errors=errors),
                 )
                 check_weights(reading.device)
                 errors.agree()
@@ -161,7 +170,7 @@ def calibrate(
                     if estimator in ("alg", "pseudo_absent") and not said:
                         warn_of_many_absent_rows(len(split.seen_classes), len(split.absent_classes))
                 errors.agree()
-            result = reading.run(split)
+            result = reading.for_unlabeled(reading.run(split))
     except BaseException:
         if fresh:
             detach(model)

@@ -7,9 +7,9 @@ import random
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from lightning_calibft._format import CHILD_NAME
-from lightning_calibft.calibration.batch_calls import REMEDY, BatchCall, logits_of_first_batch
+from lightning_calibft.calibration.batch_calls import REMEDY, STEPS, BatchCall, logits_of_first_batch
 from lightning_calibft.calibration.batch_reader import BatchReader, batch_to_device, check_rows
 from lightning_calibft.calibration.batched_updates import BatchedUpdates
 from lightning_calibft.calibration.data_check import (
@@ -36,6 +36,7 @@ from lightning_calibft.calibration.distributed import (
 )
 from lightning_calibft.calibration.loaders import batches_of, length_of
 from lightning_calibft.calibration.result import CalibrationResult, result_of
+from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.estimators import (
     Estimator,
     check_estimator_width,
@@ -45,11 +46,12 @@ from lightning_calibft.estimators import (
 )
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.head.layers import num_classes
-from lightning_calibft.head.offset import attached_heads
+from lightning_calibft.head.offset import attached_heads, offset_of
 from lightning_calibft.head.record import one_forward, record_logits
 from lightning_calibft.labels.class_map import IGNORE_INDEX
 from lightning_calibft.labels.dataset_labels import class_names_of_loaders
 from lightning_calibft.labels.label_names import row_names_of
+from lightning_calibft.metrics import AbsentShare
 from lightning_calibft.split import ClassSplit
 
 LEAST_SAMPLES = 100  # from fewer samples, the standard error itself is a guess
@@ -99,6 +101,7 @@ class EvaluationPass:
     transfer: Callable[[Any], Any] | None = None  # moves a batch to the model's device
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward: autocast and the like
     sharded: ShardedReading | None = None  # if each process holds only a part of the model
+    unlabeled: list[Iterable[Any]] | None = None  # loaders of samples from where the model will be used
     device: torch.device = field(init=False)
     num_classes: int = field(init=False)
 
@@ -139,6 +142,21 @@ class EvaluationPass:
         self.feed(estimator, split)
         return result_of(estimator, self.estimator, held_out=self.validation)
 
+    def for_unlabeled(self, result: CalibrationResult) -> CalibrationResult:
+        """Return the result for the share of absent samples in the unlabeled data, or as it is if there is none.
+
+        Raises:
+            ValueError: If the result does not know the margins of both groups, there are no samples, or a logit is not
+                finite.
+            ValueError, RuntimeError: If another process has failed.
+        """
+        if self.unlabeled is None:
+            return result
+        reader = cast(BatchReader, UnlabeledReader(self.reader))
+        # No estimator is fed, so the weights from before fine-tuning are not needed.
+        other = replace(self, loaders=self.unlabeled, reader=reader, estimator="alg", pretrained=None)
+        return other._for_share(result)
+
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
         """Run the model over the data and update ``estimator`` with its logits.
 
@@ -177,6 +195,29 @@ class EvaluationPass:
                     look = next(looks, None)
             updates.flush()
         check.raise_or_warn()
+
+    def _for_share(self, result: CalibrationResult) -> CalibrationResult:
+        errors, counted = SharedErrors(), torch.zeros(2, dtype=torch.long, device=self.device)
+        with errors.shared(), proofs_kept(self.model):
+            split = result.split
+            classes = split.num_classes, split.seen_classes, split.absent_classes
+            table: Any = result.share_table  # the metric checks it
+            share = AbsentShare(*classes, share_table=table, half_life=None, validate_args=False).to(self.device)
+            check_runs_by_forward(self.model)
+            with closing(self.evaluate(errors)) as batches:
+                for batch in batches:
+                    finite = batch.logits.isfinite().all(1)
+                    counted += torch.stack([torch.ones_like(finite).sum(), (~finite).sum()])
+                    share.update(batch.logits)
+        errors.agree()
+        number, bad = all_reduce(counted).tolist()
+        if bad or not number:
+            found = f"{bad} of {number} samples have NaN or infinite logits" if bad else "got none"
+            raise ValueError(
+                "Expected argument `unlabeled` to hold samples from where the model will be used, with finite logits,"
+                f" but {found}. Gamma stays unset. Check the loader."
+            )
+        return result.for_share(float(share.compute()), share.interval.tolist())
 
     def evaluate(self, errors: SharedErrors | None = None) -> Generator[EvaluatedBatch, None, None]:
         """Run the model over the data and yield the logits of each batch that has samples.
@@ -285,6 +326,32 @@ def preserve_random_state() -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+
+
+@contextmanager
+def proofs_kept(model: nn.Module) -> Iterator[None]:
+    """Put back, after unlabeled batches were read, how the labeled ones are run."""
+    children = map(offset_of, attached_heads(model).values())
+    proved = [(child, child.proved_structure, child.proved_call) for child in children]
+    try:
+        yield
+    finally:
+        for child, structure, call in proved:
+            child.proved_structure, child.proved_call = structure, call
+
+
+def check_runs_by_forward(model: nn.Module) -> None:
+    """Check that unlabeled batches can be read: the labeled ones of ``model`` are run by its ``forward``.
+
+    Raises:
+        ValueError: If they are run by a step, which needs labels.
+    """
+    if any(offset_of(module).proved_call in STEPS for module in attached_heads(model).values()):
+        raise ValueError(
+            f"Expected argument `unlabeled` to be None for a {type(model).__name__}, whose `forward` does not map the"
+            " inputs of a batch to logits: its steps, which do, need labels. Define such a `forward`, or pass"
+            " `absent_share`."
+        )
 
 
 def head_width(model: nn.Module) -> int:

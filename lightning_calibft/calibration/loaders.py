@@ -107,6 +107,20 @@ def calibration_loaders(
     ]
 
 
+def unlabeled_loaders(unlabeled: Any, *args: Any, **kwargs: Any) -> list[Iterable[Any]]:
+    """Return :func:`calibration_loaders` of the argument ``unlabeled``, whose batches can be tensors.
+
+    Raises:
+        TypeError: If it is not an iterable of batches.
+    """
+    if isinstance(unlabeled, (str, bytes, Tensor)) or not isinstance(unlabeled, Iterable):
+        kind = type(unlabeled).__name__
+        raise TypeError(
+            f"Expected argument `unlabeled` to be a DataLoader or an iterable of batches, but got a {kind}."
+        )
+    return calibration_loaders(unlabeled, *args, **kwargs)
+
+
 def flat_loaders(loaders: Any) -> list[Any]:
     """Return the loaders in a possibly nested list, tuple or dict, or a list of the one loader."""
     if isinstance(loaders, dict):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,13 +27,16 @@ class CalibrationResult:
         num_samples: Number of fine-tuning samples that ``gamma`` was computed from.
         split: The seen and the absent classes.
         estimator: Name of the estimator that found ``gamma``.
-        absent_share: The share of samples of absent classes that ``gamma`` is for. ``None`` if none was given.
+        absent_share: The share of samples of absent classes that ``gamma`` is for. ``None`` if none was given or
+            estimated.
         seen_accuracy: Accuracy on the samples among the seen classes alone, in [0, 1]. ``None`` if the estimator cannot
             tell, and likewise the next three.
         seen_change: What ``gamma`` is expected to change in the accuracy on samples of seen classes, in [-1, 1].
         absent_change: The same on samples of absent classes.
         break_even_share: The share of samples of absent classes above which a positive ``gamma`` is expected to pay,
             and below which a negative one is.
+        absent_share_interval: Both ends of the 90 % interval of ``absent_share``, if it was estimated from unlabeled
+            samples.
         held_out: Whether the samples are known to be held out from training, as validation data is.
         share_table: Gamma, and what it is expected to do, for other shares. ``None`` if gamma does not depend on the
             share, as one that was given or that pseudo cross-validation has found.
@@ -54,8 +58,37 @@ class CalibrationResult:
     seen_change: float | None = None
     absent_change: float | None = None
     break_even_share: float | None = None
+    absent_share_interval: tuple[float, float] | None = None
     held_out: bool = False
     share_table: ShareTable | None = field(default=None, repr=False)
+
+    def for_share(self, absent_share: float, interval: Sequence[float] | None = None) -> CalibrationResult:
+        """Return the result for another share of samples of absent classes, from ``share_table``.
+
+        The standard error remains that of the gamma that was found on the samples.
+
+        Args:
+            absent_share: A share in the table.
+            interval: Both ends of its interval, if it was estimated.
+
+        Raises:
+            ValueError: If there is no table, or the share is outside of it.
+        """
+        if self.share_table is None:
+            raise ValueError(
+                f"Expected argument `absent_share` to be that of the result of {self.estimator!r}, which does not know"
+                f" gammas of other shares, but got {absent_share}."
+            )
+        row = self.share_table.at(absent_share)
+        return replace(
+            self,
+            gamma=row["gamma"],
+            absent_share=absent_share,
+            absent_share_interval=None if interval is None else (interval[0], interval[1]),
+            seen_change=row.get("seen_change"),
+            absent_change=row.get("absent_change"),
+            break_even_share=row.get("break_even_share"),
+        )
 
     @property
     def verdict(self) -> str:
@@ -114,6 +147,7 @@ class CalibrationResult:
             "seen_classes": list(self.split.seen_classes),
             "absent_classes": list(self.split.absent_classes),
             "absent_share": self.absent_share,
+            "absent_share_interval": self.absent_share_interval and list(self.absent_share_interval),
             "seen_accuracy": self.seen_accuracy,
             "seen_change": self.seen_change,
             "absent_change": self.absent_change,
@@ -131,6 +165,8 @@ def result_of(estimator: Estimator, choice: str | Estimator, held_out: bool = Fa
     Args:
         estimator: It has seen all samples.
         choice: What the user has chosen it by.
+        absent_share_interval: Both ends of the 90 % interval of ``absent_share``, if it was estimated from unlabeled
+            samples.
         held_out: Whether the samples are known to be held out from training.
 
     Raises:

@@ -122,6 +122,10 @@ class AbsentClassCalibration(LightningCallback):
             the length of each training as a share of the fit's epochs (or steps).
         absent_share: The share of samples of absent classes that the model will meet, in (0, 1). ``None``: as the
             estimator documents it; ``"alg"`` then is that of the paper, and ``"pseudo_absent"`` assumes 0.5.
+        unlabeled: A loader of samples from where the model will be used, as in :func:`~lightning_calibft.calibrate`.
+            The share of samples of absent classes in them takes the place of ``absent_share``. ``None``: the
+            ``unlabeled_dataloader()`` of the datamodule or the module, if there is one. It needs the estimator
+            ``"pseudo_absent"`` or ``"operating_point"``.
         source: The data that gamma is found on. ``"train"``: one more pass over the training data, in eval mode.
             ``"validation"``: a pass over the validation data, where only ``"operating_point"`` uses the samples of
             absent classes. Accuracies on the same data are then slightly optimistic: gamma has seen its labels of seen
@@ -181,6 +185,7 @@ class AbsentClassCalibration(LightningCallback):
         estimator: str | Metric = "alg",
         estimator_kwargs: dict[str, Any] | None = None,
         absent_share: float | None = None,
+        unlabeled: Any = None,
         source: Source = "auto",
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
@@ -202,6 +207,7 @@ class AbsentClassCalibration(LightningCallback):
         self.estimator = checked
         self.estimator_kwargs = estimator_kwargs
         self.absent_share = absent_share
+        self.unlabeled = unlabeled
         self.source = source
         self.unpack_batch = unpack_batch
         self.class_map = class_map
@@ -221,6 +227,7 @@ class AbsentClassCalibration(LightningCallback):
             refresh_on_validation,
             seen_classes,
             absent_classes,
+            unlabeled,
         )
         self._attachment = HeadAttachment(head, self._read_arguments)
         self._copies = NetworkCopies()
@@ -564,6 +571,7 @@ class AbsentClassCalibration(LightningCallback):
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
         check = partial(check_first_batch, trainer, model, batch, self._reader)
         part, self._search.unlabeled = self._copies.check_first_batch(model, check)
+        self._search.check_unlabeled_batch(trainer, model)
         self._batch_checked = True
         if self._absent is not None and self._labels is not None:
             self._check_none_is_absent(part)

@@ -20,7 +20,7 @@ from lightning_calibft._format import CHILD_NAME
 from lightning_calibft.calibration.batch_reader import BatchReader
 from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, check_tolerance, preserve_random_state
-from lightning_calibft.calibration.loaders import check_max_samples
+from lightning_calibft.calibration.loaders import check_max_samples, flat_loaders, is_read_once
 from lightning_calibft.calibration.result import CalibrationResult
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer
 from lightning_calibft.callback.listed_classes import count_held_out
@@ -32,8 +32,10 @@ from lightning_calibft.callback.trainer_data import (
     calibration_dataloader,
     calibration_pass,
     check_source,
+    check_unlabeled_batch,
     is_model_parallel,
     sharded_reading,
+    unlabeled_dataloader,
 )
 from lightning_calibft.callback.training_steps import TrainingSteps
 from lightning_calibft.callback.weight_averaging import check_no_averaging
@@ -41,6 +43,7 @@ from lightning_calibft.estimators import (
     Estimator,
     check_estimator,
     check_estimator_width,
+    check_unlabeled,
     make_estimator,
     needs_absent_samples,
     needs_held_out_samples,
@@ -66,6 +69,7 @@ class GammaSearch:
         refresh_on_validation: As in :class:`~lightning_calibft.AbsentClassCalibration`.
         seen_classes: As in :class:`~lightning_calibft.AbsentClassCalibration`. Only used to check the other arguments.
         absent_classes: As in :class:`~lightning_calibft.AbsentClassCalibration`. Only used to check the others.
+        unlabeled: As in :class:`~lightning_calibft.AbsentClassCalibration`.
 
     Attributes:
         source: The data that gamma is found on. For ``"auto"``, it is chosen when the loaders exist.
@@ -90,11 +94,15 @@ class GammaSearch:
         refresh_on_validation: bool,
         seen_classes: list[int] | None,
         absent_classes: list[int] | None,
+        unlabeled: Any = None,
     ) -> None:
         pcv = isinstance(estimator, str) and estimator == "pcv"  # a metric overloads `==`
         self.retraining = Retraining(estimator_kwargs or {}) if pcv else None
         if self.retraining is None:
             check_estimator(estimator, estimator_kwargs, seen_classes, absent_classes)
+        if unlabeled is not None:
+            check_unlabeled(estimator, estimator_kwargs, None)
+            check_read_again(unlabeled)
         check_choice("source", source, get_args(Source))
         check_max_samples(max_samples)
         check_tolerance(tolerance)
@@ -102,6 +110,7 @@ class GammaSearch:
         self.pretrained = PretrainedWeights()
         self.steps: TrainingSteps | None = None
         self.unlabeled: list[Any] = []
+        self._traffic = unlabeled
         self._estimator = estimator
         self._estimator_kwargs = estimator_kwargs
         self.source = source
@@ -197,6 +206,32 @@ class GammaSearch:
             found = f"the validation data has {int(number)} samples of seen classes"
             self._warn_of_training_data(found if trainer.enable_validation else "there is no validation data")
 
+    def check_unlabeled_batch(self, trainer: Trainer, model: LightningModule) -> None:
+        """Check, at the first training batch, that the unlabeled data can be read at the end, if there is any.
+
+        Raises:
+            ValueError: If it has no batch, can be read only once, or the model does not run on it.
+        """
+        with preserve_random_state():
+            if (data := self._unlabeled_data(trainer)) is not None:
+                check_read_again(data)
+                check_unlabeled_batch(trainer, model, data, self._reader)
+            elif self._traffic is None and unlabeled_dataloader(trainer) is not None:
+                rank_zero_warn(
+                    "`unlabeled_dataloader()` is not read for gamma: that needs the estimator 'pseudo_absent' or"
+                    " 'operating_point', without an `absent_share`."
+                )
+
+    def _unlabeled_data(self, trainer: Trainer) -> Any:
+        """Return the samples that the share of absent ones is estimated from, or ``None``."""
+        if self._traffic is not None or self.source == "training_steps":
+            return self._traffic
+        try:
+            check_unlabeled(self._estimator, self._estimator_kwargs, None)
+        except ValueError:  # the method can be there for other uses
+            return None
+        return unlabeled_dataloader(trainer)
+
     @property
     def needs_weights_before(self) -> bool:
         """Whether the weights before the fit are needed."""
@@ -225,6 +260,7 @@ class GammaSearch:
                 self._tolerance,
                 None if self.retraining is not None else self.pretrained.weights,
                 self.unlabeled,
+                self._unlabeled_data(trainer),
                 errors,
             )
         return reading if all(errors.gather(lambda: reading is not None)) else None
@@ -233,9 +269,9 @@ class GammaSearch:
         """Find the gamma of the model's current weights, by a pass or by pseudo cross-validation."""
         if self.retraining is None:
             with _buffers_of_first(trainer, reading.model):
-                if self._chooses and reading.validation and not needs_absent_samples(self._estimator):
-                    return self._run_held_out(trainer, reading, split)
-                return reading.run(split)
+                held_out = self._chooses and reading.validation and not needs_absent_samples(self._estimator)
+                result = self._run_held_out(trainer, reading, split) if held_out else reading.run(split)
+                return reading.for_unlabeled(result)
         if self._of_retraining is None:  # one gamma for all weights of a run
             assert self.pretrained.weights is not None
             self._of_retraining = self.retraining.run(trainer, self.pretrained.weights, reading, split)
@@ -367,6 +403,19 @@ class GammaSearch:
             f"The estimator {name!r} takes the weights that this fit begins with for those before fine-tuning, but the"
             " model is calibrated, so it has been fine-tuned already. If you do not mean these weights, build the"
             " module again" + (f", or call {calibrate}." if self.retraining is None else ".")
+        )
+
+
+def check_read_again(unlabeled: Any) -> None:
+    """Check that unlabeled data can be read for each file that is kept.
+
+    Raises:
+        ValueError: If it can be read only once.
+    """
+    if any(map(is_read_once, flat_loaders(unlabeled) if isinstance(unlabeled, (list, tuple, dict)) else [unlabeled])):
+        raise ValueError(
+            f"Expected argument `unlabeled` to be data that can be read again for each file that is kept, but got a"
+            f" {type(unlabeled).__name__} that can be read only once. Pass a list or a DataLoader."
         )
 
 

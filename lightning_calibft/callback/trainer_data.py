@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -18,8 +18,20 @@ from lightning_calibft.calibration.batch_calls import logits_of_first_batch
 from lightning_calibft.calibration.batch_reader import BatchReader, check_rows
 from lightning_calibft.calibration.data_check import empty_error
 from lightning_calibft.calibration.distributed import ShardedReading, SharedErrors, first_batch_of_any
-from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width
-from lightning_calibft.calibration.loaders import calibration_loaders, flat_loaders, is_read_once, rebuilt_loader
+from lightning_calibft.calibration.evaluation_pass import (
+    EvaluationPass,
+    check_runs_by_forward,
+    head_width,
+    proofs_kept,
+)
+from lightning_calibft.calibration.loaders import (
+    calibration_loaders,
+    flat_loaders,
+    is_read_once,
+    rebuilt_loader,
+    unlabeled_loaders,
+)
+from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.callback.lightning_package import LightningModule, Trainer, lightning_of
 from lightning_calibft.callback.trainer_bar import bar_of
 from lightning_calibft.estimators import Estimator, needs_absent_samples
@@ -40,6 +52,35 @@ def calibration_dataloader(trainer: Trainer) -> Any:
         if (method := getattr(owner, "calibration_dataloader", None)) is not None:
             return method()
     return None
+
+
+def unlabeled_dataloader(trainer: Trainer) -> Any:
+    """Return the ``unlabeled_dataloader()`` of the datamodule or else the module, or ``None`` if there is none."""
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if (method := getattr(owner, "unlabeled_dataloader", None)) is not None:
+            return method()
+    return None
+
+
+def check_unlabeled_batch(trainer: Trainer, model: LightningModule, loader: Any, reader: BatchReader) -> None:
+    """Check, at the first training batch, that the first unlabeled batch can be read at the end.
+
+    Raises:
+        ValueError: If there is none, or the model does not run on it.
+        ValueError, RuntimeError: If another process has failed. Its error says why.
+    """
+    errors, of_inputs = SharedErrors(), cast(BatchReader, UnlabeledReader(reader))
+    with errors.shared(), evaluation(model), proofs_kept(model):
+        check_runs_by_forward(model)
+        batches = chain.from_iterable(unlabeled_loaders(loader, share=(0, 1)))
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError("Expected `unlabeled` data to hold at least one batch, but got none. Check the loader.")
+        batch = move_batch(trainer, batch)
+        if is_model_parallel(trainer):  # all processes must run the same forwards
+            batch = first_batch_of_any(batch, model.device, errors)
+        logits_of_first_batch(model, batch, of_inputs.rows(batch), of_inputs, partial(quiet_forward, trainer))
+    errors.agree()
 
 
 def check_source(trainer: Trainer, source: Source, estimator: str | Estimator) -> None:
@@ -255,11 +296,13 @@ def calibration_pass(
     tolerance: float | None,
     pretrained: Mapping[str, Tensor] | None,
     unlabeled: Sequence[Any],
+    of_traffic: Any,
     errors: SharedErrors,
 ) -> EvaluationPass | None:
     """Prepare a pass over the data that gamma is found on. ``None``, with a warning, if there is no data.
 
-    The training loaders in ``unlabeled`` are left out.
+    The training loaders in ``unlabeled`` are left out. The share of absent samples is estimated from the samples
+    ``of_traffic``, unless it is ``None``.
     """
     clean = None if source == "validation" else calibration_dataloader(trainer)
     if source == "validation":
@@ -296,6 +339,9 @@ def calibration_pass(
         transfer=partial(move_batch, trainer),
         context=partial(quiet_forward, trainer),
         sharded=sharded,
+        unlabeled=None
+        if of_traffic is None
+        else unlabeled_loaders(of_traffic, max_samples, share=sharded and sharded[:2], errors=errors),
     )
 
 

@@ -187,6 +187,10 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_samples": (_is_count, "a number of samples"),
     "estimator": _TEXT,
     "absent_share": _SHARE,
+    "absent_share_interval": (
+        lambda value: _are(_is_share)(value) and len(value) == 2 and value[0] <= value[1],
+        "both ends of an interval of shares",
+    ),
     "seen_accuracy": _SHARE,
     "seen_change": _CHANGE,
     "absent_change": _CHANGE,

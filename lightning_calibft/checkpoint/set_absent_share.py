@@ -126,7 +126,9 @@ def _at_share(record: Mapping[str, Any], absent_share: float, where: str) -> dic
         )
     row = ShareTable.from_dict(record["share_table"]).at(absent_share)
     of_share = ("gamma", "absent_share", "seen_change", "absent_change", "break_even_share")
-    kept = {key: value for key, value in record.items() if key not in (*of_share, "standard_error")}
+    kept = {
+        key: value for key, value in record.items() if key not in (*of_share, "standard_error", "absent_share_interval")
+    }
     changed = {**kept, **{key: row[key] for key in of_share if key in row}}
     return {**changed, "verdict": verdict(changed)[0]}
 

@@ -139,7 +139,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from lightning_calibft.calibration.calibrate import calibrate
     from lightning_calibft.checkpoint.state import versions
-    from lightning_calibft.labels.image_folders import check_same_numbers, data_config, open_folder
+    from lightning_calibft.estimators import check_unlabeled
+    from lightning_calibft.labels.image_folders import UnlabeledImages, check_same_numbers, data_config, open_folder
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, model_args = _load(args, args.weights, args.use_ema, device)
@@ -152,6 +153,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         interpolation=args.interpolation,
     )
     data, seen = open_folder(args.data, config, args.class_map, args.label_names, cast(int, model.num_classes))
+    if args.unlabeled is not None:
+        check_unlabeled(args.estimator, args.estimator_kwargs, args.absent_share)
+        traffic = DataLoader(UnlabeledImages(args.unlabeled, config), args.batch_size, num_workers=args.num_workers)
     val = None
     if args.val is not None:  # opened now, so that what is wrong with it is told before the images are read
         val, _ = open_folder(args.val, config, args.class_map, args.label_names, cast(int, model.num_classes))
@@ -165,6 +169,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             estimator_kwargs=args.estimator_kwargs,
             absent_classes=args.absent_classes,
             absent_share=args.absent_share,
+            unlabeled=None if args.unlabeled is None else traffic,
             max_samples=args.max_samples,
             tolerance=args.tolerance,
             pretrained=None if args.pretrained is None else _load(args, args.pretrained, None, device)[0],
@@ -265,6 +270,7 @@ def _as_flags(message: str) -> str:
         "pretrained",
         "std",
         "tolerance",
+        "unlabeled",
     ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     for argument, flag in (

@@ -124,6 +124,11 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         "--absent-share", type=float, help="share of samples of absent classes that the model will meet, such as 0.1"
     )
     command.add_argument(
+        "--unlabeled",
+        type=Path,
+        help="a folder of images from where the model will be used, to estimate this share from instead",
+    )
+    command.add_argument(
         "--absent-classes",
         type=_integer(0),
         nargs="+",

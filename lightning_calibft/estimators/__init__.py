@@ -5,6 +5,7 @@ from lightning_calibft.estimators.choice import (
     Estimator as Estimator,
     check_estimator as check_estimator,
     check_estimator_width as check_estimator_width,
+    check_unlabeled as check_unlabeled,
     make_estimator as make_estimator,
     needs_absent_samples as needs_absent_samples,
     needs_held_out_samples as needs_held_out_samples,

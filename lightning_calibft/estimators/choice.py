@@ -24,7 +24,9 @@ class Estimator(Protocol):
 
     If its attribute ``needs_pretrained_logits`` is true, ``update`` gets a third argument: the logits of the same
     samples from the model before fine-tuning. If ``needs_absent_samples`` is true, ``update`` also gets labeled samples
-    of absent classes. If ``needs_held_out_samples`` is true, the callback prefers validation data to training data.
+    of absent classes. If ``needs_held_out_samples`` is true, the callback prefers validation data to training data. If
+    ``knows_margins`` is true, its ``share_table`` has the margins of seen and of absent samples, and a share can be
+    estimated from unlabeled samples.
     """
 
     split: ClassSplit
@@ -100,6 +102,32 @@ def with_absent_share(
     else:
         return {**options, "absent_share": share}
     raise ValueError(f"Expected argument `absent_share` to be None {reason[0]}, but got {share}. {reason[1]}")
+
+
+def check_unlabeled(
+    estimator: str | Estimator, estimator_kwargs: Mapping[str, Any] | None, absent_share: float | None
+) -> None:
+    """Check that a share of absent samples can be estimated from unlabeled samples, and is not given.
+
+    Raises:
+        ValueError: If the share is given, or the estimator does not know the margins of seen and of absent samples.
+    """
+    options = dict(estimator_kwargs or {})
+    told = (absent_share, options.get("absent_share"), getattr(estimator, "absent_share", None))
+    if any(share is not None for share in told):
+        raise ValueError(
+            f"Expected argument `absent_share` to be None with `unlabeled` samples, from which it is estimated, but got"
+            f" {next(share for share in told if share is not None)!r}. Leave one of both out."
+        )
+    known: Any = ESTIMATORS.get(estimator) if isinstance(estimator, str) else estimator
+    if estimator == "operating_point":
+        known = OperatingPoint(3, [0, 1], **options)
+    if not getattr(known, "knows_margins", False):
+        name = estimator if isinstance(estimator, str) else type(estimator).__name__
+        raise ValueError(
+            f"Expected argument `estimator` to know the margins of seen and of absent samples with `unlabeled` samples,"
+            f" but got {name!r}, which does not. Use 'pseudo_absent', or pass `absent_share`."
+        )
 
 
 def check_estimator(

@@ -152,6 +152,11 @@ class OperatingPoint(SeenUnseenCurve):
         return len(self._gathered()[1])
 
     @property
+    def knows_margins(self) -> bool:
+        """Whether ``share_table`` has the margins of seen and of absent samples."""
+        return self._goal.criterion == "accuracy"
+
+    @property
     def share_table(self) -> ShareTable | None:
         """The best gamma for each share of absent samples, and what it does to these samples.
 

@@ -90,6 +90,7 @@ class PseudoAbsent(GammaEstimator):
 
     needs_pretrained_logits = True
     needs_held_out_samples = True
+    knows_margins = True
     leads: list[Tensor] | Tensor
     sums: Tensor
 

@@ -27,6 +27,7 @@ from lightning_calibft.split import ClassIds
 DEFAULT_ABSENT_SHARE = 0.5  # of the recorded runs, the least mean loss over shares from 5 to 90 %
 _SEEN_SLOPE = 2.5  # per standard deviation of the seen margins
 _COPY_SLOPE = 0.5  # per logit
+_DENSITY_SLOPE = 5.0  # times the seen slope: how sharply margins of new samples are expected to fall on those of these
 _STEPS = 80  # enough for bisection to reach the last bit of float64 from any range of logits; mostly, 5 are taken
 _PRECISION = 1e-9  # of the last step, after which the next one would be many times smaller
 
@@ -231,7 +232,8 @@ def pseudo_absent_table(samples: WeighedSamples) -> ShareTable:
 
     Linear interpolation between the shares is within 0.01 logits of :func:`pseudo_absent_compute` in the recorded runs.
     """
-    margin, right, copy_margin, copy_right, _ = samples
+    margin, right, copy_margin, copy_right, slope = samples
+    smooth = _DENSITY_SLOPE * slope
     low, high = _bounds(samples, ABSENT_SHARES[0])[0], _bounds(samples, ABSENT_SHARES[-1])[1]
 
     def row(share: float) -> dict[str, float]:
@@ -242,8 +244,8 @@ def pseudo_absent_table(samples: WeighedSamples) -> ShareTable:
             "gamma": gamma,
             "seen_accuracy": (right * (margin > gamma).to(right)).mean().item(),
             "absent_accuracy": (copy_right * found).mean().item(),
-            "seen_below": (margin < gamma).to(right).mean().item(),
-            "absent_below": found.mean().item(),
+            "seen_below": torch.sigmoid(smooth * (gamma - margin)).mean().item(),
+            "absent_below": torch.sigmoid(smooth * (gamma - copy_margin)).mean().item(),
             "break_even_share": share if math.isnan(pays) else pays,  # far from all margins, nothing is at stake
         }
 

@@ -11,14 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_calibft._arguments import check_model
-from lightning_calibft._format import CHILD_NAME as CHILD_NAME, METADATA_KEY
+from lightning_calibft._format import CHILD_NAME as CHILD_NAME, METADATA_KEY, RECORD_NAME as RECORD_NAME
 from lightning_calibft.head.layers import base_layer, is_channels_first
 from lightning_calibft.head.output import get_logits, replace_logits
 from lightning_calibft.split import ClassSplit
 
 # `fold` sets this attribute of a head to True. It is not in the state dict.
 FOLDED_NAME = "_absent_class_calibration_folded"
-RECORD_NAME = "_absent_class_calibration_record"  # likewise, what is known of the folded gamma
 Recorder = Callable[["AbsentClassOffset", Tensor], None]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.data import create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from lightning_calibft._format import StrPath
 from lightning_calibft.labels.class_map import resolve_class_map
@@ -48,6 +51,30 @@ def open_folder(
     rows = rows_of_folders(dataset.classes, class_map, label_names, num_classes)
     dataset.target_transform = rows.__getitem__
     return dataset, sorted(set(rows.values()))
+
+
+class UnlabeledImages(Dataset[Any]):
+    """All images in a folder and its subfolders, whose names mean nothing, in the order of their paths.
+
+    Args:
+        root: The folder.
+        config: The return value of :func:`data_config`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no image in it.
+    """
+
+    def __init__(self, root: StrPath, config: Mapping[str, Any]) -> None:
+        self._paths = sorted(str(path) for path in Path(root).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not self._paths:
+            raise FileNotFoundError(f"Found no images in the folder {os.fspath(root)!r} or in folders inside it.")
+        self._transform = create_transform(**config, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._transform(default_loader(self._paths[index]))
 
 
 def check_same_numbers(class_map: str | None, folders: Sequence[str], others: Sequence[str]) -> None:
