@@ -1,7 +1,7 @@
-"""Draw the paper's pictures of one run: half of the classes seen, SGD, seed 0.
+"""Draw the figures of the paper for one run: half of the classes seen, SGD, seed 0.
 
-    python examples/benchmarks/pictures.py
-    python examples/benchmarks/pictures.py --benchmark glyphs
+    python examples/benchmarks/figures.py
+    python examples/benchmarks/figures.py --benchmark glyphs
 
 What happens to logits and rows over training is measured by ``CalibrationDiagnostics``.
 """
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (setting,) = next(iter(findings.settings_of(options).values()))
     with tempfile.TemporaryDirectory() as folder:
         watched = watch(setting, Path(folder, "report.html"))
-    pictures = {**of_training(watched), **of_models(setting, watched.module), "curves": curves(setting, watched.module)}
+    figures = {**of_training(watched), **of_models(setting, watched.module), "curves": curves(setting, watched.module)}
     if args.benchmark == "digits":
-        pictures["toy"] = analysis.toy_example().plot
+        figures["toy"] = analysis.toy_example().plot
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in pictures.items():
+    for name, draw in figures.items():
         figure = Figure(figsize=(6, 4), dpi=80, layout="constrained")
         draw(ax=figure.subplots())
         figure.savefig(args.folder / f"{args.benchmark}_{name}.png")
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", choices=("digits", "glyphs"), default="digits")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).with_name("pictures"), help="to draw into")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).with_name("figures"), help="to draw into")
     return parser
 
 
