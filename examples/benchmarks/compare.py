@@ -105,7 +105,7 @@ def cross_validated(setting: Setting) -> dict[str, tuple[float, float]]:
             module, data = start(setting), setting.seen_data
             return pseudo_cross_validation(module, data, fit_fn, setting.seen, **options).gamma
         except ValueError as error:
-            if "in none of" not in str(error):
+            if "in any of" not in str(error):
                 raise
             return 0.0
 
