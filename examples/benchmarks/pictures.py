@@ -325,7 +325,8 @@ def _levels(run: Run) -> list[float]:
 
 def by_way(methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
     """Losses at the natural share of each way to fine-tune, in one table for each thing that gamma is scored on."""
-    for group in (each for each in GROUPS if any(run.group == each for run in runs)):
+    for number, group in enumerate(each for each in GROUPS if any(run.group == each for run in runs)):
+        yield from [""] * (number > 0)
         of_group = [run for run in runs if run.group == group]
         ways = list(dict.fromkeys(run.row for run in of_group))
         yield f"| {group}, natural share | " + " | ".join(way.rsplit(", ", 1)[1] for way in ways) + " | mean | worst |"
@@ -335,7 +336,6 @@ def by_way(methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
             cells = [spread([values[run.name] for run in of_group if run.row == way]) for way in ways]
             means = mean_of_rows(values, of_group).values()
             yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(means):.1f}** | {max(means):.1f} |"
-        yield ""
 
 
 def by_each_share(method: Method, runs: list[Run]) -> Iterator[str]:
