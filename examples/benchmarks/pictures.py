@@ -252,7 +252,7 @@ def write(file: Path, arrays: dict[str, Tensor], step: float | None = None) -> N
     scratch.replace(file)
 
 
-def keep(folder: Path, files: Sequence[Path], samples: int = 100, step: float = 0.25) -> None:
+def keep(folder: Path, files: Sequence[Path], samples: int = 50, step: float = 0.25) -> None:
     """Write what the table of the estimators needs of some runs: few training samples, and rounded logits."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:

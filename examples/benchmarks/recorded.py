@@ -10,7 +10,8 @@ seen classes each: their logits of the seen classes and, as a last column, the l
 252 ImageNet classes, ``{how}_{seed}.npz``: fully, lightly, or the head alone with 20, 50 or 80 % of the classes seen.
 Logits are rounded to quarters. Of the samples that gamma is scored on there are only margins, and whether each is right
 within its group: other pictures in the styles of training (``near``), and styles that training never saw (``test``). In
-A, the absent classes are the other ones that occur; in B, all other rows of the head.
+A, the absent classes are the other ones that occur; in B, all other rows of the head. ``runs/drawings`` holds six more
+such runs, of other styles, which ``pictures.py`` has made and which played no part in any choice.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def _of_pictures(file: Path) -> Iterable[Run]:
             group = f"pictures {mode}, {scored}"
             margin, right = (arrays[f"{scored}_{mode}_{key}"] for key in ("margin", "right"))
             yield Run(
-                f"{file.stem}, {mode}, {scored}",
+                f"{file.parent.name}/{file.stem}, {mode}, {scored}",
                 group,
                 f"{group}, {how}",
                 _with_halves(arrays, mode),
