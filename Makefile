@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: help install test test-all test-pytorch-lightning slow lint demo bench benchmark-digits benchmark-glyphs clean
+.PHONY: help install test test-all test-pytorch-lightning slow lint demo bench benchmark-digits benchmark-glyphs benchmark-pictures clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -59,6 +59,10 @@ benchmark-digits: install  ## Compare all methods on digits, from scratch: the t
 
 benchmark-glyphs: install  ## The same on characters drawn from Debian's fonts (an hour)
 	$(BIN)/python examples/benchmarks/glyphs.py --jobs 2
+
+benchmark-pictures: install  ## The same with an ImageNet network on drawings, which are downloaded (half an hour): examples/benchmarks/pictures.md
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	$(BIN)/python examples/benchmarks/pictures.py --jobs 2
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

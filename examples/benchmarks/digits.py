@@ -22,7 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
-import peft
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind this folder, for the demo has a `digits` as well
@@ -32,9 +31,8 @@ import digits_module
 from compare import gamma_rows, kept, method_rows, method_tables, prepare, summary
 from digits_data import NUM_CLASSES, DigitData, make_data
 from digits_module import DigitClassifier
-from methods import Classifier, Setting, fine_tuned, fit, sigmoids, start, tune
+from methods import Classifier, Setting, add_low_rank, fine_tuned, fit, sigmoids, start, tune
 from table import Rows, Scores, markdown, oracle, run, score
-from torch import nn
 
 FINE_TUNING = {"sgd": ("SGD", 2e-3), "adamw": ("AdamW", 5e-4)}
 LEARNING_RATES = {
@@ -77,12 +75,8 @@ def pretrained(seed: int, epochs: int) -> DigitClassifier:
 
 
 def low_rank(setting: Setting) -> Classifier:
-    """LoRA of rank 4 on all convolutions and on the head; all else is frozen (Hu et al., ICLR 2022)."""
-    module = start(setting)
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    torch.manual_seed(setting.seed)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=layers), module)
-    return tune(setting, module)
+    """Fine-tune low-rank changes of all convolutions and of the head."""
+    return tune(setting, add_low_rank(start(setting), setting.seed))
 
 
 def bias_only(setting: Setting) -> Classifier:

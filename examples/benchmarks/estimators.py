@@ -99,18 +99,25 @@ def cell(values: Losses, runs: Sequence[Run]) -> str:
 
 def table(title: str, methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
     """One line a method: its mean loss over five shares in each group of runs, and the worst kinds of run."""
-    yield f"| {title} | " + " | ".join(GROUPS) + " | mean | worst row | worst against gamma 0 |"
-    yield "| :-- |" + " --: |" * (len(GROUPS) + 3)
+    groups = [group for group in GROUPS if any(run.group == group for run in runs)]
+    yield f"| {title} | " + " | ".join(groups) + " | mean | worst row | worst against gamma 0 |"
+    yield "| :-- |" + " --: |" * (len(groups) + 3)
     zero = {share: mean_of_rows(losses(METHODS["gamma 0"], runs, [share]), runs) for share in SHARES}
     for name, method in methods.items():
         by_share = {share: losses(method, runs, [share]) for share in SHARES}
         values = {run.name: statistics.mean(found[run.name] for found in by_share.values()) for run in runs}
-        cells = [cell(values, [run for run in runs if run.group == group]) for group in GROUPS]
-        of_kinds = [_of_kind(values, runs, groups) for groups in KINDS.values()]
+        cells = [cell(values, [run for run in runs if run.group == group]) for group in groups]
+        of_kinds = [_of_kind(values, runs, of_kind) for of_kind in kinds(runs).values()]
         rows = {share: mean_of_rows(found, runs) for share, found in by_share.items()}
         worst = max(value for found in rows.values() for value in found.values())
         harm = max(value - zero[share][row] for share, found in rows.items() for row, value in found.items())
         yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(of_kinds):.2f}** | {worst:.1f} | {harm:+.1f} |"
+
+
+def kinds(runs: Iterable[Run]) -> dict[str, tuple[str, ...]]:
+    """The kinds of data that there are runs of, and their groups."""
+    met = {run.group for run in runs}
+    return {kind: groups for kind, groups in KINDS.items() if not met.isdisjoint(groups)}
 
 
 def _of_kind(values: Losses, runs: Iterable[Run], groups: Sequence[str]) -> float:
@@ -123,7 +130,7 @@ def by_share(methods: dict[str, Method], runs: list[Run]) -> Iterator[str]:
     yield "| held-out samples | runs | natural | " + " | ".join(f"{100 * share:.0f} %" for share in MANY_SHARES) + " |"
     yield "| :-- | :-- |" + " --: |" * len(shares)
     for name, method in methods.items():
-        for kind, groups in KINDS.items():
+        for kind, groups in kinds(runs).items():
             of_kind = [run for run in runs if run.group in groups]
             cells = [cell(losses(method, of_kind, [share]), of_kind) for share in shares]
             yield f"| {name} | {kind} | {' | '.join(cells)} |"
@@ -134,7 +141,7 @@ def told_wrongly(runs: list[Run]) -> Iterator[str]:
     yield "| odds told, times the true ones | runs | 1/4 | 1/2 | 1 | 2 | 4 |"
     yield "| :-- | :-- |" + " --: |" * 5
     for name in ("`alg`, share told", "`pseudo_absent`, share told"):
-        for kind, groups in KINDS.items():
+        for kind, groups in kinds(runs).items():
             of_kind = [run for run in runs if run.group in groups]
             cells = [cell(losses(METHODS[name], of_kind, factor=factor), of_kind) for factor in (0.25, 0.5, 1, 2, 4)]
             yield f"| {name} | {kind} | {' | '.join(cells)} |"
@@ -142,8 +149,9 @@ def told_wrongly(runs: list[Run]) -> Iterator[str]:
 
 def not_told(runs: list[Run]) -> Iterator[str]:
     """Losses over shares from 5 to 90 % of the gamma of one share: means over shares, and of each run's worst share."""
-    yield "| gamma for a share of | " + " | ".join(f"{kind}, mean | worst share" for kind in KINDS) + " | mean |"
-    yield "| :-- |" + " --: |" * 7
+    columns = [f"{kind}, mean | worst share" for kind in kinds(runs)]
+    yield f"| gamma for a share of | {' | '.join(columns)} | mean |"
+    yield "| :-- |" + " --: |" * (2 * len(columns) + 1)
     shares = MANY_SHARES[1:]
     methods: dict[str, Method] = {"(gamma 0)": METHODS["gamma 0"]}
     for assumed in (0.2, 0.3, 0.4, 0.5, 0.6):
@@ -151,7 +159,7 @@ def not_told(runs: list[Run]) -> Iterator[str]:
     methods["that of the classes"] = lambda run, _: pseudo_absent(run, len(run.absent) / (len(run.seen + run.absent)))
     for name, method in methods.items():
         cells, means = [], []
-        for groups in KINDS.values():
+        for groups in kinds(runs).values():
             of_kind = [run for run in runs if run.group in groups]
             found = [losses(method, of_kind, [share]) for share in shares]
             worst = {run.name: max(each[run.name] for each in found) for run in of_kind}
@@ -167,7 +175,7 @@ def expectations(runs: list[Run]) -> Iterator[str]:
         " break-even share within a factor of 2 | right about whether gamma pays |"
     )
     yield "| :-- |" + " --: |" * 6
-    for kind, groups in KINDS.items():
+    for kind, groups in kinds(runs).items():
         errors, within, right = [], [], []
         for run in (run for run in runs if run.group in groups):
             samples, gamma = pseudo_absent_samples(run), pseudo_absent(run, 0.5)
@@ -186,7 +194,7 @@ def expectations(runs: list[Run]) -> Iterator[str]:
         cells = []
         for column in zip(*errors, strict=True):
             cells += [f"{statistics.mean(column):+.1f}", f"{statistics.mean(e * e for e in column) ** 0.5:.1f}"]
-        cells += [f"{100 * statistics.mean(each):.0f} % of {len(each)}" for each in (within, right)]
+        cells += [f"{100 * statistics.mean(each):.0f} % of {len(each)}" if each else "" for each in (within, right)]
         yield f"| {kind} | {' | '.join(cells)} |"
 
 

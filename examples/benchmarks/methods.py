@@ -151,10 +151,19 @@ class CosineHead(nn.Module):
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
 
 
-def fit(module: Any, data: Dataset, epochs: int, seed: int, batch_size: int = 32, accelerator: str = "cpu") -> Any:
+def fit(
+    module: Any,
+    data: Dataset,
+    epochs: int,
+    seed: int,
+    batch_size: int = 32,
+    accelerator: str = "cpu",
+    callbacks: Sequence[pl.Callback] = (),
+) -> Any:
     """Train in place with an ordinary Trainer and return the module in eval mode."""
     torch.manual_seed(seed)
-    trainer = pl.Trainer(max_epochs=epochs, accelerator=accelerator, devices=1, barebones=True)
+    options: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "barebones": True}
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **options)
     trainer.fit(module, DataLoader(data, batch_size, shuffle=True))
     return module.eval()
 
@@ -206,6 +215,23 @@ def with_cosine_head(setting: Setting) -> Classifier:
 def cosine_classifier(setting: Setting) -> Classifier:
     """Fine-tune with normalised features and rows, from the pre-trained head."""
     return tune(setting, with_cosine_head(setting))
+
+
+def add_low_rank(module: Classifier, seed: int) -> Classifier:
+    """Add LoRA of rank 4 to the head and to all convolutions but depthwise ones; all else is frozen.
+
+    LoRA: Hu et al., ICLR 2022.
+    """
+    import peft  # which only some of the benchmarks need
+
+    layers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    ]
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=layers), module)
+    return module
 
 
 def partial_softmax(setting: Setting) -> Classifier:

@@ -1,4 +1,4 @@
-"""Write the numbers of ``README.md`` anew: each block of it names the command that prints it.
+"""Write the numbers of ``README.md`` and ``pictures.md`` anew: each block names the command that prints it.
 
     python examples/benchmarks/page.py            # all blocks; scores that the benchmarks have kept are read
     python examples/benchmarks/page.py digits.py  # those whose command contains this
@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("README.md")
-ROOT = PAGE.parents[2]
+PAGES = [Path(__file__).with_name(f"{name}.md") for name in ("README", "pictures")]
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- (python [^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,4 +35,5 @@ def filled(text: str, part: str = "") -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), *sys.argv[1:]))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), *sys.argv[1:]))

@@ -10,7 +10,8 @@ seen classes each: their logits of the seen classes and, as a last column, the l
 252 ImageNet classes, ``{how}_{seed}.npz``: fully, lightly, or the head alone with 20, 50 or 80 % of the classes seen.
 Logits are rounded to quarters. Of the samples that gamma is scored on there are only margins, and whether each is right
 within its group: other pictures in the styles of training (``near``), and styles that training never saw (``test``). In
-A, the absent classes are the other ones that occur; in B, all other rows of the head.
+A, the absent classes are the other ones that occur; in B, all other rows of the head. ``runs/drawings`` holds six more
+such runs, of other styles, which ``pictures.py`` has made and which played no part in any choice.
 """
 
 from __future__ import annotations
@@ -172,17 +173,20 @@ class Run:
         )
 
 
-def _scored_on_test(
-    name: str, group: str, row: str, arrays: dict[str, Tensor], split: ClassSplit, part: str = "train"
-) -> Run:
-    logits, target = arrays["test_logits"], arrays["test_target"]
-    seen, absent = (torch.tensor(classes) for classes in (split.seen_classes, split.absent_classes))
+def score_margins(logits: Tensor, target: Tensor, seen: Tensor, absent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The margin of each sample, whether it is right among the classes of its own group, and whether it is seen."""
     is_seen = torch.isin(target, seen)
     winners = [classes[logits[:, classes].argmax(1)] for classes in (seen, absent)]
     margin = logits[:, seen].amax(1) - logits[:, absent].amax(1)
-    right = torch.where(is_seen, *winners) == target
-    natural = len(absent) / (len(seen) + len(absent))
-    return Run(name, group, row, arrays, split, natural, margin, right, is_seen, part)
+    return margin, torch.where(is_seen, *winners) == target, is_seen
+
+
+def _scored_on_test(
+    name: str, group: str, row: str, arrays: dict[str, Tensor], split: ClassSplit, part: str = "train"
+) -> Run:
+    seen, absent = (torch.tensor(classes) for classes in (split.seen_classes, split.absent_classes))
+    scored = score_margins(arrays["test_logits"], arrays["test_target"], seen, absent)
+    return Run(name, group, row, arrays, split, len(absent) / (len(seen) + len(absent)), *scored, part)
 
 
 def _read(*files: Path) -> dict[str, Tensor]:
@@ -209,9 +213,9 @@ def read_small_runs() -> list[Run]:
     return runs
 
 
-def read_picture_runs() -> list[Run]:
+def read_picture_runs(folder: Path = RUNS / "pictures") -> list[Run]:
     """Return the runs of pictures, four for each file: A and B, near and test."""
-    return [run for file in sorted((RUNS / "pictures").glob("*.npz")) for run in _of_pictures(file)]
+    return [run for file in sorted(folder.glob("*.npz")) for run in _of_pictures(file)]
 
 
 def _of_pictures(file: Path) -> Iterable[Run]:
@@ -221,17 +225,28 @@ def _of_pictures(file: Path) -> Iterable[Run]:
     for mode, absent in (("A", occur), ("B", None)):
         split = ClassSplit(arrays["heldout_logits"].shape[1], classes, absent)
         for scored in ("near", "test"):
+            if f"{scored}_seen" not in arrays:
+                continue
             group = f"pictures {mode}, {scored}"
             margin, right = (arrays[f"{scored}_{mode}_{key}"] for key in ("margin", "right"))
-            is_seen = arrays[f"{scored}_seen"]
             yield Run(
-                f"{file.stem}, {mode}, {scored}",
+                f"{file.parent.name}/{file.stem}, {mode}, {scored}",
                 group,
                 f"{group}, {how}",
-                arrays,
+                _with_halves(arrays, mode),
                 split,
                 natural,
                 margin,
                 right,
-                is_seen,
+                arrays[f"{scored}_seen"],
             )
+
+
+def _with_halves(arrays: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
+    """Add the logits of the models that were fine-tuned on halves, if there are any, as those of the other runs are."""
+    halves = {
+        f"pseudo{k}_train_logits": torch.cat([arrays[f"pseudo{k}_seen_logits"], arrays[f"pseudo{k}_{mode}_largest"]], 1)
+        for k in range(3)
+        if f"pseudo{k}_seen_logits" in arrays
+    }
+    return {**arrays, **halves}

@@ -1,4 +1,4 @@
-"""The page of the benchmarks: its numbers come from commands that exist, its pictures are there."""
+"""The page of the benchmarks: its numbers come from commands that exist, its figures are there."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_blocks_are_filled(page):
     assert page.filled(new, "print") == new
 
 
-def test_pictures():
-    shown = set(re.findall(r"\((pictures/[a-z_]+\.(?:png|jpg))\)", TEXT))
-    assert shown == {f"pictures/{path.name}" for path in (FOLDER / "pictures").iterdir()}
+def test_figures():
+    shown = set(re.findall(r"\((figures/[a-z_]+\.(?:png|jpg))\)", TEXT))
+    assert shown == {f"figures/{path.name}" for path in (FOLDER / "figures").iterdir()}
 
 
 def test_links():

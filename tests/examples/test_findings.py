@@ -1,4 +1,4 @@
-"""The findings and the pictures of the paper on the digits benchmark, in its smallest setting."""
+"""The findings and the figures of the paper on the digits benchmark, in its smallest setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.processes import run_python
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 FEW = ["--seeds", "2", "--epochs", "1"]
-PICTURES = {
+FIGURES = {
     "accuracy_gain",
     "curves",
     "logits_absent",
@@ -94,11 +94,11 @@ def test_in_a_process_of_its_own(script, tmp_path):
     run_python("-c", path + script, cwd=tmp_path)
 
 
-def test_pictures(tmp_path):
+def test_figures(tmp_path):
     pytest.importorskip("peft")
-    run_python(FOLDER / "pictures.py", "--epochs", "1", "--folder", tmp_path / "drawn", cwd=tmp_path)
+    run_python(FOLDER / "figures.py", "--epochs", "1", "--folder", tmp_path / "drawn", cwd=tmp_path)
     drawn = {path.stem.removeprefix("digits_"): path for path in (tmp_path / "drawn").iterdir()}
-    assert drawn.keys() == PICTURES
+    assert drawn.keys() == FIGURES
     for path in drawn.values():
         with Image.open(path) as image:
             assert image.size == (480, 320)
