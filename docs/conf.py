@@ -37,6 +37,7 @@ nitpick_ignore_regex = [
     ("py:class", r"lightning_calibft\.checkpoint\.load\.Module"),  # a type variable
 ]
 if os.environ.get("READTHEDOCS"):
+    intersphinx_timeout = 30
     intersphinx_mapping = {
         "python": ("https://docs.python.org/3/", None),
         "torch": ("https://docs.pytorch.org/docs/stable/", None),
