@@ -2,23 +2,34 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: help install test test-all test-pytorch-lightning slow lint demo bench benchmark-digits benchmark-glyphs benchmark-pictures clean
+.PHONY: help install test test-all test-pytorch-lightning slow lint docs dist demo bench benchmark-digits \
+	benchmark-glyphs benchmark-pictures clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(VENV)/dev  ## Make the virtual environment
 
+# Dependency groups need pip 25.1.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/examples: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 	touch $@
 
-$(VENV)/dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . --group docs
 	touch $(VENV)/examples $@
+
+$(VENV)/release: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --group release
+	touch $@
+
+$(VENV)/dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $(VENV)/docs $(VENV)/examples $(VENV)/release $@
 
 # In two processes, each of them on one thread.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -47,6 +58,15 @@ lint: install  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs  ## Build the documentation site, which runs its notebook; a warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html -d outputs/doctrees docs outputs/site
+
+dist: $(VENV)/release  ## Build the wheel and the sdist, and check them
+	rm -rf outputs/dist
+	$(BIN)/python -m build --outdir outputs/dist
+	$(BIN)/python -m twine check --strict outputs/dist/*
+	$(BIN)/check-wheel-contents outputs/dist
 
 demo: $(VENV)/examples  ## Pre-train, fine-tune and calibrate on digits: a table and a picture
 	$(BIN)/python examples/digits.py

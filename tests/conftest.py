@@ -45,7 +45,7 @@ THOROUGH = {
     "cli/test_calibrate.py::test_interrupted",
     "cross_validation/test_folder.py::test_killed_and_resumed",
     "test_imports.py",
-    "test_readme.py::test_scripts",
+    "docs/test_pages.py::test_scripts",
 }
 
 

@@ -31,7 +31,7 @@ from lightning_calibft.plotting import COLORS, CURVE_COLORS
 
 SIZES, SPLITS, DRAWS = (50, 200, 500, 2000), 2, 4
 LENGTH, EVERY = 2400, 50  # of a stream, in samples
-PICTURE = Path(__file__).with_name("pictures") / "traffic.png"
+PICTURE = Path(__file__).with_name("figures") / "traffic.png"
 
 
 class Estimate(NamedTuple):

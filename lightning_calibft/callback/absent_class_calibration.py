@@ -86,7 +86,7 @@ class AbsentClassCalibration(LightningCallback):
 
         Modules run as they are: a module's ``forward`` is called as its own steps call it, and a module whose
         ``forward`` does not map inputs to logits is run through its ``validation_step`` or ``training_step``, with
-        logging and optimizers muted. The page "Which modules work" (``examples/modules.md``) lists the forms.
+        logging and optimizers muted. The page "Which modules work" (``docs/modules.md``) lists the forms.
 
         If the datamodule or the module has a method ``calibration_dataloader()``, its data is read instead of the
         training data, and with ``source="auto"`` instead of the validation data. Use it for clean transforms, for

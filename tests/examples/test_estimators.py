@@ -75,11 +75,16 @@ def _numbers(line):
     return [float(number.replace(",", "")) for cell in cells for number in re.findall(r"-?\d[\d,]*\.?\d*", cell)]
 
 
-def test_the_readme_says_the_same(tables):
-    readme = (FOLDER.parents[1] / "README.md").read_text()
-    shown = dict(re.findall(r'^\| (`"\w+"`.*?) \|.*\| (\d+\.\d) \|$', readme, re.MULTILINE))
+def test_the_guide_and_the_readme_say_the_same(tables):
+    guide, readme = ((FOLDER.parents[1] / name).read_text() for name in ("docs/gamma.md", "README.md"))
+    shown = dict(re.findall(r'^\| (`"\w+"`.*?) \|.*\| (\d+\.\d) \|$', guide, re.MULTILINE))
+    short = {name: cells for name, *cells in re.findall(r'^\| (`"\w+"`).*?\| (\S+) \| (\S+) \|$', readme, re.MULTILINE)}
     rows = {line.split("|")[1].strip(): _numbers(line)[-3] for line in tables["methods"][2:]}
     for name in ("alg", "pseudo_absent"):
         assert float(shown[f'`"{name}"`']) == pytest.approx(rows[f"`{name}`"], abs=0.06)
         told = shown[f'`"{name}"`, with `absent_share`']
         assert float(told) == pytest.approx(rows[f"`{name}`, share told"], abs=0.06)
+        assert short[f'`"{name}"`'] == [shown[f'`"{name}"`'], told]
+    for text in (guide, readme):
+        (nothing,) = re.findall(r"(?:no calibration|Leaving gamma at 0) loses (\d\.\d)", text)
+        assert float(nothing) == pytest.approx(rows["gamma 0"], abs=0.06)

@@ -64,7 +64,7 @@ def test_a_third_group_does_not_go_unnoticed(traffic, parts):
 
 def test_the_page_has_every_table(traffic):
     page = (FOLDER / "traffic.md").read_text()
-    assert (FOLDER / "pictures" / "traffic.png").exists()
+    assert (FOLDER / "figures" / "traffic.png").exists()
     for name in (*traffic.IDEAS, *traffic.GAMMA_IDEAS, *traffic.streams()):
         assert f"\n| {name} |" in page
     assert len(re.findall(r"^\| estimated from", page, re.MULTILINE)) == 20

@@ -15,7 +15,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_the_page_names_these_tests():
-    page = (ROOT / "examples" / "faults.md").read_text()
+    page = (ROOT / "docs" / "faults.md").read_text()
     named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page))
     assert named
     rows = [line for line in page.splitlines() if line.startswith("|") and not line.startswith(("| Fault |", "| ---"))]

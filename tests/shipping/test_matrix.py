@@ -1,4 +1,4 @@
-"""The table of examples/heads.md: every kind of head goes through every tool."""
+"""The table of docs/heads.md: every kind of head goes through every tool."""
 
 import re
 from contextlib import suppress
@@ -20,7 +20,7 @@ from tests.shipping.kinds import KINDS
 
 SEEN, GAMMA = [0, 2], 2.5
 SHIFT = torch.tensor([0.0, GAMMA, 0.0, GAMMA, GAMMA])
-PAGE = Path(__file__).parents[2] / "examples" / "heads.md"
+PAGE = Path(__file__).parents[2] / "docs" / "heads.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tools
 
