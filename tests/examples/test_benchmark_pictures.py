@@ -160,7 +160,7 @@ def test_small_copies_are_runs_as_well(options, tmp_path, runs):
 
 
 def test_recorded_runs_that_no_choice_was_made_on():
-    """The recommended estimator is near the best gamma on these runs, and the paper's is not, at each of five shares."""
+    """The recommended estimator is near the best gamma on these runs at each of five shares, the paper's is not."""
     estimators, recorded = script("estimators"), script("recorded")
     runs = [run_.on("heldout") for run_ in recorded.read_picture_runs(recorded.RUNS / "drawings")]
     assert len(runs) == 24
