@@ -356,7 +356,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             if rebuilt and (batch := next(iter(few), None)) is not None:
                 _check_labels(batch, model)
                 rows = resolve_class_map(self.class_map, self.label_names, head_width(model))
-                reading = EvaluationPass(model, [[batch]], reader=BatchReader(self.unpack_batch, rows), progress=False)
+                reading = EvaluationPass(model, [[batch]], reader=BatchReader(self.unpack_batch, rows), bar=None)
                 with closing(reading.evaluate()) as batches:
                     for evaluated in batches:
                         check_rows(evaluated.target, reading.num_classes)
@@ -505,7 +505,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             with preserve_random_state(), self._attached(model):
                 rows = resolve_class_map(self.class_map, self.label_names, head_width(model))
                 reader, loaders = BatchReader(self.unpack_batch, rows), calibration_loaders(unwrapped(loader))
-                reading = EvaluationPass(model, loaders, reader=reader, validation=True, progress=False)
+                reading = EvaluationPass(model, loaders, reader=reader, validation=True, bar=None)
                 metric = AUSUCWithAccuracies(split.num_classes, split.seen_classes, split.absent_classes)
                 reading.feed(metric.to(reading.device), split)
                 values = {"ausuc": metric.compute()}
