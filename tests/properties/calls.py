@@ -88,6 +88,10 @@ def updated(kind: type, **options: Any) -> Callable[..., Any]:
     return call
 
 
+def on_traffic(preds: Any = LOGITS, **arguments: Any) -> None:
+    metrics.AbsentShare(**arguments).update(preds)
+
+
 def of_callback(kind: type, folder: Path) -> Callable[..., Any]:
     def call(**arguments: Any) -> None:
         callback = kind(**arguments)
@@ -111,7 +115,12 @@ def _metrics(module: Any) -> dict[str, Call]:
     calls = {}
     for name in names_of(module):
         kind = getattr(module, name)
-        if isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
+        if name == "AbsentShare":  # takes no labels
+            table = functional.share_table.ShareTable((0.1, 0.9), (0.0, 1.0), seen_below=(0, 0), absent_below=(1, 1))
+            calls[name] = Call(
+                on_traffic, given(preds=LOGITS.clone, num_classes=3, seen_classes=SEEN, share_table=table)
+            )
+        elif isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
             special = {"class_means": lambda: torch.eye(3)} if name == "NearestClassMeanAccuracy" else {}
             special |= {"gamma": 1.0} if name == "FixedGamma" else {}
             shared = {"ignore_index": None, "validate_args": True, "class_map": None, "label_names": None}
