@@ -31,6 +31,7 @@ from ideas import (
 from recorded import GROUPS, Run, read_picture_runs, read_small_runs
 from torch import Tensor
 
+from lightning_calibft._format import VERDICTS, verdict
 from lightning_calibft.estimators import Estimator, make_estimator, needs_pretrained_logits
 from lightning_calibft.functional import best_gamma, split_accuracy
 from lightning_calibft.functional._inputs import Groups
@@ -181,6 +182,40 @@ def expectations(runs: list[Run]) -> Iterator[str]:
             cells += [f"{statistics.mean(column):+.1f}", f"{statistics.mean(e * e for e in column) ** 0.5:.1f}"]
         cells += [f"{100 * statistics.mean(each):.0f} % of {len(each)}" for each in (within, right)]
         yield f"| {kind} | {' | '.join(cells)} |"
+
+
+def verdicts(runs: list[Run]) -> Iterator[str]:
+    """The verdict on gamma before it is used, against its true change in accuracy at the share that is met.
+
+    Right is "helps" if that is above half a point, "hurts" if it is below minus half a point, and "does not matter" in
+    between.
+    """
+    named = VERDICTS[:-1]
+    yield "| verdict, shares from 2 to 90 % | cannot be told | right, of all others | " + " | ".join(named) + " |"
+    yield "| :-- | --: | --: |" + " --: |" * len(named)
+    for part, source in (("heldout", "held-out samples"), ("train", "training samples")):
+        for kind, groups in KINDS.items():
+            for assumed, of_share in ((None, "the share that is met"), (0.5, "50 %")):
+                found: dict[str, list[bool]] = {name: [] for name in VERDICTS}
+                for run in (run.on(part) for run in runs if run.group in groups):
+                    for share in MANY_SHARES:
+                        said, right = _judged(run, assumed or share, share)
+                        found[said].append(right)
+                unknown, told = len(found[VERDICTS[-1]]), [right for name in named for right in found[name]]
+                cells = [f"{100 * unknown / (unknown + len(told)):.0f} %", f"{100 * statistics.mean(told):.0f} %"]
+                cells += [f"{sum(found[name])} of {len(found[name])}" for name in named]
+                yield f"| {source}, {kind}, gamma for {of_share} | {' | '.join(cells)} |"
+
+
+def _judged(run: Run, assumed: float, met: float) -> tuple[str, bool]:
+    """The verdict on gamma for one share where another one is met, and whether it is right."""
+    samples, gamma = pseudo_absent_samples(run), pseudo_absent(run, assumed)
+    seen, absent = (change.item() for change in accuracy_change(samples, torch.tensor(gamma)))
+    known = {"gamma": gamma, "absent_share": met, "seen_change": seen, "absent_change": absent}
+    known["break_even_share"] = break_even_share(samples, torch.tensor(gamma)).item()
+    known["seen_accuracy"] = (samples.right > 0.5).double().mean().item()
+    said, change = verdict(known)[0], run.accuracy(gamma, met) - run.accuracy(0.0, met)
+    return said, said == ("helps" if change > 0.5 else "hurts" if change < -0.5 else "does not matter")
 
 
 def leave_one_row_out(runs: list[Run]) -> Iterator[str]:
@@ -400,6 +435,7 @@ def tables() -> dict[str, list[str]]:
         "told wrongly": list(told_wrongly(held_out)),
         "not told": list(not_told(held_out)),
         "expectations": list(expectations(held_out)),
+        "verdicts": list(verdicts(trained)),
         "ideas": list(table("idea, share told, held-out samples", IDEAS, held_out)),
         "leave one row out": list(leave_one_row_out(held_out)),
         "some classes": list(some_classes(small_held_out)),

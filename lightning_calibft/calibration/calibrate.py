@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_calibft._arguments import check_model
 from lightning_calibft._format import warning_of_harm
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
-from lightning_calibft.calibration.data_check import check_weights
+from lightning_calibft.calibration.data_check import check_weights, warn_of_many_absent_rows
 from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import (
     EvaluationPass,
@@ -162,6 +162,12 @@ def calibrate(
                 else:
                     seen = reading.read_classes() if seen_classes is None else seen_classes
                     split = ClassSplit(reading.num_classes, seen, absent_classes)
+                    said = absent_classes is not None or "absent_share" in (estimator_kwargs or {})
+                    # Of labels that look like positions in a list, there is another warning.
+                    in_order = split.seen_classes == tuple(range(len(split.seen_classes)))
+                    said = said or (seen_classes is None and not reader.maps and in_order)
+                    if estimator in ("alg", "pseudo_absent") and not said:
+                        warn_of_many_absent_rows(len(split.seen_classes), len(split.absent_classes))
                 errors.agree()
             result = reading.for_unlabeled(reading.run(split))
     except BaseException:

@@ -197,3 +197,15 @@ def _positions_hint(classes: Sequence[int], names: str = "", map_of_names: str =
         f" the names of folders and rows. A training step that took the cross-entropy with these labels has trained"
         f" rows {rows}: map them there too."
     )
+
+
+def warn_of_many_absent_rows(num_seen: int, num_absent: int) -> None:
+    """Warn if most rows of the head may never occur, where that moves gamma and nothing was said about it."""
+    if num_absent > 10 * num_seen and rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"The head has {num_absent} rows that are not in the training data, which has {num_seen} classes. All of"
+            " them count as absent classes, and those that never occur move gamma, too. If you know the classes that"
+            " can occur, pass `absent_classes=[...]`. If you know how many samples are of absent classes, pass their"
+            " share as `absent_share`.",
+            stacklevel=2,
+        )

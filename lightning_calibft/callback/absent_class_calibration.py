@@ -20,7 +20,7 @@ from lightning_calibft._arguments import check_type
 from lightning_calibft._format import METADATA_KEY, expectations, warning_of_harm
 from lightning_calibft.calibration.batch_calls import OwnForwardCall
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
-from lightning_calibft.calibration.data_check import warn_if_positions
+from lightning_calibft.calibration.data_check import warn_if_positions, warn_of_many_absent_rows
 from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.calibration.evaluation_pass import EvaluationPass, head_width, preserve_random_state
 from lightning_calibft.calibration.loaders import flat_loaders
@@ -562,13 +562,8 @@ class AbsentClassCalibration(LightningCallback):
         self._told_of_rows = True
         absent = self._labels.num_classes - len(seen)
         positions = not self._reader.maps and seen == list(range(len(seen)))  # there is another warning for those
-        if absent > 10 * len(seen) and not positions:
-            rank_zero_warn(
-                f"The head has {absent} rows that are not in the training data, which has {len(seen)} classes. All of"
-                " them count as absent classes, and those that never occur move gamma, too. If you know the classes"
-                " that can occur, pass `absent_classes=[...]`. If you know how many samples are of absent classes,"
-                " pass their share as `absent_share`."
-            )
+        if not positions:
+            warn_of_many_absent_rows(len(seen), absent)
 
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
         check = partial(check_first_batch, trainer, model, batch, self._reader)

@@ -148,6 +148,7 @@ class CalibrationDiagnostics(LightningCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
             self._recorder.add_training_batch(batch, trainer.train_dataloader)
+            self._recorder.check_first_batch()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_calibft.analysis.history import History, evaluation_of
 from lightning_calibft.analysis.logit_levels import LogitLevelsMetric
 from lightning_calibft.analysis.weights import head_weight
 from lightning_calibft.calibration.batch_reader import BatchReader
+from lightning_calibft.calibration.distributed import SharedErrors
 from lightning_calibft.callback.lightning_package import Strategy
-from lightning_calibft.callback.training_labels import TrainingLabels
+from lightning_calibft.callback.training_labels import TrainingLabels, check_not_absent
 from lightning_calibft.head.find import find_head
 from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.record import LogitRecorder, UnexpectedLogitsError, one_forward
 from lightning_calibft.metrics import AUSUC
-from lightning_calibft.split import ClassSplit
+from lightning_calibft.split import ClassSplit, shorten
 
 
 class SnapshotRecorder:
@@ -53,6 +55,8 @@ class SnapshotRecorder:
         self._strategy = strategy
         self._warn = warn
         self._labels = None
+        self._absent_classes = absent_classes
+        self._checked = self._told = False
         if split is None:
             self._labels = TrainingLabels(num_classes(find_head(model, head)), reader.maps, absent_classes)
         self._recorder = LogitRecorder(model, head)
@@ -76,6 +80,19 @@ class SnapshotRecorder:
         except Exception as error:  # a function of the user can raise anything, and the run must go on
             self._warn(f"{error} Or pass `seen_classes`.")
 
+    def check_first_batch(self) -> None:
+        """Refuse absent classes that the first training batch has, on any process. Later calls do nothing.
+
+        Raises:
+            ValueError: If a class that was met is listed as absent.
+        """
+        checked, self._checked = self._checked, True
+        if not checked and self._labels is not None and self._absent_classes is not None:
+            errors = SharedErrors()
+            with errors.shared():
+                check_not_absent(self._labels.classes(), self._absent_classes)
+            errors.agree()
+
     def add_classes(self, classes: Iterable[int]) -> None:
         """Add the seen classes of the run that this one resumes."""
         if self._labels is not None:
@@ -89,7 +106,15 @@ class SnapshotRecorder:
         """Return the split on all processes, or ``None`` if so far no class is seen or no class is absent."""
         if self._labels is None:
             return self._split
-        return self._labels.split(self._strategy)
+        split = self._labels.split(self._strategy)
+        if not self._told and (both := {*self._labels.classes()} & {*(self._absent_classes or ())}):
+            self._told = True
+            rank_zero_warn(
+                f"CalibrationDiagnostics counts the classes {shorten(sorted(both))} as seen: they are in"
+                " `absent_classes`, but the training data has samples of them. Remove them from the list, or their"
+                " samples from the data."
+            )
+        return split
 
     def start_validation(self) -> None:
         """Start to count validation batches, if the split is known."""

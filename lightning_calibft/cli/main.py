@@ -167,6 +167,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             seen_classes=seen,
             estimator=args.estimator,
             estimator_kwargs=args.estimator_kwargs,
+            absent_classes=args.absent_classes,
             absent_share=args.absent_share,
             unlabeled=None if args.unlabeled is None else traffic,
             max_samples=args.max_samples,
@@ -254,6 +255,7 @@ def _validation_text(found: dict[str, Any]) -> str:
 def _as_flags(message: str) -> str:
     """Replace the arguments of Python functions with the flags of the command."""
     for argument in (
+        "absent_classes",
         "absent_share",
         "add_bias",
         "class_map",
@@ -272,6 +274,7 @@ def _as_flags(message: str) -> str:
     ):
         message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
     for argument, flag in (
+        ("absent_classes=[...]", "absent-classes ROW ..."),
         ("add_bias=True", "add-bias"),
         ("model_args", "model-kwargs"),
         ("use_ema", "[no-]ema"),

@@ -128,6 +128,13 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         type=Path,
         help="a folder of images from where the model will be used, to estimate this share from instead",
     )
+    command.add_argument(
+        "--absent-classes",
+        type=_integer(0),
+        nargs="+",
+        metavar="ROW",
+        help="rows of the absent classes that can occur; by default all that are not in the data",
+    )
     command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_calibft import CalibrationResult, ClassSplit, calibrate
+from lightning_calibft.estimators import ESTIMATORS
 from lightning_calibft.metrics import AverageLogitGap
 from tests.calibration.nets import ALL, X, Y, assert_calibrated, net, raw
 from tests.helpers.runs import ABSENT, NUM_CLASSES, SEEN, TRAIN, assert_same, blobs, loader, quiet
@@ -186,3 +188,22 @@ def test_the_result():
         "share_table": dict,
         "verdict": str,
     }
+
+
+@pytest.mark.parametrize("seen", [None, [1, 3, 7]])
+def test_many_rows_that_may_never_occur(seen):
+    torch.manual_seed(0)
+    wide, data = torch.nn.Linear(4, 40), [(torch.randn(30, 4), torch.tensor([1, 3, 7]).repeat(10))]
+    text = r"37 rows that are not in the training data, which has 3 classes.*`absent_classes=\[...\]`.*`absent_share`"
+    with pytest.warns(UserWarning, match=text):
+        calibrate(wide, data, seen, progress=False)
+    metric = ESTIMATORS["alg"](40, [1, 3, 7])
+    for said in (
+        {"absent_share": 0.2},
+        {"absent_classes": [0, 2]},
+        {"estimator": "fixed", "estimator_kwargs": {"gamma": 1.0}},
+        {"estimator": metric, "seen_classes": None},
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            calibrate(wide, data, **{"seen_classes": seen, **said}, progress=False)

@@ -109,6 +109,23 @@ def test_absent_classes_that_are_no_rows(tmp_path, kind, absent, error, text):
         trainer_of(tmp_path, kind(absent_classes=absent)).fit(pretrained(), loader())
 
 
+def test_the_report_refuses_an_absent_class_that_the_first_batch_has(tmp_path):
+    module, diagnostics = pretrained(Counts), CalibrationDiagnostics(absent_classes=[1, int(TRAIN.tensors[1][0])])
+    with pytest.raises(ValueError, match=BOTH.format(int(TRAIN.tensors[1][0]))):
+        trainer_of(tmp_path, diagnostics).fit(module, loader(TRAIN, shuffle=False))
+    assert module.steps == 0
+
+
+def test_the_report_tells_of_an_absent_class_that_is_met_late(tmp_path):
+    x, y = TRAIN.tensors
+    data = TensorDataset(*(part[y.argsort(stable=True)] for part in (x, y)))
+    module, diagnostics = pretrained(Counts), CalibrationDiagnostics(absent_classes=[1, int(y.max())])
+    with pytest.warns(UserWarning, match=rf"counts the classes {int(y.max())} as seen: they are in `absent_c") as told:
+        trainer_of(tmp_path, diagnostics).fit(module, loader(data, shuffle=False), loader(VAL, shuffle=False))
+    assert module.steps == 12
+    assert sum("as seen" in str(warning.message) for warning in told) == 1
+
+
 def test_the_report_measures_the_same_classes(tmp_path):
     diagnostics = CalibrationDiagnostics(absent_classes=[1, 4])
     trainer_of(tmp_path, diagnostics).fit(pretrained(), loader(), loader(VAL, shuffle=False))

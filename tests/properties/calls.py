@@ -51,6 +51,13 @@ def calibrated() -> nn.Module:
     return top.set_gamma(model(), 1.5, SEEN)
 
 
+def shared() -> nn.Module:
+    """A model that knows gamma for other shares of absent samples."""
+    network = model()
+    top.calibrate(network, batches(), SEEN, progress=False)
+    return network
+
+
 def batches() -> list[Any]:
     return [(LOGITS.clone(), torch.tensor([0, 1, 1, 0]))]
 
@@ -183,6 +190,7 @@ def calls(folder: Path) -> dict[str, Call]:
             },
         ),
         "resolve_class_map": Call(top.resolve_class_map, given(class_map=[2, 0])),
+        "set_absent_share": Call(top.set_absent_share, given(model_or_path=shared, absent_share=0.2)),
         "set_gamma": Call(top.set_gamma, given(model=model, gamma=1.0, seen_classes=SEEN)),
         "reset_gamma": Call(reset_gamma, given(model=calibrated)),
         "is_folded": Call(is_folded, given(model=model)),
