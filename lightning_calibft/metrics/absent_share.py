@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_calibft._arguments import check_model, check_number, check_type
+from lightning_calibft._arguments import check_gamma, check_model, check_number, check_type
 from lightning_calibft._format import CHILD_NAME, RECORD_NAME
 from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import check_matrix, real_dtype, warn_if_probabilities
@@ -106,14 +106,14 @@ class AbsentShare(AbsentClassMetric):
                 f"Expected argument `half_life` to be None or a positive number of samples, but got {half_life!r}."
             )
         self.share_table = share_table
-        self.gamma = check_number("gamma", gamma)
+        self.gamma = check_gamma(gamma)
         self._head: _CalibratedHead | None = None
-        self.half_life = half_life
+        self.half_life = None if half_life is None else float(half_life)
         edges = margin_edges(share_table)
         self._constants["edges"] = torch.tensor(edges, dtype=real_dtype(self.device), device=self.device)
         self._estimate: ShareEstimate | None = None
         self._fits = True
-        self._set_configuration(type(self).__name__, edges, half_life, gamma)
+        self._set_configuration(type(self).__name__, edges, self.half_life, self.gamma)
         self.add_state("count", torch.zeros(len(edges) + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

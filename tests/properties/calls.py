@@ -51,6 +51,13 @@ def calibrated() -> nn.Module:
     return top.set_gamma(model(), 1.5, SEEN)
 
 
+def shared() -> nn.Module:
+    """A model that knows gamma for other shares of absent samples."""
+    network = model()
+    top.calibrate(network, batches(), SEEN, progress=False)
+    return network
+
+
 def batches() -> list[Any]:
     return [(LOGITS.clone(), torch.tensor([0, 1, 1, 0]))]
 
@@ -88,6 +95,10 @@ def updated(kind: type, **options: Any) -> Callable[..., Any]:
     return call
 
 
+def on_traffic(preds: Any = LOGITS, **arguments: Any) -> None:
+    metrics.AbsentShare(**arguments).update(preds)
+
+
 def of_callback(kind: type, folder: Path) -> Callable[..., Any]:
     def call(**arguments: Any) -> None:
         callback = kind(**arguments)
@@ -111,7 +122,12 @@ def _metrics(module: Any) -> dict[str, Call]:
     calls = {}
     for name in names_of(module):
         kind = getattr(module, name)
-        if isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
+        if name == "AbsentShare":  # takes no labels
+            table = functional.share_table.ShareTable((0.1, 0.9), (0.0, 1.0), seen_below=(0, 0), absent_below=(1, 1))
+            calls[name] = Call(
+                on_traffic, given(preds=LOGITS.clone, num_classes=3, seen_classes=SEEN, share_table=table)
+            )
+        elif isinstance(kind, type) and issubclass(kind, metrics.SeenUnseenCurve.__mro__[1]):
             special = {"class_means": lambda: torch.eye(3)} if name == "NearestClassMeanAccuracy" else {}
             special |= {"gamma": 1.0} if name == "FixedGamma" else {}
             shared = {"ignore_index": None, "validate_args": True, "class_map": None, "label_names": None}
@@ -174,6 +190,7 @@ def calls(folder: Path) -> dict[str, Call]:
             },
         ),
         "resolve_class_map": Call(top.resolve_class_map, given(class_map=[2, 0])),
+        "set_absent_share": Call(top.set_absent_share, given(model_or_path=shared, absent_share=0.2)),
         "set_gamma": Call(top.set_gamma, given(model=model, gamma=1.0, seen_classes=SEEN)),
         "reset_gamma": Call(reset_gamma, given(model=calibrated)),
         "is_folded": Call(is_folded, given(model=model)),

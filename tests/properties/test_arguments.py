@@ -23,7 +23,7 @@ RESULTS = {
 }
 # What the rooms of the package call in each other, with arguments that are checked by then.
 INSIDE = {
-    *("check_estimator_width", "make_estimator"),
+    *("check_estimator_width", "check_unlabeled", "make_estimator"),
     *("needs_absent_samples", "needs_held_out_samples", "needs_pretrained_logits"),
 }
 
@@ -32,7 +32,8 @@ FUNCTIONS = {"type", "function"}  # the user's own errors are theirs
 
 # What is right for an argument, of any function that has it.
 RIGHT = {
-    "absent_classes class_map label_names weights result head pretrained": {"None"},
+    "absent_classes class_map label_names weights result head pretrained unlabeled": {"None"},
+    "half_life": {"None", *NUMBERS} - {"-1"},
     "min_seen_accuracy min_absent_accuracy": {"None"},
     "num_classes top_k num_splits batch_size num_workers every_n_epochs samples_per_class": {"3"},
     "gamma logit_bias": NUMBERS,
@@ -64,6 +65,9 @@ SPECIAL = {
     ("calibrate", "seen_classes"): {"None"},
     ("pseudo_cross_validation", "seen_classes"): {"None"},
     ("resolve_class_map", "num_classes"): {"None", "3"},
+    ("set_absent_share", "absent_share"): set(),
+    ("set_absent_share", "destination"): {"None"},
+    ("set_absent_share", "model_or_path"): {"word"},
     ("resolve_class_map", "label_names"): {"None", "[]"},
     ("calibrate_logits", "gamma"): NUMBERS | {"inf"},
     ("compare_curves", "preds"): {"{}"},
