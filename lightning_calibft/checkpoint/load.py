@@ -139,7 +139,7 @@ def _load_folder(model_class: Any, folder: StrPath, **kwargs: Any) -> Any:
         attach_at(model, *split_copies(model, tuple(dict.fromkeys(modules))), len(mask))
     else:  # in the file, the head has another name
         attach(model)
-    return set_attached_gamma(model, gamma, ClassSplit(len(mask), *classes_of(metadata, mask))).eval()
+    return set_attached_gamma(model, gamma, ClassSplit(len(mask), *classes_of(metadata, mask)), metadata).eval()
 
 
 def _module_at(model: LightningModule, name: str, path: StrPath) -> nn.Module:

@@ -47,7 +47,7 @@ def reduce_batch(
     preds = preds.detach()
     label, place = groups.places(target, ignore_index, checked)
     column, members = label.unsqueeze(1), groups.members.index_select(1, place)
-    own, size = preds.gather(1, column).squeeze(1).to(dtype), _rows_at_a_time(preds, 2**17)
+    own, size = preds.gather(1, column).squeeze(1).to(dtype), rows_at_a_time(preds, 2**17)
     if preds.device.type == "cpu":
         lead = own - _rivals(preds, column, groups).to(dtype)
         wins = lead > groups.zero
@@ -75,27 +75,30 @@ def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
 
     If a logit of the row is NaN or infinite, they may be NaN.
     """
-    if groups.rows is not None:  # much faster than to gather the columns
-        rows, elements = groups.rows, 2**16
-        if rows.dtype != preds.dtype:
-            rows = rows.to(preds.dtype)
+    sizes = [len(groups.seen), len(groups.absent)]
+    column = column if groups.position is None else groups.position[column]
+    rows = groups.rows
+    if rows is not None and rows.dtype != preds.dtype:
+        rows = rows.to(preds.dtype)
 
-        def largest(chunk: Tensor, column: Tensor) -> Tensor:
-            return (chunk + rows).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
-    else:
-        order, sizes, elements = groups.order, [len(groups.seen), len(groups.absent)], 2**17
-        column = column if groups.position is None else groups.position[column]
+    def largest(chunk: Tensor, column: Tensor, out: Tensor | None = None) -> Tensor:
+        if rows is not None:  # much faster than to gather the columns
+            return torch.add(chunk, rows, out=out).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
+        if groups.order is not None:
+            columns = torch.index_select(chunk, 1, groups.order, out=out)
+        else:
+            columns = chunk.clone() if out is None else out.copy_(chunk)
+        seen, absent = torch.split(columns.scatter_(1, column, -torch.inf), sizes, 1)
+        return torch.stack([seen.amax(1), absent.amax(1)])
 
-        def largest(chunk: Tensor, column: Tensor) -> Tensor:
-            columns = chunk.clone() if order is None else chunk.index_select(1, order)
-            seen, absent = torch.split(columns.scatter_(1, column, -torch.inf), sizes, 1)
-            return torch.stack([seen.amax(1), absent.amax(1)])
-
-    size = _rows_at_a_time(preds, elements)
+    size = rows_at_a_time(preds, 2**17 if rows is None else 2**16)
     if preds.shape[0] <= size:
         return largest(preds, column)
+    # One buffer for all chunks: the memory of a new one would have to be mapped again.
+    width = preds.shape[1] if groups.order is None else len(groups.order)
+    buffer = preds.new_empty((size, width) if rows is None else (2, size, width))
     chunks = zip(torch.split(preds, size), torch.split(column, size), strict=True)
-    return torch.cat([largest(*chunk) for chunk in chunks], 1)
+    return torch.cat([largest(*chunk, buffer[..., : len(chunk[0]), :]) for chunk in chunks], 1)
 
 
 def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,7 @@ def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """Return the largest logits among ``classes`` (sorted ids) and their class ids, both of shape ``(N, top_k)``."""
     values, indices = [], []
-    for chunk in torch.split(preds.detach(), _rows_at_a_time(preds, 2**18)):
+    for chunk in torch.split(preds.detach(), rows_at_a_time(preds, 2**18)):
         if len(classes) < preds.shape[1]:
             chunk = chunk.index_select(1, classes)
         best = chunk.max(1, keepdim=True) if top_k == 1 else chunk.topk(top_k, 1)
@@ -121,7 +124,7 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
 
 def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply a function from ``(N, C)`` to ``(N, ...)`` tensors to chunks of rows, which bounds the size of copies."""
-    rows = _rows_at_a_time(tensors[0], 2**16)
+    rows = rows_at_a_time(tensors[0], 2**16)
     if len(tensors[0]) <= rows:
         return function(*(tensor.detach() for tensor in tensors))
     parts = [
@@ -130,7 +133,8 @@ def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor)
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _rows_at_a_time(preds: Tensor, elements: int) -> int:
+def rows_at_a_time(preds: Tensor, elements: int) -> int:
+    """Return how many rows to copy at once, of at most ``elements`` on each thread of a CPU."""
     # On a CPU, what each thread copies should fit in its cache: copying all rows at once takes several times as long.
     return max(1, (elements * torch.get_num_threads() if preds.device.type == "cpu" else 2**22) // preds.shape[1])
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_calibft._arguments import check_absent_share
-from lightning_calibft.functional._group_logits import in_row_chunks
+from lightning_calibft.functional._group_logits import rows_at_a_time
 from lightning_calibft.functional._inputs import (
     Groups,
     prepare,
-    real_dtype,
     warn_if_probabilities,
 )
 from lightning_calibft.split import ClassIds
@@ -105,15 +104,16 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups, checked: bool = 
 
     If labels are not ``checked``, they may be outside of ``[0, C)``.
     """
-    dtype = real_dtype(preds.device)
-
-    def gaps(preds: Tensor) -> tuple[Tensor]:
-        columns = preds if groups.competing is None else preds.index_select(1, groups.competing)
-        return (columns.to(dtype).mv(groups.gap_weights),)
-
-    column, _ = groups.places(target, None, checked)
-    own = preds.detach().gather(1, column.unsqueeze(1)).squeeze(1)
-    return in_row_chunks(gaps, preds)[0].sub_(own, alpha=1 / (len(groups.seen) - 1))
+    preds, (column, _) = preds.detach(), groups.places(target, None, checked)
+    own = preds.gather(1, column.unsqueeze(1)).squeeze(1)
+    size, weights = rows_at_a_time(preds, 2**16), groups.gap_weights
+    # One buffer for all chunks: the memory of a new one would have to be mapped again.
+    buffer = weights.new_empty(min(size, len(preds)), len(weights))
+    sums = []
+    for chunk in torch.split(preds, size):
+        columns = chunk if groups.competing is None else chunk.index_select(1, groups.competing)
+        sums.append(buffer[: len(chunk)].copy_(columns).mv(weights))
+    return torch.cat(sums).sub_(own, alpha=1 / (len(groups.seen) - 1))
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

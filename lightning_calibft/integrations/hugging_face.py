@@ -464,7 +464,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         buffers = SharedErrors().gather(lambda: dict(model.named_buffers()) if rank == 0 and size > 1 else {})[0]
         with _loaded(model, buffers):
             result = self._find(model, loader, None, progress)
-        set_attached_gamma(model, result.gamma, result.split)
+        set_attached_gamma(model, result.gamma, result.split, result.as_dict())
         return result
 
     def _calibrate_folders(self, args: Any, model: Any, loader: Any, live: CalibrationResult) -> None:
@@ -480,7 +480,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                     result = live
                     if not errors.gather(lambda: _are_equal(own, _copy(model)))[0]:
                         result = self._find(model, loader, live.split, progress=not args.disable_tqdm)
-                    set_attached_gamma(model, result.gamma, result.split)
+                    set_attached_gamma(model, result.gamma, result.split, result.as_dict())
                     with errors.shared():
                         if args.should_save:
                             write_calibration(_inside(folder, model), _saved_entries(model), result)

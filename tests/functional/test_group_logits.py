@@ -60,7 +60,7 @@ def test_against_a_search(seen, absent, dtype, odd, layout):
 @pytest.mark.parametrize("layout", ["rows", "columns", "every other column"])
 def test_wide_rows_in_chunks(split, dtype, layout, monkeypatch):
     """Each way to the columns of a wide head, in chunks of a few rows, with ties and with what is not finite."""
-    monkeypatch.setattr(_group_logits, "_rows_at_a_time", lambda preds, elements: 7)
+    monkeypatch.setattr(_group_logits, "rows_at_a_time", lambda preds, elements: 7)
     seen, absent = {
         "in parts": (list(range(60)), list(range(60, 150))),
         "added row": (list(range(0, 150, 2)), list(range(1, 149, 2))),
