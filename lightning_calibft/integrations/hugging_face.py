@@ -488,6 +488,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                 self.checkpoint_results[folder] = result
             except Exception as error:  # the disk, the data and the model can raise anything
                 failed[folder] = message_of(error)
+        set_attached_gamma(model, live.gamma, live.split, live.as_dict())  # the weights are back already
         if failed:
             told = "; ".join(f"{folder!r}: {reason.removesuffix('.')}" for folder, reason in failed.items())
             warnings.warn(
