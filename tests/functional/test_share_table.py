@@ -13,6 +13,7 @@ from lightning_calibft.estimators import OperatingPoint, PseudoAbsent, make_esti
 from lightning_calibft.functional import split_accuracy
 from lightning_calibft.functional.share_table import ABSENT_SHARES, ShareTable
 from lightning_calibft.split import ClassSplit
+from tests.helpers.estimator_references import _reference_pseudo_absent
 from tests.helpers.references import random_case
 
 SHARES = [0.001, 0.0137, 0.05, 0.31, 0.5, 0.77, 0.9842, 0.999]
@@ -70,6 +71,9 @@ def test_what_pseudo_absent_expects():
     counted = torch.isin(TARGET, torch.tensor(SEEN))
     margin = (LOGITS[:, SEEN].amax(1) - LOGITS[:, ABSENT].amax(1))[counted]
     assert row["seen_below"] == pytest.approx((margin < row["gamma"]).double().mean().item(), abs=1e-6)
+    _, (_, _, copies, _, _) = _reference_pseudo_absent(LOGITS, TARGET, SEEN, ABSENT, BEFORE, 0.5)
+    absent_below = (torch.as_tensor(copies) < row["gamma"]).double().mean().item()
+    assert row["absent_below"] == pytest.approx(absent_below, abs=1e-6)
     columns = metric.share_table
     for column in (columns.gamma, columns.absent_accuracy, columns.seen_below, columns.absent_below):
         assert list(column) == sorted(column)
