@@ -15,9 +15,9 @@ class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
     They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
-    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin if its class is the
-    best of the group, and any number otherwise; and whether its class wins against all other seen and against all other
-    absent classes. Ties go to the lower class id, as in :func:`torch.max`.
+    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin, the largest logit of a
+    seen class less the largest one of an absent class; and whether its class wins against all other seen and against
+    all other absent classes. Ties go to the lower class id, as in :func:`torch.max`.
     """
 
     place: Tensor
@@ -61,7 +61,8 @@ def reduce_batch(
     for rows in unclear:
         wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
     over_seen, over_absent = lead.unbind()
-    margin = torch.where(members[0], over_absent, -over_seen)
+    # Exact where the class is the best of its group; elsewhere, the best of the group takes its place.
+    margin = torch.where(members[0], over_absent - over_seen.clamp(max=0), over_absent.clamp(max=0) - over_seen)
     return BatchReduction(place, groups.codes.index_select(0, place), members, margin, *wins.unbind())
 
 

@@ -13,6 +13,7 @@ from lightning_calibft.estimators import OperatingPoint, PseudoAbsent, make_esti
 from lightning_calibft.functional import split_accuracy
 from lightning_calibft.functional.share_table import ABSENT_SHARES, ShareTable
 from lightning_calibft.split import ClassSplit
+from tests.helpers.estimator_references import _reference_pseudo_absent
 from tests.helpers.references import random_case
 
 SHARES = [0.001, 0.0137, 0.05, 0.31, 0.5, 0.77, 0.9842, 0.999]
@@ -72,6 +73,9 @@ def test_what_pseudo_absent_expects():
     below = torch.sigmoid(12.5 * (row["gamma"] - margin) / margin.std(correction=0)).double()
     assert row["seen_below"] == pytest.approx(below.mean().item(), abs=1e-5)
     assert row["seen_below"] == pytest.approx((margin < row["gamma"]).double().mean().item(), abs=0.05)
+    _, (_, _, copies, _, _) = _reference_pseudo_absent(LOGITS, TARGET, SEEN, ABSENT, BEFORE, 0.5)
+    smooth = torch.sigmoid(12.5 * (row["gamma"] - torch.as_tensor(copies)) / margin.std(correction=0))
+    assert row["absent_below"] == pytest.approx(smooth.mean().item(), abs=1e-5)
     columns = metric.share_table
     for column in (columns.gamma, columns.absent_accuracy, columns.seen_below, columns.absent_below):
         assert list(column) == sorted(column)
