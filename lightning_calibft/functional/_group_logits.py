@@ -60,9 +60,8 @@ def reduce_batch(
         unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
     for rows in unclear:
         wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    over_seen, over_absent = lead.unbind()
-    # Exact where the class is the best of its group; elsewhere, the best of the group takes its place.
-    margin = torch.where(members[0], over_absent - over_seen.clamp(max=0), over_absent.clamp(max=0) - over_seen)
+    behind = torch.where(wins, groups.zero, lead)  # the best of the group, if it is not the true class
+    margin = torch.where(members[0], lead[1] - behind[0], behind[1] - lead[0])
     return BatchReduction(place, groups.codes.index_select(0, place), members, margin, *wins.unbind())
 
 
