@@ -32,8 +32,9 @@ def inspect_checkpoint(path: StrPath, *, use_ema: bool | None = None, weights_on
         Plain Python values: ``calibrated`` and ``folded`` (bools), ``heads`` (dotted names) and, as far as the
         file stores them, ``gamma``, ``standard_error``, ``num_samples``, ``estimator``, ``num_classes``,
         ``seen_classes``, ``absent_classes``, ``absent_share``, ``seen_accuracy``, ``seen_change``, ``absent_change``,
-        ``break_even_share``, ``share_table`` (see :class:`~lightning_calibft.CalibrationResult`), ``version`` (of this
-        package), ``torch_version`` and ``lightning_version``.
+        ``break_even_share``, ``verdict``, ``held_out``, ``share_table`` (see
+        :class:`~lightning_calibft.CalibrationResult`), ``version`` (of this package), ``torch_version`` and
+        ``lightning_version``.
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.

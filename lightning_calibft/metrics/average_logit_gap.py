@@ -82,7 +82,7 @@ class AverageLogitGap(MeanGapEstimator):
     @property
     def share_table(self) -> ShareTable | None:
         """Gamma for each share of absent samples, which is exact between them, too. ``None`` if gamma is NaN."""
-        mean = super().compute().item()
+        mean = self.compute().item() - self._shift(self.absent_share)  # of all processes
         return None if math.isnan(mean) else ShareTable.of(lambda share: {"gamma": mean + self._shift(share)})
 
     def _shift(self, absent_share: float | None) -> float:
