@@ -571,7 +571,8 @@ class AbsentClassCalibration(LightningCallback):
     def _check_first_batch(self, trainer: Trainer, model: LightningModule, batch: Any) -> None:
         check = partial(check_first_batch, trainer, model, batch, self._reader)
         part, self._search.unlabeled = self._copies.check_first_batch(model, check)
-        self._search.check_unlabeled_batch(trainer, model)
+        with self._copies.evaluated(model):
+            self._search.check_unlabeled_batch(trainer, model)
         self._batch_checked = True
         if self._absent is not None and self._labels is not None:
             self._check_none_is_absent(part)

@@ -54,12 +54,14 @@ def test_a_third_group_does_not_go_unnoticed(traffic, parts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         streams = [traffic.followed(each[0], name, traffic.streams()[name]) for each in parts]
+    widths = []
     for found in streams:
         before, during = found[: traffic.THIRD.start // traffic.EVERY], found[24:32]
-        assert max(each.misfit for each in during) > 2
-        widths = [statistics.median(each.high - each.low for each in some) for some in (before, during)]
-        assert widths[1] > 1.2 * widths[0]
+        assert max(each.misfit for each in during) > 3
         assert all(each.share < 0.99 for each in during)
+        widths.append([statistics.median(each.high - each.low for each in some) for some in (before, during)])
+    before, during = map(statistics.mean, zip(*widths, strict=True))
+    assert during > 1.5 * before
 
 
 def test_the_page_has_every_table(traffic):

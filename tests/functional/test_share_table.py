@@ -8,12 +8,14 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_calibft.estimators import OperatingPoint, PseudoAbsent, make_estimator, needs_pretrained_logits
 from lightning_calibft.functional import split_accuracy
 from lightning_calibft.functional.share_table import ABSENT_SHARES, ShareTable
 from lightning_calibft.split import ClassSplit
 from tests.helpers.estimator_references import _reference_pseudo_absent
+from tests.helpers.processes import in_group
 from tests.helpers.references import random_case
 
 SHARES = [0.001, 0.0137, 0.05, 0.31, 0.5, 0.77, 0.9842, 0.999]
@@ -70,12 +72,12 @@ def test_what_pseudo_absent_expects():
         assert told["break_even_share"] == pytest.approx(fresh.break_even_share.item(), abs=1e-5)
     counted = torch.isin(TARGET, torch.tensor(SEEN))
     margin = (LOGITS[:, SEEN].amax(1) - LOGITS[:, ABSENT].amax(1))[counted]
-    below = torch.sigmoid(12.5 * (row["gamma"] - margin) / margin.std(correction=0)).double()
-    assert row["seen_below"] == pytest.approx(below.mean().item(), abs=1e-5)
-    assert row["seen_below"] == pytest.approx((margin < row["gamma"]).double().mean().item(), abs=0.05)
     _, (_, _, copies, _, _) = _reference_pseudo_absent(LOGITS, TARGET, SEEN, ABSENT, BEFORE, 0.5)
-    smooth = torch.sigmoid(12.5 * (row["gamma"] - torch.as_tensor(copies)) / margin.std(correction=0))
-    assert row["absent_below"] == pytest.approx(smooth.mean().item(), abs=1e-5)
+    slope = 12.5 / margin.std(correction=0).double()  # the fractions are smoothed
+    for name, margins in (("seen_below", margin.double()), ("absent_below", torch.as_tensor(copies).double())):
+        below = torch.sigmoid(slope * (row["gamma"] - margins))
+        assert row[name] == pytest.approx(below.mean().item(), abs=1e-5)
+        assert row[name] == pytest.approx((margins < row["gamma"]).double().mean().item(), abs=0.05)
     columns = metric.share_table
     for column in (columns.gamma, columns.absent_accuracy, columns.seen_below, columns.absent_below):
         assert list(column) == sorted(column)
@@ -126,3 +128,19 @@ def test_a_group_without_samples():
     metric.update(LOGITS[seen], TARGET[seen])
     with pytest.warns(UserWarning, match="absent"):
         assert metric.share_table is None
+
+
+def _of_half():
+    """The tables of this process, which has half of the samples."""
+    half, tables = slice(dist.get_rank(), None, 2), {}
+    for name in ("alg", "pseudo_absent", "operating_point"):
+        metric = make_estimator(name, SPLIT)
+        metric.update(LOGITS[half], TARGET[half], *([BEFORE[half]] if needs_pretrained_logits(name) else []))
+        tables[name] = metric.share_table.gamma
+    return tables
+
+
+def test_processes_have_one_table(tmp_path):
+    for tables in in_group(_of_half, tmp_path):
+        for name, gammas in tables.items():
+            assert gammas == pytest.approx(fed(name).share_table.gamma, abs=1e-5)
