@@ -15,9 +15,9 @@ class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
     They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
-    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin, the largest logit of a
-    seen class less the largest one of an absent class; and whether its class wins against all other seen and against
-    all other absent classes. Ties go to the lower class id, as in :func:`torch.max`.
+    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin, which is meaningless
+    if it does not count; and whether its class wins against all other seen and against all other absent classes. Ties
+    go to the lower class id, as in :func:`torch.max`.
     """
 
     place: Tensor
@@ -49,20 +49,20 @@ def reduce_batch(
     column, members = label.unsqueeze(1), groups.members.index_select(1, place)
     own, size = preds.gather(1, column).squeeze(1).to(dtype), rows_at_a_time(preds, 2**17)
     if preds.device.type == "cpu":
-        lead = own - _rivals(preds, column, groups).to(dtype)
+        rivals = _rivals(preds, column, groups).to(dtype)
+        lead = own - rivals
         wins = lead > groups.zero
         unclear: list[Any] = []
         if preds.shape[0] and not lead.abs().amin().item() > 0:  # 0 or NaN
             unclear.extend(torch.split((~(lead.abs() > 0).all(0)).nonzero().squeeze(1), size))
     else:  # asking for the rows would make the host wait
-        lead = own.new_empty(2, len(preds))
-        wins = torch.empty_like(lead, dtype=torch.bool)
+        rivals = own.new_empty(2, len(preds))
+        wins = torch.empty_like(rivals, dtype=torch.bool)
         unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
     for rows in unclear:
-        wins[:, rows], lead[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    behind = torch.where(wins, groups.zero, lead)  # the best of the group, if it is not the true class
-    margin = torch.where(members[0], lead[1] - behind[0], behind[1] - lead[0])
-    return BatchReduction(place, groups.codes.index_select(0, place), members, margin, *wins.unbind())
+        wins[:, rows], rivals[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    top_seen, top_absent = torch.maximum(torch.where(members, own, -torch.inf), rivals).unbind()
+    return BatchReduction(place, groups.codes.index_select(0, place), members, top_seen - top_absent, *wins.unbind())
 
 
 def right_in_group(reduction: BatchReduction) -> Tensor:
@@ -102,12 +102,12 @@ def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
 
 
 def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return against which group the true class wins, and its lead over it, with ties, NaN and infinity."""
+    """Return against which group the true class wins, and the best other logit there, with ties, NaN and infinity."""
     mine, column = preds.gather(1, label), torch.arange(preds.shape[1], device=preds.device)
     rival = (groups.of_class[:-1] == groups.numbers).unsqueeze(1) & (column != label)
     beaten = (preds < mine) | ((preds == mine) & (column > label))
     wins = (beaten | ~rival).all(2) & (own > -torch.inf)  # -inf never wins
-    return wins, own - torch.where(rival, preds, -torch.inf).amax(2).to(own.dtype)
+    return wins, torch.where(rival, preds, -torch.inf).amax(2).to(own.dtype)
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
