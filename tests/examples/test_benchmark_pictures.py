@@ -171,8 +171,8 @@ def test_recorded_runs_that_no_choice_was_made_on():
     told = of["`pseudo_absent`, share told"]
     for found, zero in zip(told, of["gamma 0"], strict=True):
         assert sum(found.values()) / len(runs) < 0.7
-        assert max(found.values()) < 2.3
-        assert max(found[name] - zero[name] for name in found) < 1.5
+        assert max(found.values()) < 2.5
+        assert max(found[name] - zero[name] for name in found) < 2.0
     assert max(max(found.values()) for found in of["`alg`"]) > 30
 
 
