@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the data of t
 import estimators
 from compare import prepare
 from estimators import METHODS, SHARES, cross_validated, kinds, losses, mean_of_rows
-from ideas import FORMER, Method, pseudo_absent
+from ideas import Method, pseudo_absent
 from methods import Classifier, add_low_rank, fit
 from paper_data import existing_file, load_net, open_folder, random_split, transforms_of
 from pictures_data import Pictures, draw, licenses
@@ -375,7 +375,7 @@ def tables(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ite
         "licenses": partial(licenses, args.icons),
         "before": lambda: before_table(outputs_before(args, folder)),
         "fine-tuned": partial(fine_tuned_table, held_out),
-        "methods": partial(estimators.table, "held-out samples", {**METHODS, **FORMER}, held_out),
+        "methods": partial(estimators.table, "held-out samples", METHODS, held_out),
         "methods, training": partial(estimators.table, "training samples", METHODS, trained),
         "each share": partial(by_each_share, METHODS[told], held_out),
         "by share": partial(estimators.by_share, METHODS, held_out),

@@ -12,6 +12,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 ROOT = FOLDER.parents[1]
 TEXT = (FOLDER / "README.md").read_text()
+PAGES = {"README.md": 9, "pictures.md": 12}  # and their tables
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,16 @@ def page():
     return module
 
 
-def test_each_table_is_in_a_block_of_a_command(page):
-    commands = [shlex.split(match.group(2)) for match in page.BLOCK.finditer(TEXT)]
-    assert len(commands) == TEXT.count("<!-- end -->") == 9
+@pytest.mark.parametrize("name", PAGES)
+def test_each_table_is_in_a_block_of_a_command(page, name):
+    text = (FOLDER / name).read_text()
+    commands = [shlex.split(match.group(2)) for match in page.BLOCK.finditer(text)]
+    assert len(commands) == text.count("<!-- end -->") == PAGES[name]
     for python, script, *_ in commands:
         assert python == "python"
         assert (ROOT / script).is_file()
-    assert all("| --: |" in match.group() for match in page.BLOCK.finditer(TEXT))
-    outside = page.BLOCK.sub("", TEXT)
+    assert all("| --: |" in match.group() for match in page.BLOCK.finditer(text))
+    outside = page.BLOCK.sub("", text)
     assert not re.search(r"\d ± \d", outside)  # all numbers with a spread are printed
 
 
@@ -46,6 +49,7 @@ def test_figures():
     assert shown == {f"figures/{path.name}" for path in (FOLDER / "figures").iterdir()}
 
 
-def test_links():
-    for link in re.findall(r"\]\(([^)#h][^)#]*)", TEXT):
+@pytest.mark.parametrize("name", PAGES)
+def test_links(name):
+    for link in re.findall(r"\]\(([^)#h][^)#]*)", (FOLDER / name).read_text()):
         assert (FOLDER / link).exists(), link
