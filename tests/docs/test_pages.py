@@ -27,7 +27,8 @@ from lightning_calibft.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+# Those on other trainers run in tests/examples/test_integrations.py.
+PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "integrations")]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -101,6 +102,7 @@ def run_page(page: Path) -> dict[str, Any]:
     names = {"MyModule": MyModule, "make_net": make_net, "model": MyModule(), "example_images": torch.randn(2, 4, 4)}
     names |= {"train_loader": loader(3), "val_loader": loader(6, 240), "test_loader": loader(6)}
     names |= {"tuned_net": make_net(), "pretrained_net": make_net(), "held_out_loader": loader(3, 90)}
+    names |= {"unlabeled_loader": [inputs for inputs, _ in loader(6)]}
     names |= {"net": make_net(), "frozen_net": FrozenNet(), "features": features, "target": target}
     if page.stem == "shipping":
         names |= {"trainer": trained(), "net": set_gamma(make_net(), 2.5, [0, 1, 2])}
@@ -209,7 +211,7 @@ def test_calibft(folder):
     run_command(first)
     for _, *words in others:
         assert main(words) == 0
-    assert len(others) == 3
+    assert len(others) == 4
     plain = timm.create_model("resnet18", num_classes=6, checkpoint_path="model.safetensors").eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(plain(images), model.eval()(images), rtol=0, atol=1e-5)
@@ -230,7 +232,7 @@ def links(page: Path) -> list[str]:
     return re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "integrations.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
 def test_links(page):
     for link in links(page):
         target, _, anchor = link.partition("#")

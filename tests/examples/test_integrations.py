@@ -25,7 +25,7 @@ for package in ("transformers", "accelerate", "open_clip"):
 
 from tests.integrations.hugging_face import TRAIN, VAL, folders, trainer_of, vit  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "examples" / "integrations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 NAMES, SEEN = ["ant", "bee", "cat", "dog", "eel", "fox"], [1, 3, 4]
 
 
