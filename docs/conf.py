@@ -34,7 +34,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_calibft\b).*"),
-    ("py:class", r"lightning_calibft\.checkpoint\.load\.Module"),  # a type variable
+    ("py:class", r"lightning_calibft\.checkpoint\.load\.(Module|Pretrained)"),  # type variables
 ]
 if os.environ.get("READTHEDOCS"):
     intersphinx_timeout = 30
