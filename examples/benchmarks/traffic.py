@@ -448,7 +448,7 @@ def draw(part: Deployed, path: Path) -> None:
         axis.plot(ends, [each.share for each in found], color=COLORS["absent"], label="estimated share")
         axis.plot(np.arange(LENGTH), shares, color=CURVE_COLORS[0], linestyle="--", linewidth=1, label="true share")
         warned = [end for end, each in zip(ends, found, strict=True) if each.misfit > 3]
-        axis.plot(warned, [1.02] * len(warned), "|", color=COLORS["both"], label="misfit above 3")
+        axis.plot(warned, [1.02] * len(warned), "|", color=COLORS["all"], label="misfit above 3")
         axis.set_title(name)
         axis.set_ylim(0, 1.05)
         axis.spines[["top", "right"]].set_visible(False)
@@ -468,7 +468,7 @@ def main() -> None:
     parts = deployed([run.on("heldout") for run in read_small_runs() + read_picture_runs()])
     for lines in (by_share, ideas, leave_one_row_out, stream_losses, half_lives):
         print("\n".join(lines(parts)), end="\n\n", flush=True)
-    draw(next(each[0] for each in parts if each[0].run.name == "full_0, A, near"), PICTURE)
+    draw(next(each[0] for each in parts if each[0].run.name.endswith("full_0, A, near")), PICTURE)
 
 
 if __name__ == "__main__":
