@@ -22,7 +22,7 @@ BATCHES = [(X[:20], Y[:20]), (X[:0], Y[:0]), (X[20:41], Y[20:41]), (X[41:], Y[41
 
 
 def passed(model, batches=BATCHES, **kwargs):
-    return EvaluationPass(attach(model), [batches], progress=False, **kwargs)
+    return EvaluationPass(attach(model), [batches], bar=None, **kwargs)
 
 
 def test_what_is_yielded():

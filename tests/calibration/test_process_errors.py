@@ -109,7 +109,7 @@ def _run() -> dict[str, Any]:
     results["unequal"] = calibrate(net(), unequal, SEEN, tolerance=1e-9, max_samples=200, progress=False)
     # Of a model that the processes hold in parts.
     parts = ShardedReading(rank, 2, counts=True)
-    sharded = EvaluationPass(attach(net()), [[] if rank else stream(3)], progress=False, sharded=parts)
+    sharded = EvaluationPass(attach(net()), [[] if rank else stream(3)], bar=None, sharded=parts)
     results["sharded"] = sharded.run(ClassSplit(6, SEEN))
     results["shared_batch"] = first_batch_of_any((X[:2], "name") if rank else None, CPU)
     for name, batch in (("locked", threading.Lock()), ("nothing", None)):

@@ -113,5 +113,6 @@ def test_no_warning_of_what_the_first_batches_lack():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*received no")
         warnings.filterwarnings("ignore", ".*samples in the calibration pass are not of")
-        result = calibrate(nn.Linear(8, 40), DataLoader(data, 4), [0, 1], tolerance=0.05, progress=False)
+        options = {"absent_classes": range(2, 40), "tolerance": 0.05, "progress": False}
+        result = calibrate(nn.Linear(8, 40), DataLoader(data, 4), [0, 1], **options)
     assert result.num_samples == 30
