@@ -232,7 +232,9 @@ def links(page: Path) -> list[str]:
     return re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "integrations.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "docs" / "integrations.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
 def test_links(page):
     for link in links(page):
         target, _, anchor = link.partition("#")
