@@ -35,8 +35,8 @@ METRICS = {
 }
 
 # How many times as long as something on the same batches an update with default arguments may take: as reading the
-# logits once by `amax`, as metrics of torchmetrics, or as AUSUC. The goals of five rows are not reached, 6 and 4 `amax`,
-# 1.2 MulticlassAccuracy and 1.3 AUSUC: their budgets keep what is reached.
+# logits once by `amax`, as metrics of torchmetrics, or as AUSUC. Five goals are not reached: 6 and 4 `amax`, twice 1.2
+# MulticlassAccuracy, and 1.3 AUSUC. The budgets of these rows keep what is reached.
 FLOORS = {
     "MulticlassAccuracy": MulticlassAccuracy,
     "MulticlassAccuracy, micro": lambda num_classes: MulticlassAccuracy(num_classes, average="micro"),
