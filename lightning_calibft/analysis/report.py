@@ -77,7 +77,7 @@ def calibration_report(
     split: ClassSplit,
     weights: tuple[Tensor, Tensor] | None = None,
     *,
-    curves: Sequence[MethodCurve] = (),
+    curves: Sequence[MethodCurve] | None = None,
     result: CalibrationResult | None = None,
     class_names: Mapping[int, str] | None = None,
     model: str = "",
@@ -120,11 +120,12 @@ def calibration_report(
     check_choice("format", format, get_args(Format))
     if weights is not None:
         check_items("weights", weights, Tensor)
-    if curves:
+    if curves is not None:
         check_items("curves", curves, MethodCurve)
     if result is not None:
         check_type("result", result, CalibrationResult)
-    check_type("class_names", class_names or {}, Mapping, " Pass a dict with the names of the head's rows.")
+    if class_names is not None:
+        check_type("class_names", class_names, Mapping, " Pass a dict with the names of the head's rows.")
     check_type("model", model, str)
     sections = [_Section("What it means", items=[*verdict(snapshots), *_expected(result)])]
     sections += [_curve_section(curves, result)] if curves else []

@@ -255,7 +255,7 @@ class CalibrationDiagnostics(LightningCallback):
             history.snapshots,
             history.split,
             weights,
-            curves=history.curves,
+            curves=history.curves or None,
             result=next((other.result for other in others), None),
             class_names=self._class_names(trainer, model, history.split.num_classes),
             model=type(model).__name__,

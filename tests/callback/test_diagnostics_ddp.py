@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from lightning_calibft import CalibrationDiagnostics
-from tests.helpers.processes import as_started_by_torchrun, hand_over
+from tests.helpers.processes import free_port, hand_over
 from tests.helpers.runs import quiet, trainer_of
 from tests.helpers.scheduled_runs import Scheduled, loaders
 
@@ -26,16 +27,17 @@ def fit_scheduled(folder, devices):
     return [each.as_dict() for each in diagnostics.snapshots]
 
 
-def fit_process(folder):
+def _fit_process(rank, folder, port):
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     written = []
     replace = os.replace
     os.replace = lambda source, target: (written.append(str(target)), replace(source, target))
-    outcome = (fit_scheduled(folder, 2), [path for path in written if path.endswith(".md")])
-    hand_over(outcome, folder, int(os.environ["LOCAL_RANK"]))
+    hand_over((fit_scheduled(folder, 2), [path for path in written if path.endswith(".md")]), folder, rank)
 
 
 def test_two_processes_tell_what_one_does(tmp_path):
-    as_started_by_torchrun(lambda: fit_process(tmp_path), 2)
+    mp.spawn(_fit_process, args=(tmp_path, free_port()), nprocs=2)
     (first, written), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first == second
     assert [path.rpartition("/")[2] for path in written] == ["calibration_report.md"]

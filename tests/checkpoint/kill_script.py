@@ -1,4 +1,4 @@
-"""Fits, and calibrates the kept checkpoints in a child process, again and again, each of which is killed meanwhile.
+"""Fits in a child process, again and again, and kills each while it calibrates its kept checkpoints.
 
 Usage: python -m tests.checkpoint.kill_script FOLDER KILLS
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,30 +32,40 @@ class Wide(Plain):
         self.fc = nn.Linear(10_000, NUM_CLASSES)
 
 
-class AtTheEnd(Callback):
-    """Does something when the files are about to be calibrated."""
+class Begin(Callback):
+    """Tells that the files are about to be calibrated, and waits until the other side knows them."""
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.action = action
+    def __init__(self, other: socket.socket) -> None:
+        self.other = other
 
     def on_fit_end(self, trainer, pl_module):
-        self.action()
+        self.other.send(b".")
+        self.other.recv(1)
 
 
-def fit(folder: Path, at_the_end: Callable[[], None]) -> None:
+def fit(folder: Path, parent: socket.socket) -> None:
     torch.manual_seed(0)
     checkpoint = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_last="link")
-    callbacks = (AtTheEnd(at_the_end), AbsentClassCalibration(SEEN), checkpoint)
-    trainer_of(folder, *callbacks, max_steps=FILES).fit(pretrained(Wide), loader())
+    trainer = trainer_of(folder, Begin(parent), AbsentClassCalibration(SEEN), checkpoint, max_steps=FILES)
+    trainer.fit(pretrained(Wide), loader())
 
 
-def watch(process: int, folder: Path, kill_after: int | None = None, delay: float | None = None) -> float:
-    """Wait until a process has calibrated the files, and return how long it took.
+def fit_in_child(folder: Path, kill_after: int | None = None, delay: float | None = None) -> float:
+    """Fit, and return how long it took to calibrate the files.
 
     Given a number of files, kill it when so many are calibrated and then ``delay`` seconds have passed, or, without
     one, when the next is being written. (Without a look at the files a busy machine would kill too early or late.)
     """
-    before, begin = versions(folder.with_name("fitted")), time.monotonic()
+    parent, child = socket.socketpair()
+    process = os.fork()
+    if process == 0:
+        fit(folder, parent)
+        os._exit(0)
+    parent.close()
+    child.recv(1)
+    before = versions(folder)
+    begin = time.monotonic()
+    child.send(b".")
     if kill_after is not None:
         while len(versions(folder) - before) < kill_after:
             time.sleep(STEP)
@@ -69,23 +78,6 @@ def watch(process: int, folder: Path, kill_after: int | None = None, delay: floa
     return time.monotonic() - begin
 
 
-def calibrate_in_children(folder: Path, kills: int) -> None:
-    """Fork for each calibration of the files, which are put back each time; return in the children alone."""
-    run, fitted, durations = folder / "run", folder / "fitted", []
-    shutil.copytree(run, fitted, symlinks=True)
-    for index in range(-2, kills):
-        if (process := os.fork()) == 0:
-            return
-        if index < 0:
-            durations.append(watch(process, run))
-        else:
-            delay = None if index % 2 else random.random() * min(durations) / FILES
-            watch(process, run, index * FILES // kills, delay)
-        run.rename(folder / (f"whole_{index + 2}" if index < 0 else f"killed_{index}"))
-        shutil.copytree(fitted, run, symlinks=True)
-    os._exit(0)
-
-
 def versions(folder: Path) -> set[tuple[str, int]]:
     return {(file.name, file.stat().st_mtime_ns) for file in folder.glob("*.ckpt") if not file.is_symlink()}
 
@@ -93,5 +85,7 @@ def versions(folder: Path) -> set[tuple[str, int]]:
 if __name__ == "__main__":
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     random.seed(0)
-    fit(folder / "run", lambda: calibrate_in_children(folder, kills))
-    os._exit(0)
+    duration = min(fit_in_child(folder / f"whole_{index}") for index in range(2)) / FILES
+    for index in range(kills):
+        delay = None if index % 2 else random.random() * duration
+        fit_in_child(folder / f"killed_{index}", index * FILES // kills, delay)

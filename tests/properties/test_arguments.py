@@ -33,6 +33,8 @@ FUNCTIONS = {"type", "function"}  # the user's own errors are theirs
 # What is right for an argument, of any function that has it.
 RIGHT = {
     "absent_classes class_map label_names weights result head pretrained unlabeled": {"None"},
+    "curves": {"None"},
+    "class_names metrics": {"None", "{}", "{'a': 1.0}"},
     "half_life": {"None", *NUMBERS} - {"-1"},
     "min_seen_accuracy min_absent_accuracy": {"None"},
     "num_classes top_k num_splits batch_size num_workers every_n_epochs samples_per_class": {"3"},
@@ -63,6 +65,7 @@ SPECIAL = {
     ("AbsentClassCalibration", "seen_classes"): {"None"},
     ("CalibrationDiagnostics", "seen_classes"): {"None"},
     ("calibrate", "seen_classes"): {"None"},
+    ("calibration_report", "model"): {"word"},
     ("pseudo_cross_validation", "seen_classes"): {"None"},
     ("resolve_class_map", "num_classes"): {"None", "3"},
     ("set_absent_share", "absent_share"): set(),
