@@ -30,6 +30,7 @@ from ideas import (
     shifted,
 )
 from recorded import GROUPS, Run, read_picture_runs, read_small_runs
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from lightning_calibft._format import VERDICTS, verdict
@@ -53,6 +54,7 @@ KINDS = {
     "pictures, test": ("pictures A, test", "pictures B, test"),
 }
 SIZES, DRAWS = (50, 200, 1000), 20
+SIGNS = ("distance to the nearest", "mean", "spread")
 
 METHODS: dict[str, Method] = {
     "gamma 0": lambda run, share: 0.0,
@@ -400,6 +402,32 @@ def held_out_sizes(runs: list[Run]) -> Iterator[str]:
         yield f"| {kind} | {' | '.join(cell(found, of_kind) for found in values)} |"
 
 
+def classes_found(runs: list[Run]) -> Iterator[str]:
+    """How well absent classes can be ranked by their accuracy within the group, without their samples.
+
+    The signs are what logits of held-out samples, less their mean over absent classes, say of a class: how far it is
+    from the nearest other absent class (root mean square), its mean, and its standard deviation.
+    """
+    yield "| rank correlation with Acc_U/U of the class | " + " | ".join(SIGNS) + " |"
+    yield "| :-- |" + " --: |" * len(SIGNS)
+    for group, when in itertools.product(("digits", "glyphs"), ("before", "after")):
+        found: dict[str, list[float]] = {sign: [] for sign in SIGNS}
+        for run in (run for run in runs if run.group == group):
+            target, right = run.arrays["test_target"], run.right & ~run.is_seen
+            counts, hits = (target[of].bincount(minlength=len(run.seen + run.absent)) for of in (~run.is_seen, right))
+            met = counts[run.absent] > 0
+            accuracy = (hits / counts)[run.absent][met]
+            logits = (run.pretrained_logits if when == "before" else run.logits)[:, run.absent]
+            logits = logits - logits.mean(1, keepdim=True)
+            distance = (logits.unsqueeze(2) - logits.unsqueeze(1)).square().mean(0).sqrt().fill_diagonal_(torch.inf)
+            for sign, value in zip(SIGNS, (distance.amin(1), logits.mean(0), logits.std(0)), strict=True):
+                found[sign].append(spearmanr(value[met], accuracy).statistic)
+        cells = [
+            f"{statistics.mean(each):+.2f} ± {statistics.stdev(each) / len(each) ** 0.5:.2f}" for each in found.values()
+        ]
+        yield f"| {group}, the model {when} fine-tuning | {' | '.join(cells)} |"
+
+
 def _loss_of_some(run: Run, size: int | None) -> float:
     """Mean loss over five shares of gamma from some samples of a run."""
     groups, generator, found = Groups.from_split(run.split, run.logits.device), torch.Generator().manual_seed(0), []
@@ -465,6 +493,7 @@ def tables() -> dict[str, list[str]]:
         "more than a number": list(natural("natural share", beyond, small_held_out)),
         "steps": list(natural("natural share", steps, of_small)),
         "sizes": list(sample_sizes(small_held_out)),
+        "classes found": list(classes_found(small_held_out)),
     }
 
 
