@@ -66,7 +66,7 @@ def load_net(args: argparse.Namespace) -> nn.Module:
     try:
         if args.weights is None:
             return timm.create_model(args.model, pretrained=True).eval()
-        net, _ = load_raw(args.model, args.weights)
+        net, *_ = load_raw(args.model, args.weights)
         return net
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"Cannot load --model {args.model} --weights {args.weights}: {error}") from error

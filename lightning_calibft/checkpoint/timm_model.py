@@ -63,20 +63,21 @@ _LARGEST_ARGUMENT = 2**16
 
 
 def load_raw(
-    name: str,
+    name: str | None,
     path: StrPath,
     *,
     num_classes: int | None = None,
     use_ema: bool | None = None,
     weights_only: bool = True,
     **model_args: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a timm model with the weights of a file, ignoring a gamma in it, and return the arguments of the model.
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Build a timm model with the weights of a file, ignoring a gamma in it, and return its name and arguments.
 
     What the file says about the images, such as their mean, replaces what timm has in ``pretrained_cfg``.
 
     Args:
-        name: Name of the model in timm. If the file names another one, there is a warning.
+        name: Name of the model in timm. If the file names another one, there is a warning. ``None``: the one that the
+            file names.
         path: A checkpoint from Lightning or timm's training script, or a plain state dict.
         num_classes: Number of classes. ``None``: as many as the file has.
         use_ema: As in :func:`~lightning_calibft.fold_checkpoint`.
@@ -87,7 +88,8 @@ def load_raw(
         ValueError: If the file is not a checkpoint, is already folded, does not fit the model, or names arguments that
             are not allowed, or if timm has no such model.
     """
-    check_model_name(name)
+    if name is not None:
+        check_model_name(name)
     check_is_whole(path)
     checkpoint = choose_weights(read_checkpoint(path, weights_only=weights_only), path, use_ema)
     if is_folded(checkpoint):
@@ -96,14 +98,16 @@ def load_raw(
             " these weights would count it twice. Use the file that this one was made from."
         )
     metadata = {**_training_arguments(checkpoint, path), **calibration_metadata(checkpoint, path)}
-    if "model" in metadata and _without_tag(metadata["model"]) != _without_tag(name):
+    if name is None:
+        name = _named_model(metadata, path, weights_only)
+    elif "model" in metadata and _without_tag(metadata["model"]) != _without_tag(name):
         warnings.warn(
             f"{os.fspath(path)!r} holds a {metadata['model']!r}, as it says, but {name!r} is built.", stacklevel=2
         )
     args = model_args or _model_args(metadata, path, weights_only)
     state = without_calibration(state_dict_of(checkpoint, path))
     model = _create(name, unwrapped_state_dict(checkpoint, state, None), path, num_classes, args, metadata)
-    return model, args
+    return model, name, args
 
 
 def load_folded(
@@ -138,16 +142,7 @@ def load_folded(
         state, metadata = fold_state_dict(state, heads, path, add_bias=False), folded_metadata(metadata, heads)
     metadata = {**_training_arguments(checkpoint, path), **metadata}
     if name is None:
-        if "model" not in metadata:
-            raise ValueError(
-                f"Expected argument `model` to name a timm model, because {os.fspath(path)!r} does not name one."
-            )
-        name = str(metadata["model"])
-        if weights_only and not _is_known(name):
-            raise ValueError(
-                f"Expected {os.fspath(path)!r} to name one of timm's own models, but it names {name!r}. If that is"
-                " correct, pass it as argument `model`."
-            )
+        name = _named_model(metadata, path, weights_only)
     args = model_args or _model_args(metadata, path, weights_only)
     width = metadata["num_classes"]
     if not any(isinstance(value, Tensor) and value.shape[:1] == (width,) for value in state.values()):
@@ -155,6 +150,21 @@ def load_folded(
             f"Expected {os.fspath(path)!r} to have a head of {width} classes, as its metadata says, but it has none."
         )
     return _create(name, unwrapped_state_dict(checkpoint, state, None), path, width, args, metadata), metadata
+
+
+def _named_model(metadata: Mapping[str, Any], path: StrPath, weights_only: bool) -> str:
+    """Return the name of the model that a file names, if it may."""
+    if "model" not in metadata:
+        raise ValueError(
+            f"Expected argument `model` to name a timm model, because {os.fspath(path)!r} does not name one."
+        )
+    name = str(metadata["model"])
+    if weights_only and not _is_known(name):
+        raise ValueError(
+            f"Expected {os.fspath(path)!r} to name one of timm's own models, but it names {name!r}. If that is"
+            " correct, pass it as argument `model`."
+        )
+    return name
 
 
 def _training_arguments(checkpoint: Mapping[str, Any], path: StrPath) -> dict[str, Any]:

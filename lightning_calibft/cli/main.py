@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_HURTS, EXIT_INTERRUPTED = 1, 3, 4, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
+_NAMED_BY_FILE = "auto"
 _LONGEST_LINE = 2000  # characters: the names in a file can have any length
 _DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
 
@@ -201,8 +202,9 @@ def _load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     from lightning_calibft.checkpoint.timm_model import load_raw
 
-    model, model_args = load_raw(
-        args.model,
+    # The other file, of the weights before, is for the same model.
+    model, args.model, model_args = load_raw(
+        None if args.model == _NAMED_BY_FILE else args.model,
         path,
         num_classes=args.num_classes,
         use_ema=use_ema,
@@ -342,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     calibrate = add_command(commands, "calibrate", _calibrate, "find gamma for a fine-tuned timm model")
-    calibrate.add_argument("model", help="name of the model in timm")
+    calibrate.add_argument("model", help=f"name of the model in timm, or {_NAMED_BY_FILE}: the one that the file names")
     calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
     calibrate.add_argument(
         "data",

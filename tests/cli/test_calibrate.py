@@ -290,6 +290,15 @@ def test_the_weights_are_chosen(trained, photos, tmp_path, capsys):
     )
 
 
+def test_the_file_names_the_model(trained, raw, photos, tmp_path, capsys):
+    words = (photos, tmp_path / "auto.pth", *READ, "--ema")
+    assert run("calibrate", "auto", trained, *words, "--estimator", "pseudo_absent", "--pretrained", raw) == 0
+    assert inspect_checkpoint(tmp_path / "auto.pth")["model"] == "test_resnet"
+    assert run("calibrate", "auto", raw, photos, tmp_path / "none.pth", *READ) == 1
+    assert "argument `--model` to name a timm model, because" in capsys.readouterr().err
+    assert not (tmp_path / "none.pth").exists()
+
+
 def test_both_kinds_of_weights_are_folded(tmp_path, capsys):
     model = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 2.5, SEEN)
     averaged = set_gamma(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 3.5, SEEN)
