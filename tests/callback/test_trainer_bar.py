@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 
@@ -38,6 +40,9 @@ class Rich(RichProgressBar):
         return [(task.description, task.completed, task.total) for task in tasks]
 
 
+KINDS = [Recorded, *([Rich] if find_spec("rich") else [])]
+
+
 def fit(folder, bar, callback=None, train=None, **options):
     callbacks = [AbsentClassCalibration() if callback is None else callback, *([] if bar is None else [bar])]
     options = {"enable_progress_bar": bar is not None, **options}
@@ -46,7 +51,7 @@ def fit(folder, bar, callback=None, train=None, **options):
     return module
 
 
-@pytest.mark.parametrize("kind", [Recorded, Rich])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_pass_is_in_the_own_bar(kind, tmp_path, capsys):
     assert_calibrated(fit(tmp_path, bar := kind()).state_dict())
     assert bar.shown() == [("Calibrating", 6, 6)]
@@ -56,7 +61,7 @@ def test_the_pass_is_in_the_own_bar(kind, tmp_path, capsys):
         assert "Calibrating:   0%|\x1b[32m" in out  # in the look of the user
 
 
-@pytest.mark.parametrize("kind", [Recorded, Rich])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_pass(kind, tmp_path):
     """Of a refresh and of a file, with a total where it is known."""
     bar, callback = kind(), AbsentClassCalibration([0, 2, 3], refresh_on_validation=True, max_samples=16)
@@ -69,7 +74,7 @@ def test_each_pass(kind, tmp_path):
     assert [(what, done) for what, done, _ in bar.shown()] == [("Calibrating", 6)] * 2
 
 
-@pytest.mark.parametrize("kind", [Recorded, Rich])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cross_validation(kind, tmp_path, capsys):
     fit(tmp_path, bar := kind(), AbsentClassCalibration(estimator="pcv"))
     ((what, done, total),) = bar.shown()
@@ -78,7 +83,7 @@ def test_cross_validation(kind, tmp_path, capsys):
     assert "Cross-validating" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bar", [None, Recorded(refresh_rate=0), Rich(refresh_rate=0)])
+@pytest.mark.parametrize("bar", [None, *(kind(refresh_rate=0) for kind in KINDS)])
 @pytest.mark.parametrize("estimator", ["alg", "pcv"])
 def test_no_bar_where_the_user_has_disabled_it(bar, estimator, tmp_path, capsys):
     fit(tmp_path, bar, AbsentClassCalibration(estimator=estimator))
@@ -91,7 +96,7 @@ def test_a_bar_of_another_kind_is_joined_by_a_plain_one(tmp_path, capsys):
     assert "Calibrating" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [Recorded, Rich])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_left_to_train(kind, tmp_path):
     """No training has put the bar on the screen."""
     assert_calibrated(fit(tmp_path, kind(), AbsentClassCalibration([0, 2, 3]), max_epochs=0).state_dict())
