@@ -211,26 +211,36 @@ class GammaSearch:
 
         Raises:
             ValueError: If it has no batch, can be read only once, or the model does not run on it.
+            RuntimeError: If another process has failed. Its error says why.
         """
+        errors, data = SharedErrors(), None
         with preserve_random_state():
-            if (data := self._unlabeled_data(trainer)) is not None:
-                check_read_again(data)
+            with errors.shared():
+                if (data := self._unlabeled_data(trainer)) is not None:
+                    check_read_again(data)
+                elif not self._takes_unlabeled() and unlabeled_dataloader(trainer) is not None:
+                    rank_zero_warn(
+                        "`unlabeled_dataloader()` is not read for gamma: that needs the estimator 'pseudo_absent' or"
+                        " 'operating_point', without an `absent_share`."
+                    )
+            errors.agree()
+            if data is not None:
                 check_unlabeled_batch(trainer, model, data, self._reader)
-            elif self._traffic is None and unlabeled_dataloader(trainer) is not None:
-                rank_zero_warn(
-                    "`unlabeled_dataloader()` is not read for gamma: that needs the estimator 'pseudo_absent' or"
-                    " 'operating_point', without an `absent_share`."
-                )
 
     def _unlabeled_data(self, trainer: Trainer) -> Any:
         """Return the samples that the share of absent ones is estimated from, or ``None``."""
-        if self._traffic is not None or self.source == "training_steps":
+        if self._traffic is not None or not self._takes_unlabeled():
             return self._traffic
+        method = unlabeled_dataloader(trainer)
+        return None if method is None else method()
+
+    def _takes_unlabeled(self) -> bool:
+        """Return whether gamma can follow from an estimated share: the method can be there for other uses."""
         try:
             check_unlabeled(self._estimator, self._estimator_kwargs, None)
-        except ValueError:  # the method can be there for other uses
-            return None
-        return unlabeled_dataloader(trainer)
+        except ValueError:
+            return False
+        return self.source != "training_steps"
 
     @property
     def needs_weights_before(self) -> bool:

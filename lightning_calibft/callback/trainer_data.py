@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -54,12 +54,11 @@ def calibration_dataloader(trainer: Trainer) -> Any:
     return None
 
 
-def unlabeled_dataloader(trainer: Trainer) -> Any:
-    """Return the ``unlabeled_dataloader()`` of the datamodule or else the module, or ``None`` if there is none."""
-    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
-        if (method := getattr(owner, "unlabeled_dataloader", None)) is not None:
-            return method()
-    return None
+def unlabeled_dataloader(trainer: Trainer) -> Callable[[], Any] | None:
+    """Return the method ``unlabeled_dataloader`` of the datamodule or else the module, or ``None`` if there is none."""
+    owners = getattr(trainer, "datamodule", None), trainer.lightning_module
+    methods = (getattr(owner, "unlabeled_dataloader", None) for owner in owners)
+    return next((method for method in methods if method is not None), None)
 
 
 def check_unlabeled_batch(trainer: Trainer, model: LightningModule, loader: Any, reader: BatchReader) -> None:

@@ -44,9 +44,21 @@ class FailsToLoadOnce(Plain):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
-def fit(folder: Path, module: Plain, validation: bool, **options: Any) -> dict[str, Any]:
+class HasNoTraffic(Plain):
+    """On the second process, the unlabeled samples cannot be opened."""
+
+    def unlabeled_dataloader(self) -> Any:
+        if self.trainer.global_rank == 1:
+            raise RuntimeError("no such camera")
+        return [torch.randn(8, 5)]
+
+
+def fit(folder: Path, module: Plain, validation: bool, estimator: str = "alg", **options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    callback, checkpoints = AbsentClassCalibration(), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    callback, checkpoints = (
+        AbsentClassCalibration(estimator=estimator, source="train"),
+        ModelCheckpoint(folder, "{epoch}", save_top_k=-1),
+    )
     trainer = trainer_of(folder, callback, checkpoints, devices=2, strategy="ddp", **{"max_epochs": 2, **options})
     error = None
     try:
@@ -85,6 +97,7 @@ def main(folder: Path) -> None:
         "splits": splits(folder / "splits"),
         "no_validation": fit(folder / "no_validation", Normalized(), validation=False),
         "stopped_in_an_epoch": fit(folder / "stopped", Normalized(), validation=True, max_steps=3, max_epochs=None),
+        "no_traffic_on_one": fit(folder / "traffic", HasNoTraffic(), validation=False, estimator="pseudo_absent"),
         "loading_fails_on_one": fit(folder / "loading", FailsToLoadOnce(), validation=False),
     }
     hand_over(json.dumps(results), folder, int(os.environ.get("LOCAL_RANK", 0)))

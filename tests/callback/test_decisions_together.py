@@ -39,3 +39,11 @@ def test_weights_that_load_on_one_process_alone(ranks):
     # The file that could not be loaded stays as it was, and the other is calibrated.
     assert first["files"] == second["files"]
     assert [gamma is None for gamma in first["files"].values()] == [True, False]
+
+
+def test_unlabeled_samples_that_one_process_cannot_open(ranks):
+    """Both end before the first step, and one of them says why."""
+    errors = [ranks[rank]["no_traffic_on_one"]["error"] for rank in range(2)]
+    assert "no such camera" in errors[1]
+    assert "failed on another process" in errors[0]
+    assert not any(outcome["no_traffic_on_one"]["files"] for outcome in ranks)
