@@ -7,10 +7,11 @@ import os
 import sys
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ from lightning_calibft.calibration.distributed import SharedErrors, rank_and_wor
 from lightning_calibft.calibration.evaluation_pass import (
     EvaluationPass,
     check_pretrained,
+    check_runs_by_forward,
     check_tolerance,
     head_width,
     preserve_random_state,
+    proofs_kept,
 )
 from lightning_calibft.calibration.loaders import (
     batches_of,
@@ -42,6 +45,7 @@ from lightning_calibft.calibration.loaders import (
     unwrapped,
 )
 from lightning_calibft.calibration.result import CalibrationResult
+from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.callback.checkpoint_files import message_of
 from lightning_calibft.checkpoint.pretrained_folder import (
     load_pretrained,
@@ -57,7 +61,7 @@ from lightning_calibft.estimators import (
     needs_held_out_samples,
     needs_pretrained_logits,
 )
-from lightning_calibft.estimators.choice import with_absent_share
+from lightning_calibft.estimators.choice import check_unlabeled, with_absent_share
 from lightning_calibft.head.attach import attach, attached_split, detach, get_gamma, reset_gamma, set_attached_gamma
 from lightning_calibft.head.offset import attached_heads
 from lightning_calibft.labels.class_map import ClassMap, resolve_class_map, rows_tensor, to_rows
@@ -122,6 +126,9 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         calibration_dataset: The dataset that gamma is found on, in the form of the training dataset, which is read if
             this is ``None``. Use it for samples that are not trained on (``"pseudo_absent"``), for samples of all
             classes (``"operating_point"``), or for images without augmentation.
+        unlabeled_dataset: Samples from where the model will be used, in the form of the training dataset, with or
+            without labels, which are ignored. Gamma is the one for the share of samples of absent classes in them. As
+            ``unlabeled`` in :func:`~lightning_calibft.calibrate`.
         pretrained: The model before fine-tuning, or its state dict, for estimators that need it. ``None``: the weights
             that training begins with, or, if it resumes, those that the model had when the Trainer was made.
         unpack_batch: As in :func:`~lightning_calibft.calibrate`. Needed if the target of a batch is not under
@@ -166,6 +173,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         estimator_kwargs: Mapping[str, Any] | None = None,
         absent_share: float | None = None,
         calibration_dataset: Any = None,
+        unlabeled_dataset: Any = None,
         pretrained: nn.Module | Mapping[str, Tensor] | None = None,
         unpack_batch: UnpackBatch | str | None = None,
         class_map: ClassMap | None = None,
@@ -180,6 +188,8 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         check_max_samples(max_samples)
         check_tolerance(tolerance)
         self._estimator: str | Estimator = estimator  # type: ignore[assignment]  # `check_estimator` checks the protocol
+        if unlabeled_dataset is not None:
+            check_unlabeled(self._estimator, estimator_kwargs, absent_share)
         self._estimator_kwargs = with_absent_share(self._estimator, estimator_kwargs, absent_share)
         check_estimator(self._estimator, self._estimator_kwargs, seen_classes, absent_classes)
         if needs_absent_samples(self._estimator) and calibration_dataset is None:
@@ -194,6 +204,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         self.estimator_kwargs = estimator_kwargs
         self.absent_share = absent_share
         self.calibration_dataset = calibration_dataset
+        self.unlabeled_dataset = unlabeled_dataset
         self.pretrained = pretrained
         self.unpack_batch = unpack_batch
         self.class_map = class_map
@@ -230,10 +241,10 @@ class AbsentClassCalibrationCallback(TrainerCallback):
         if self._needs_pretrained:
             self._keep_pretrained(model, resumed=state.global_step > 0, calibrated=get_gamma(model) is not None)
         reset_gamma(model)  # one from before does not fit the weights of this training
-        loader = self._loader(train_dataloader, state, args)
+        loader, unlabeled = self._loader(train_dataloader, state, args), self._unlabeled(train_dataloader, args)
         with preserve_random_state(), self._attached(model):
             self._listed = self._classes(model, train_dataloader)
-            self._check_first_batch(model, loader)
+            self._check_first_batch(model, loader, unlabeled)
         if state.is_world_process_zero:
             self._warn_before_training(args, state, train_dataloader)
         if self.calibrate_checkpoints and state.global_step > 0:
@@ -295,12 +306,12 @@ class AbsentClassCalibrationCallback(TrainerCallback):
     ) -> None:
         """Calibrate the model, and then the kept folders."""
         self._training = False
-        loader = self._loader(train_dataloader, state, args)
+        data = self._loader(train_dataloader, state, args), self._unlabeled(train_dataloader, args)
         try:
             with preserve_random_state():
-                self.result = self._calibrate_live(model, loader, not args.disable_tqdm)
+                self.result = self._calibrate_live(model, data, not args.disable_tqdm)
                 if self.calibrate_checkpoints:
-                    self._calibrate_folders(args, model, loader, self.result)
+                    self._calibrate_folders(args, model, data, self.result)
         except Exception as error:  # the data and the model can raise anything, and the user has yet to save the model
             warnings.warn(
                 f"AbsentClassCalibrationCallback could not calibrate the model. {message_of(error)} Save the model as"
@@ -316,15 +327,13 @@ class AbsentClassCalibrationCallback(TrainerCallback):
     def _loader(self, train: Any, state: Any, args: Any) -> Any:
         """Return what gamma is found on: the training data, or another dataset through the same collator."""
         dataset = self.calibration_dataset
-        if dataset is None:
-            loader = unwrapped(train)
-        else:
-            known = getattr(train.dataset, "column_names", None)
-            if known is not None and (others := set(getattr(dataset, "column_names", ())) - set(known)):
-                dataset = dataset.remove_columns(sorted(others))  # as the Trainer has done with the training dataset
-            loader = rebuilt_loader(train, dataset, batch_size=args.eval_batch_size)
+        loader = unwrapped(train) if dataset is None else _loader_of(dataset, train, args)
         endless = length_of(loader) is None and self.max_samples is None and dataset is None
         return _Beginning(loader, state.max_steps * args.gradient_accumulation_steps) if endless else loader
+
+    def _unlabeled(self, train: Any, args: Any) -> Any:
+        dataset = self.unlabeled_dataset
+        return None if dataset is None else _loader_of(dataset, train, args)
 
     def _classes(self, model: nn.Module, train: Any) -> list[int] | None:
         """Return the seen classes, if they are given or the dataset lists them, and check them."""
@@ -343,8 +352,11 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             ClassSplit(width, listed, self.absent_classes)
         return listed
 
-    def _check_first_batch(self, model: Any, loader: Any) -> None:
-        """Run the model on one batch, to check that labels are rows of the head, whose output is the logits."""
+    def _check_first_batch(self, model: Any, loader: Any, unlabeled: Any) -> None:
+        """Run the model on one batch, to check that labels are rows of the head, whose output is the logits.
+
+        Then run it on one unlabeled batch, if there is any.
+        """
         errors = SharedErrors()
         with errors.shared():
             check_pretrained(self._estimator, self._pretrained(), model)
@@ -360,6 +372,22 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                 with closing(reading.evaluate()) as batches:
                     for evaluated in batches:
                         check_rows(evaluated.target, reading.num_classes)
+            if unlabeled is not None:
+                if is_read_once(unlabeled):
+                    raise ValueError(
+                        "Expected argument `unlabeled_dataset` to be data that can be read again for each folder, but"
+                        " its dataset holds an iterator, which can be read only once."
+                    )
+                batch = next(iter(unlabeled), None)
+                if batch is None:
+                    raise ValueError(
+                        "Expected argument `unlabeled_dataset` to hold at least one sample, but got none. Check the"
+                        " dataset."
+                    )
+                of_inputs = cast(BatchReader, UnlabeledReader(BatchReader(self.unpack_batch)))
+                with proofs_kept(model):
+                    check_runs_by_forward(model)
+                    deque(EvaluationPass(model, [[batch]], reader=of_inputs, bar=None).evaluate(), maxlen=0)
         errors.agree()
 
     def _keep_pretrained(self, model: Any, resumed: bool, calibrated: bool) -> None:
@@ -434,8 +462,9 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             if fresh:
                 detach(model)
 
-    def _find(self, model: Any, loader: Any, split: ClassSplit | None, progress: bool) -> CalibrationResult:
+    def _find(self, model: Any, data: tuple[Any, Any], split: ClassSplit | None, progress: bool) -> CalibrationResult:
         """Find the gamma of the weights that the model has now, and set it."""
+        loader, unlabeled = data
         seen, absent = self._listed, self.absent_classes
         if not isinstance(self._estimator, str):
             seen = absent = None
@@ -449,6 +478,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             head=None if attached_heads(model) else self.head,
             estimator=self._estimator,
             estimator_kwargs=self._estimator_kwargs,
+            unlabeled=unlabeled,
             unpack_batch=self.unpack_batch,
             class_map=self.class_map,
             label_names=self.label_names,
@@ -458,16 +488,16 @@ class AbsentClassCalibrationCallback(TrainerCallback):
             progress=progress,
         )
 
-    def _calibrate_live(self, model: Any, loader: Any, progress: bool) -> CalibrationResult:
+    def _calibrate_live(self, model: Any, data: tuple[Any, Any], progress: bool) -> CalibrationResult:
         # The running statistics of processes differ. The first process has those that are saved.
         rank, size = rank_and_world_size()
         buffers = SharedErrors().gather(lambda: dict(model.named_buffers()) if rank == 0 and size > 1 else {})[0]
         with _loaded(model, buffers):
-            result = self._find(model, loader, None, progress)
+            result = self._find(model, data, None, progress)
         set_attached_gamma(model, result.gamma, result.split, result.as_dict())
         return result
 
-    def _calibrate_folders(self, args: Any, model: Any, loader: Any, live: CalibrationResult) -> None:
+    def _calibrate_folders(self, args: Any, model: Any, data: tuple[Any, Any], live: CalibrationResult) -> None:
         """Write the gamma of its own weights into each folder that is left. Warn about those where this fails."""
         first, failed = rank_and_world_size()[0] == 0, dict[str, str]()
         kept, *_ = SharedErrors().gather(lambda: list(filter(os.path.isdir, self._folders)))
@@ -479,7 +509,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                 with _loaded(model, weights):
                     result = live
                     if not errors.gather(lambda: _are_equal(own, _copy(model)))[0]:
-                        result = self._find(model, loader, live.split, progress=not args.disable_tqdm)
+                        result = self._find(model, data, live.split, progress=not args.disable_tqdm)
                     set_attached_gamma(model, result.gamma, result.split, result.as_dict())
                     with errors.shared():
                         if args.should_save:
@@ -549,6 +579,14 @@ class _Beginning:
 
     def __iter__(self) -> Iterator[Any]:
         return batches_of(self._loader, self._max_batches)
+
+
+def _loader_of(dataset: Any, train: Any, args: Any) -> Any:
+    """Return a loader of a dataset in the form of the training dataset, through the same collator."""
+    known = getattr(train.dataset, "column_names", None)
+    if known is not None and (others := set(getattr(dataset, "column_names", ())) - set(known)):
+        dataset = dataset.remove_columns(sorted(others))  # as the Trainer has done with the training dataset
+    return rebuilt_loader(train, dataset, batch_size=args.eval_batch_size)
 
 
 def _check_kind(model: Any) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from lightning_calibft import attach, export, get_gamma, inspect_checkpoint, load_calibrated, set_gamma
 from lightning_calibft.checkpoint.state import MASK, OFFSET
 from lightning_calibft.functional import ausuc, split_accuracy
+from lightning_calibft.metrics import AbsentShare
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -173,10 +174,6 @@ def test_metrics_of_an_evaluation(calibrated, plain):
 
 
 def test_names_of_the_user_and_data_without_labels(tmp_path):
-    class Unlabeled(Samples):
-        def __getitem__(self, index):
-            return {"pixel_values": self.images[index]}
-
     def own(prediction):
         return {"acc_all": 7.0}
 
@@ -379,6 +376,55 @@ def test_samples_of_all_classes(tmp_path):
     trainer = trainer_of(tmp_path, vit(), callback, save_strategy="no")
     trainer.train()
     assert callback.result.num_samples == len(VAL)
+
+
+class Unlabeled(Samples):
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index]}
+
+
+@pytest.mark.parametrize("kind", [Unlabeled, Samples])
+def test_the_share_of_unlabeled_samples(tmp_path, plain, kind):
+    """Each folder has the share that its own weights see, and training is that without them."""
+    traffic = kind([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9)
+    callback = AbsentClassCalibrationCallback(
+        estimator="pseudo_absent", calibration_dataset=Samples(SEEN, 20, seed=7), unlabeled_dataset=traffic
+    )
+    run = Run(tmp_path, callback)
+    assert run.streams == plain.streams
+    assert all(torch.equal(run.weights[key], value) for key, value in plain.weights.items())
+    results = [callback.result, *callback.checkpoint_results.values()]
+    models = [run.model, *map(transformers.ViTForImageClassification.from_pretrained, callback.checkpoint_results)]
+    assert len(results) == 3
+    for result, model in zip(results, models, strict=True):
+        share = AbsentShare(NUM_CLASSES, SEEN, share_table=result.share_table, half_life=None)
+        share.update(logits_of(model, traffic))
+        assert result.absent_share == pytest.approx(float(share.compute()), rel=1e-4)
+        assert result.gamma == pytest.approx(result.share_table.at(result.absent_share)["gamma"])
+    assert get_gamma(run.model) == pytest.approx(callback.result.gamma)
+    assert len({result.absent_share for result in results}) == 2
+    (told, *_) = map(inspect_checkpoint, callback.checkpoint_results)
+    assert told["absent_share_interval"] == list(results[1].absent_share_interval)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"estimator": "alg"}, "`estimator` to know the margins"),
+        ({"absent_share": 0.2}, "`absent_share` to be None with `unlabeled`"),
+        ({"unlabeled_dataset": []}, "`unlabeled_dataset` to hold at least one sample, but got none"),
+        ({"unlabeled_dataset": OneTime()}, "`unlabeled_dataset` to be data that can be read again"),
+        ({"unlabeled_dataset": [{"name": "image"}]}, "Expected an unlabeled batch to hold a tensor"),
+    ],
+)
+def test_unlabeled_samples_that_are_refused_before_training(tmp_path, options, match):
+    given = {"estimator": "pseudo_absent", "calibration_dataset": VAL, "unlabeled_dataset": Unlabeled(SEEN, 1)}
+    model = vit()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        trainer_of(tmp_path, model, AbsentClassCalibrationCallback(SEEN, **{**given, **options})).train()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
 
 
 def test_the_weights_before_fine_tuning(tmp_path):
