@@ -83,9 +83,10 @@ def calibrate(
             ``"operating_point"`` takes the share in its samples.
         unlabeled: Samples from where the model will be used, as a loader like the others. Labels in its batches are
             ignored: a batch can also be a tensor, a tuple of inputs, or a mapping without a target. The share of
-            samples of absent classes in them is estimated by :class:`~lightning_calibft.metrics.AbsentShare`, and gamma
-            is the one for it. Takes the place of ``absent_share``, and needs the estimator ``"pseudo_absent"`` or
-            ``"operating_point"``.
+            samples of absent classes in them is estimated as by :class:`~lightning_calibft.metrics.AbsentShare`, and
+            gamma is the one for it. With ``pretrained``, the margins of the model before fine-tuning count as well,
+            and the samples run through both models. Takes the place of ``absent_share``, and needs the estimator
+            ``"pseudo_absent"`` or ``"operating_point"``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional arguments of ``model``, and a mapping its keyword arguments.
         class_map: The head's row for each target in ``loader``, if they differ, as with image folders, which number

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
+from lightning_calibft.estimators import PseudoAbsent
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.metrics import AbsentShare
 from tests.helpers.runs import (
     ABSENT,
@@ -47,10 +49,19 @@ def fitted(folder, make=Plain, callbacks=(), **options):
 
 
 def assert_for_traffic(state, result):
-    metric = AbsentShare(NUM_CLASSES, SEEN, share_table=result.share_table, half_life=None)
-    metric.update(raw_logits(state, TRAFFIC))
-    assert result.absent_share == pytest.approx(metric.compute().item(), rel=1e-5)
-    assert result.absent_share_interval == pytest.approx(metric.interval.tolist())
+    """The share is that of both models, of these weights and of those before the fit."""
+    first, before, (x, y) = pretrained().eval(), PseudoAbsent(NUM_CLASSES, SEEN), HELD_OUT.tensors
+    with torch.no_grad():
+        logits, of_traffic = first(x), first(TRAFFIC)
+    before.update(logits, y, logits)
+    counted = []
+    for rows, table in ((raw_logits(state, TRAFFIC), result.share_table), (of_traffic, before.share_table)):
+        metric = AbsentShare(NUM_CLASSES, SEEN, share_table=table, half_life=None)
+        metric.update(rows)
+        counted.append(metric.counted)
+    estimate = estimate_share(*counted)
+    assert result.absent_share == pytest.approx(estimate.share.item(), rel=1e-5)
+    assert result.absent_share_interval == pytest.approx(estimate.interval.tolist())
     assert result.gamma == pytest.approx(result.share_table.at(result.absent_share)["gamma"])
 
 
