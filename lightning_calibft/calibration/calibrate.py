@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ def calibrate(
     max_samples: int | None = None,
     tolerance: float | None = None,
     pretrained: nn.Module | Mapping[str, Tensor] | None = None,
+    held_out: bool = False,
     progress: bool = True,
 ) -> CalibrationResult:
     r"""Find gamma on the fine-tuning data and put it into the head of the model.
@@ -98,6 +100,8 @@ def calibrate(
             Works with one loader only. Without ``seen_classes``, the labels of all its samples are read first.
         pretrained: The model before fine-tuning, or its state dict, for the estimators that need it
             (``"pseudo_absent"``).
+        held_out: Whether the samples in ``loader`` were not trained on. Changes no number, but the verdict on gamma can
+            then rely on samples that the model is nearly always right on.
         progress: Whether to show a progress bar (on the first process).
 
     Returns:
@@ -171,7 +175,7 @@ def calibrate(
                     if estimator in ("alg", "pseudo_absent") and not said:
                         warn_of_many_absent_rows(len(split.seen_classes), len(split.absent_classes))
                 errors.agree()
-            result = reading.for_unlabeled(reading.run(split))
+            result = replace(reading.for_unlabeled(reading.run(split)), held_out=bool(held_out))
     except BaseException:
         if fresh:
             detach(model)

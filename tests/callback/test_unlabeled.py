@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,
+    TRAIN,
     Plain,
+    Unlisted,
     assert_same,
     blobs,
     build,
@@ -48,9 +51,9 @@ def fitted(folder, make=Plain, callbacks=(), **options):
     return module, callback.result
 
 
-def assert_for_traffic(state, result):
+def assert_for_traffic(state, result, labeled=HELD_OUT):
     """The share is that of both models, of these weights and of those before the fit."""
-    first, before, (x, y) = pretrained().eval(), PseudoAbsent(NUM_CLASSES, SEEN), HELD_OUT.tensors
+    first, before, (x, y) = pretrained().eval(), PseudoAbsent(NUM_CLASSES, SEEN), labeled.tensors
     with torch.no_grad():
         logits, of_traffic = first(x), first(TRAFFIC)
     before.update(logits, y, logits)
@@ -66,11 +69,14 @@ def assert_for_traffic(state, result):
 
 
 @pytest.mark.parametrize("way", ["loader", "list of tensors", "method"])
-def test_the_share_of_the_data(tmp_path, way):
+def test_the_share_of_the_data(tmp_path, way, caplog):
     given = {"loader": DataLoader(TensorDataset(TRAFFIC), 8), "list of tensors": list(TRAFFIC.split(16))}
     options = {"unlabeled": given[way]} if way in given else {}
-    module, result = fitted(tmp_path, WithTraffic if way == "method" else Plain, **options)
+    with caplog.at_level(logging.INFO):
+        module, result = fitted(tmp_path, WithTraffic if way == "method" else Plain, **options)
     assert_for_traffic(module.state_dict(), result)
+    low, high = result.absent_share_interval
+    assert f"estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%}" in caplog.text
     assert get_gamma(module) == pytest.approx(result.gamma, rel=1e-6)
 
 
@@ -90,6 +96,17 @@ def test_each_file_has_the_share_of_its_own_weights(tmp_path):
         assert told["absent_share_interval"] == list(result.absent_share_interval)
         shares.add(result.absent_share)
     assert len(shares) == 2
+
+
+def test_the_training_data_in_place_of_validation_data_that_does_not_do(tmp_path):
+    """Both models are then read on the same samples."""
+    few = DataLoader(Unlisted(blobs([SEEN[0], *(6 * ABSENT)], each=3, seed=7)), 8)
+    module = pretrained()
+    callback = AbsentClassCalibration(estimator="pseudo_absent", unlabeled=DataLoader(TRAFFIC, 8))
+    with pytest.warns(UserWarning, match="since the validation data has 3 samples of seen classes"):
+        trainer_of(tmp_path, callback, logger=False).fit(module, loader(), few)
+    assert callback.result.num_samples == len(TRAIN)
+    assert_for_traffic(module.state_dict(), callback.result, TRAIN)
 
 
 def test_training_is_the_same_without_it(tmp_path):
