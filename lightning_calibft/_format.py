@@ -68,7 +68,8 @@ def verdict(calibration: Mapping[str, Any]) -> tuple[str, str]:
     if accuracy >= _BY_HEART and not calibration.get("held_out") and min(changes) < _CLEAR and told != {"hurts"}:
         return "cannot be told", (
             f"{reason}, but the model is right on {accuracy:.1%} of the samples behind gamma among the seen classes, as"
-            " if it had learned them by heart; use samples that were not trained on"
+            " if it had learned them by heart; use samples that were not trained on (`calibrate` takes your word for"
+            " it, with `held_out=True`)"
         )
     if told == {"cannot be told"}:
         reason += ", which is too little to be sure of"
@@ -104,13 +105,16 @@ def expectations(calibration: Mapping[str, Any]) -> list[str]:
         seen, absent = (100 * calibration[key] for key in ("seen_change", "absent_change"))
         of_each = f"{seen:+.1f} points on seen samples, {absent:+.1f} on absent ones"
         sentences.append(f"expected change in accuracy: {of_each}")
+    meant = f"{calibration['absent_share']:.1%}" if "absent_share" in calibration else ""
+    if "absent_share_interval" in calibration:
+        low, high = calibration["absent_share_interval"]
+        meant += f", estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%}"
     if "break_even_share" in calibration and gamma != 0:
         side, limit = "more" if gamma > 0 else "less", calibration["break_even_share"]
-        meant = f" (it is for {calibration['absent_share']:.1%})" if "absent_share" in calibration else ""
-        if "absent_share_interval" in calibration:
-            low, high = calibration["absent_share_interval"]
-            meant = meant.replace(")", f", estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%})")
-        sentences.append(f"gamma pays if {side} than {limit:.1%} of the samples are of absent classes{meant}")
+        of_gamma = f" (it is for {meant})" if meant else ""
+        sentences.append(f"gamma pays if {side} than {limit:.1%} of the samples are of absent classes{of_gamma}")
+    elif "absent_share_interval" in calibration:
+        sentences.append(f"gamma is for a share of absent samples of {meant}")
     if gamma < 0:
         sentences.append("gamma is negative: the model predicts absent classes even less often than without it")
     return sentences

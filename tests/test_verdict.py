@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from lightning_calibft import CalibrationResult, ClassSplit
+from lightning_calibft import CalibrationResult, ClassSplit, calibrate
 from lightning_calibft._format import expectations, expected_change, verdict, warning_of_harm
+from lightning_calibft.analysis import Snapshot, calibration_report
 
 KNOWN = {"gamma": 2.0, "seen_change": -0.02, "absent_change": 0.3, "break_even_share": 0.1, "seen_accuracy": 0.9}
 NEGATIVE = {"gamma": -2.0, "seen_change": 0.1, "absent_change": -0.2, "break_even_share": 0.4}
@@ -64,3 +66,40 @@ def test_of_a_result():
     told = CalibrationResult(2.0, 0.1, 64, split, "pseudo_absent", 0.25, 0.9, -0.02, 0.3, 0.1)
     assert told.verdict == told.as_dict()["verdict"] == "helps"
     assert told.reason.startswith("at the share of absent samples that was told, 25.0%, +5.0 points of accuracy are")
+
+
+def test_samples_that_are_known_to_be_held_out():
+    """The model is right on all of them, as on samples that it has learned by heart."""
+    net, before = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+    with torch.no_grad():
+        for layer in (net, before):
+            layer.weight.copy_(torch.eye(6))
+            layer.bias.zero_()
+        net.bias[4:] = -4.0
+    target = torch.arange(200) % 4
+    x = 5 * torch.eye(6)[target] + torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    options = {"estimator": "pseudo_absent", "pretrained": before, "absent_share": 0.05, "progress": False}
+    plain, told = (calibrate(net, [(x, target)], held_out=held_out, **options) for held_out in (False, True))
+    assert (plain.held_out, told.held_out, told.gamma) == (False, True, plain.gamma)
+    assert plain.verdict == "cannot be told"
+    assert "`calibrate` takes your word for it, with `held_out=True`" in plain.reason
+    assert told.verdict == "helps"
+    assert "held_out" not in plain.as_dict()
+    assert told.as_dict()["held_out"] is True
+
+
+@pytest.mark.parametrize("more", [{}, {"gamma": 0.0}, {"break_even_share": None, "seen_change": None}])
+def test_the_interval_of_an_estimated_share_is_said(more):
+    known = {"gamma": 2.0, "seen_change": -0.02, "absent_change": 0.3, "break_even_share": 0.1, **more}
+    result = CalibrationResult(
+        standard_error=0.1,
+        num_samples=64,
+        split=ClassSplit(3, [0, 1]),
+        estimator="pseudo_absent",
+        absent_share=0.25,
+        absent_share_interval=(0.2, 0.31),
+        **known,
+    )
+    said = "25.0%, estimated from unlabeled samples; 90 % interval 20.0% to 31.0%"
+    assert sum(said in sentence for sentence in expectations(result.as_dict())) == 1
+    assert said in calibration_report([Snapshot(epoch=0, step=0)], result.split, model="net", result=result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ def calibrate(
     max_samples: int | None = None,
     tolerance: float | None = None,
     pretrained: nn.Module | Mapping[str, Tensor] | None = None,
+    held_out: bool = False,
     progress: bool = True,
 ) -> CalibrationResult:
     r"""Find gamma on the fine-tuning data and put it into the head of the model.
@@ -83,9 +85,10 @@ def calibrate(
             ``"operating_point"`` takes the share in its samples.
         unlabeled: Samples from where the model will be used, as a loader like the others. Labels in its batches are
             ignored: a batch can also be a tensor, a tuple of inputs, or a mapping without a target. The share of
-            samples of absent classes in them is estimated by :class:`~lightning_calibft.metrics.AbsentShare`, and gamma
-            is the one for it. Takes the place of ``absent_share``, and needs the estimator ``"pseudo_absent"`` or
-            ``"operating_point"``.
+            samples of absent classes in them is estimated as by :class:`~lightning_calibft.metrics.AbsentShare`, and
+            gamma is the one for it. With ``pretrained``, the margins of the model before fine-tuning count as well,
+            and the samples run through both models. Takes the place of ``absent_share``, and needs the estimator
+            ``"pseudo_absent"`` or ``"operating_point"``.
         unpack_batch: A function, or its import path, that takes a batch and returns ``(inputs, target)``. A tuple of
             inputs becomes the positional arguments of ``model``, and a mapping its keyword arguments.
         class_map: The head's row for each target in ``loader``, if they differ, as with image folders, which number
@@ -97,6 +100,8 @@ def calibrate(
             Works with one loader only. Without ``seen_classes``, the labels of all its samples are read first.
         pretrained: The model before fine-tuning, or its state dict, for the estimators that need it
             (``"pseudo_absent"``).
+        held_out: Whether the samples in ``loader`` were not trained on. Changes no number, but the verdict on gamma can
+            then rely on samples that the model is nearly always right on.
         progress: Whether to show a progress bar (on the first process).
 
     Returns:
@@ -170,7 +175,7 @@ def calibrate(
                     if estimator in ("alg", "pseudo_absent") and not said:
                         warn_of_many_absent_rows(len(split.seen_classes), len(split.absent_classes))
                 errors.agree()
-            result = reading.for_unlabeled(reading.run(split))
+            result = replace(reading.for_unlabeled(reading.run(split)), held_out=bool(held_out))
     except BaseException:
         if fresh:
             detach(model)

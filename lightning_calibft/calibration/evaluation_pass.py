@@ -39,11 +39,13 @@ from lightning_calibft.calibration.result import CalibrationResult, result_of
 from lightning_calibft.calibration.unlabeled_reader import UnlabeledReader
 from lightning_calibft.estimators import (
     Estimator,
+    PseudoAbsent,
     check_estimator_width,
     make_estimator,
     needs_absent_samples,
     needs_pretrained_logits,
 )
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.head.evaluation import evaluation
 from lightning_calibft.head.layers import num_classes
 from lightning_calibft.head.offset import attached_heads, offset_of
@@ -104,6 +106,7 @@ class EvaluationPass:
     unlabeled: list[Iterable[Any]] | None = None  # loaders of samples from where the model will be used
     device: torch.device = field(init=False)
     num_classes: int = field(init=False)
+    _before: PseudoAbsent | None = field(init=False, default=None)  # the margins of the model before fine-tuning
 
     def __post_init__(self) -> None:
         head = next(iter(attached_heads(self.model).values()))
@@ -153,9 +156,7 @@ class EvaluationPass:
         if self.unlabeled is None:
             return result
         reader = cast(BatchReader, UnlabeledReader(self.reader))
-        # No estimator is fed, so the weights from before fine-tuning are not needed.
-        other = replace(self, loaders=self.unlabeled, reader=reader, estimator="alg", pretrained=None)
-        return other._for_share(result)
+        return replace(self, loaders=self.unlabeled, reader=reader)._for_share(result, self._before)
 
     def feed(self, estimator: Estimator | Metric | MetricCollection, split: ClassSplit) -> None:
         """Run the model over the data and update ``estimator`` with its logits.
@@ -167,10 +168,15 @@ class EvaluationPass:
             ValueError, RuntimeError: If another process has failed. The error there says why.
         """
         check = DataCheck(split, self.device, self.reader.maps, self._absent_samples())
+        if self.unlabeled is not None and self.pretrained is not None:
+            classes = split.num_classes, split.seen_classes, split.absent_classes
+            self._before = PseudoAbsent(*classes, validate_args=False).to(self.device)
 
         def update(logits: Tensor, target: Tensor, number: Tensor, *pretrained_logits: Tensor) -> None:
             check.count(target, number, logits, *pretrained_logits)
             estimator.update(logits, target, *pretrained_logits)
+            if self._before is not None:  # as if it were its own fine-tuned model
+                self._before.update(pretrained_logits[0], target, pretrained_logits[0])
 
         updates = BatchedUpdates(update)
 
@@ -196,19 +202,26 @@ class EvaluationPass:
             updates.flush()
         check.raise_or_warn()
 
-    def _for_share(self, result: CalibrationResult) -> CalibrationResult:
+    def _for_share(self, result: CalibrationResult, margins_before: PseudoAbsent | None) -> CalibrationResult:
         errors, counted = SharedErrors(), torch.zeros(2, dtype=torch.long, device=self.device)
+        tables: list[Any] = [result.share_table]  # the metric checks them
+        if margins_before is not None:
+            tables.append(margins_before.share_table)
         with errors.shared(), proofs_kept(self.model):
             split = result.split
             classes = split.num_classes, split.seen_classes, split.absent_classes
-            table: Any = result.share_table  # the metric checks it
-            share = AbsentShare(*classes, share_table=table, half_life=None, validate_args=False).to(self.device)
+            shares = [
+                AbsentShare(*classes, share_table=table, half_life=None, validate_args=False).to(self.device)
+                for table in tables
+            ]
             check_runs_by_forward(self.model)
             with closing(self.evaluate(errors)) as batches:
                 for batch in batches:
-                    finite = batch.logits.isfinite().all(1)
+                    logits = batch.logits, *batch.pretrained_logits
+                    finite = torch.stack([each.isfinite().all(1) for each in logits]).all(0)
                     counted += torch.stack([torch.ones_like(finite).sum(), (~finite).sum()])
-                    share.update(batch.logits)
+                    for share, of_model in zip(shares, logits, strict=True):
+                        share.update(of_model)
         errors.agree()
         number, bad = all_reduce(counted).tolist()
         if bad or not number:
@@ -217,7 +230,8 @@ class EvaluationPass:
                 "Expected argument `unlabeled` to hold samples from where the model will be used, with finite logits,"
                 f" but {found}. Gamma stays unset. Check the loader."
             )
-        return result.for_share(float(share.compute()), share.interval.tolist())
+        estimate = estimate_share(*(share.counted for share in shares))
+        return result.for_share(float(estimate.share), estimate.interval.tolist())
 
     def evaluate(self, errors: SharedErrors | None = None) -> Generator[EvaluatedBatch, None, None]:
         """Run the model over the data and yield the logits of each batch that has samples.

@@ -37,7 +37,8 @@ class CalibrationResult:
             and below which a negative one is.
         absent_share_interval: Both ends of the 90 % interval of ``absent_share``, if it was estimated from unlabeled
             samples.
-        held_out: Whether the samples are known to be held out from training, as validation data is.
+        held_out: Whether the samples are known to be held out from training, as validation data is, or because
+            :func:`~lightning_calibft.calibrate` was told.
         share_table: Gamma, and what it is expected to do, for other shares. ``None`` if gamma does not depend on the
             share, as one that was given or that pseudo cross-validation has found.
 

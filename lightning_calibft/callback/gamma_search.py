@@ -280,7 +280,9 @@ class GammaSearch:
         if self.retraining is None:
             with _buffers_of_first(trainer, reading.model):
                 held_out = self._chooses and reading.validation and not needs_absent_samples(self._estimator)
-                result = self._run_held_out(trainer, reading, split) if held_out else reading.run(split)
+                if not held_out:
+                    return reading.for_unlabeled(reading.run(split))
+                reading, result = self._run_held_out(trainer, reading, split)
                 return reading.for_unlabeled(result)
         if self._of_retraining is None:  # one gamma for all weights of a run
             assert self.pretrained.weights is not None
@@ -356,13 +358,19 @@ class GammaSearch:
         if self.retraining is not None:
             self.retraining.forget()
 
-    def _run_held_out(self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit) -> CalibrationResult:
-        """Find gamma on the validation data that was chosen for the user, or on the training data if it does not do."""
+    def _run_held_out(
+        self, trainer: Trainer, reading: EvaluationPass, split: ClassSplit
+    ) -> tuple[EvaluationPass, CalibrationResult]:
+        """Find gamma on the validation data that was chosen for the user, or on the training data if it does not do.
+
+        Returns:
+            The pass that was used, and its result.
+        """
         enough = LEAST_HELD_OUT if self._max_samples is None else 1
         try:
             result = reading.run(split)
             if result.num_samples >= enough:
-                return result
+                return reading, result
             reason = f"the validation data has {result.num_samples} samples of seen classes"
         except Exception as error:  # the user did not choose this data; an error of one process is one of all
             reason = f"the validation data cannot be used: {error}"
@@ -370,7 +378,7 @@ class GammaSearch:
         self.source = "train"
         again = self.make_pass(trainer, trainer.lightning_module)
         assert again is not None  # there was a validation, so there are training data
-        return again.run(split)
+        return again, again.run(split)
 
     def _warn_of_training_data(self, reason: str) -> None:
         name = self._estimator if isinstance(self._estimator, str) else type(self._estimator).__name__

@@ -174,6 +174,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             max_samples=args.max_samples,
             tolerance=args.tolerance,
             pretrained=None if args.pretrained is None else _load(args, args.pretrained, None, device)[0],
+            held_out=args.held_out,
             progress=args.progress,
         )
     images = {name: config[name] for name in ("input_size", "mean", "std", "crop_pct", "interpolation")}

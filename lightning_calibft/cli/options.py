@@ -136,6 +136,7 @@ def add_reading(command: argparse.ArgumentParser) -> None:
         help="rows of the absent classes that can occur; by default all that are not in the data",
     )
     command.add_argument("--pretrained", type=Path, help="file of the weights before fine-tuning, for pseudo_absent")
+    command.add_argument("--held-out", action="store_true", help="say that the images were not trained on")
     command.add_argument("--max-samples", type=int, help="read at most about this many images, drawn at random")
     command.add_argument("--tolerance", type=float, help="stop when the standard error of gamma is at most this")
     command.add_argument("--batch-size", type=_integer(1), default=64, help="(%(default)s)")

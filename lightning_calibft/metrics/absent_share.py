@@ -14,7 +14,7 @@ from lightning_calibft._arguments import check_gamma, check_model, check_number,
 from lightning_calibft._format import CHILD_NAME, RECORD_NAME
 from lightning_calibft.functional._group_logits import in_row_chunks
 from lightning_calibft.functional._inputs import check_matrix, real_dtype, warn_if_probabilities
-from lightning_calibft.functional.absent_share import ShareEstimate, estimate_share, margin_edges
+from lightning_calibft.functional.absent_share import MarginCounts, ShareEstimate, estimate_share, margin_edges
 from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics.absent_class_metric import AbsentClassMetric
 from lightning_calibft.split import ClassIds
@@ -111,6 +111,7 @@ class AbsentShare(AbsentClassMetric):
         self.half_life = None if half_life is None else float(half_life)
         edges = margin_edges(share_table)
         self._constants["edges"] = torch.tensor(edges, dtype=real_dtype(self.device), device=self.device)
+        self._counted: MarginCounts | None = None
         self._estimate: ShareEstimate | None = None
         self._fits = True
         self._set_configuration(type(self).__name__, edges, self.half_life, self.gamma)
@@ -186,7 +187,8 @@ class AbsentShare(AbsentClassMetric):
         """Return the share for the samples so far."""
         count = self.count.to(real_dtype(self.count.device))
         # Samples of unequal weight are worth fewer than there are, but more than the sum of weights of at most 1.
-        self._estimate = estimate_share(count, count.sum().square() / self.squares.to(count), self.share_table)
+        self._counted = MarginCounts(count, count.sum().square() / self.squares.to(count), self.share_table)
+        self._estimate = estimate_share(self._counted)
         if self._estimate.share.isnan():
             rank_zero_warn("The estimate of the share of absent samples received no samples, so it is NaN.")
         fits = not self._estimate.misfit > _LARGEST_MISFIT
@@ -214,10 +216,17 @@ class AbsentShare(AbsentClassMetric):
         """How badly the margins fit a mixture of seen and absent samples: 1 or less is usual, above 3 they do not."""
         return self._computed_estimate().misfit
 
+    @property
+    def counted(self) -> MarginCounts:
+        """What the share is estimated from, of all processes."""
+        self._computed_estimate()
+        assert self._counted is not None
+        return self._counted
+
     def reset(self) -> None:
         """Forget all samples."""
         super().reset()
-        self._estimate, self._fits = None, True
+        self._counted, self._estimate, self._fits = None, None, True
 
     def _computed_estimate(self) -> ShareEstimate:
         self.compute()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import calibrate, detach, get_gamma
 from lightning_calibft.estimators import PseudoAbsent
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.metrics import AbsentShare
 from tests.helpers.processes import in_group
 from tests.helpers.runs import quiet
@@ -65,12 +66,20 @@ def run(unlabeled, net=None, data=None, **options):
     return net, calibrate(net, data or DataLoader(HELD_OUT, 32), SEEN, unlabeled=unlabeled, progress=False, **options)
 
 
+def counted(net, table):
+    metric = AbsentShare(CLASSES, SEEN, share_table=table, half_life=None)
+    metric.update(copy.deepcopy(net).eval()(X).detach())
+    return metric.counted
+
+
 def expected():
-    """What the metric says of the raw logits."""
+    """What both models say of the raw logits."""
     _, result = run(None)
-    metric = AbsentShare(CLASSES, SEEN, share_table=result.share_table, half_life=None)
-    metric.update(model().eval()(X).detach())
-    return metric.compute().item(), tuple(metric.interval.tolist()), result.share_table
+    before, (x, y) = PseudoAbsent(CLASSES, SEEN), HELD_OUT.tensors
+    logits = copy.deepcopy(BEFORE).eval()(x).detach()
+    before.update(logits, y, logits)
+    estimate = estimate_share(counted(model(), result.share_table), counted(BEFORE, before.share_table))
+    return estimate.share.item(), tuple(estimate.interval.tolist()), result.share_table
 
 
 FORMS = {
@@ -136,6 +145,7 @@ def test_the_best_gamma_of_labeled_samples():
     labeled = DataLoader(TensorDataset(*points(400, 0.5, seed=3)), 64)
     _, result = run([X], data=labeled, estimator="operating_point", pretrained=None)
     assert result.absent_share == pytest.approx(0.3, abs=0.1)
+    assert result.absent_share == pytest.approx(estimate_share(counted(model(), result.share_table)).share.item())
     assert result.gamma == pytest.approx(result.share_table.at(result.absent_share)["gamma"])
 
 
@@ -163,6 +173,37 @@ def test_what_is_refused_leaves_the_model_alone(wrong, error, message):
     with pytest.raises(error, match=message):
         run(**{"unlabeled": [X], "net": net, **wrong})
     assert "fc.absent_class_calibration.offset" not in net.state_dict()
+
+
+def test_the_model_before_tells_apart_what_the_fine_tuned_one_mixes_up():
+    """Fine-tuning has made new absent samples more like seen ones than their pseudo-absent copies are."""
+    net = model()
+    with torch.no_grad():
+        net.fc.weight[:4, 4:] = 0.7  # each absent class has become a bit of all seen ones
+    _, result = run([X], net)
+    alone = estimate_share(counted(net, result.share_table)).share.item()
+    assert abs(result.absent_share - 0.3) < 0.5 * abs(alone - 0.3)
+
+
+def test_the_weights_before_are_those_of_unlabeled_samples_as_well():
+    """Those of a model that knows nothing tell nothing, and a bad one is noticed."""
+    ignorant = model(0.0)
+    with torch.no_grad():
+        ignorant.fc.weight.zero_()
+    _, result = run([X], pretrained=ignorant)
+    assert result.absent_share_interval[0] < 0.3 < result.absent_share_interval[1]
+    broken = copy.deepcopy(BEFORE)
+    with torch.no_grad():
+        broken.fc.weight[0] *= math.inf
+    with pytest.raises(ValueError, match="batch 0 has NaN or infinite ones"):
+        run([X], pretrained=broken)
+    infinite = [X.clone()]
+    infinite[0][7, 5] = 1e38  # beyond float32 in the model before alone
+    large = copy.deepcopy(BEFORE)
+    with torch.no_grad():
+        large.fc.weight[5, 5] = 100.0
+    with pytest.raises(ValueError, match="1 of 300 samples have NaN or infinite logits"):
+        run(infinite, pretrained=large)
 
 
 def test_a_metric_of_the_user_is_not_changed():

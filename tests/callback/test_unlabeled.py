@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, get_gamma, inspect_checkpoint
+from lightning_calibft.estimators import PseudoAbsent
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.metrics import AbsentShare
 from tests.helpers.runs import (
     ABSENT,
     NUM_CLASSES,
     SEEN,
+    TRAIN,
     Plain,
+    Unlisted,
     assert_same,
     blobs,
     build,
@@ -46,20 +51,32 @@ def fitted(folder, make=Plain, callbacks=(), **options):
     return module, callback.result
 
 
-def assert_for_traffic(state, result):
-    metric = AbsentShare(NUM_CLASSES, SEEN, share_table=result.share_table, half_life=None)
-    metric.update(raw_logits(state, TRAFFIC))
-    assert result.absent_share == pytest.approx(metric.compute().item(), rel=1e-5)
-    assert result.absent_share_interval == pytest.approx(metric.interval.tolist())
+def assert_for_traffic(state, result, labeled=HELD_OUT):
+    """The share is that of both models, of these weights and of those before the fit."""
+    first, before, (x, y) = pretrained().eval(), PseudoAbsent(NUM_CLASSES, SEEN), labeled.tensors
+    with torch.no_grad():
+        logits, of_traffic = first(x), first(TRAFFIC)
+    before.update(logits, y, logits)
+    counted = []
+    for rows, table in ((raw_logits(state, TRAFFIC), result.share_table), (of_traffic, before.share_table)):
+        metric = AbsentShare(NUM_CLASSES, SEEN, share_table=table, half_life=None)
+        metric.update(rows)
+        counted.append(metric.counted)
+    estimate = estimate_share(*counted)
+    assert result.absent_share == pytest.approx(estimate.share.item(), rel=1e-5)
+    assert result.absent_share_interval == pytest.approx(estimate.interval.tolist())
     assert result.gamma == pytest.approx(result.share_table.at(result.absent_share)["gamma"])
 
 
 @pytest.mark.parametrize("way", ["loader", "list of tensors", "method"])
-def test_the_share_of_the_data(tmp_path, way):
+def test_the_share_of_the_data(tmp_path, way, caplog):
     given = {"loader": DataLoader(TensorDataset(TRAFFIC), 8), "list of tensors": list(TRAFFIC.split(16))}
     options = {"unlabeled": given[way]} if way in given else {}
-    module, result = fitted(tmp_path, WithTraffic if way == "method" else Plain, **options)
+    with caplog.at_level(logging.INFO):
+        module, result = fitted(tmp_path, WithTraffic if way == "method" else Plain, **options)
     assert_for_traffic(module.state_dict(), result)
+    low, high = result.absent_share_interval
+    assert f"estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%}" in caplog.text
     assert get_gamma(module) == pytest.approx(result.gamma, rel=1e-6)
 
 
@@ -79,6 +96,17 @@ def test_each_file_has_the_share_of_its_own_weights(tmp_path):
         assert told["absent_share_interval"] == list(result.absent_share_interval)
         shares.add(result.absent_share)
     assert len(shares) == 2
+
+
+def test_the_training_data_in_place_of_validation_data_that_does_not_do(tmp_path):
+    """Both models are then read on the same samples."""
+    few = DataLoader(Unlisted(blobs([SEEN[0], *(6 * ABSENT)], each=3, seed=7)), 8)
+    module = pretrained()
+    callback = AbsentClassCalibration(estimator="pseudo_absent", unlabeled=DataLoader(TRAFFIC, 8))
+    with pytest.warns(UserWarning, match="since the validation data has 3 samples of seen classes"):
+        trainer_of(tmp_path, callback, logger=False).fit(module, loader(), few)
+    assert callback.result.num_samples == len(TRAIN)
+    assert_for_traffic(module.state_dict(), callback.result, TRAIN)
 
 
 def test_training_is_the_same_without_it(tmp_path):

@@ -45,14 +45,18 @@ def traffic(photos, tmp_path):
 def test_three_commands(raw, before, photos, traffic, tmp_path, capsys):
     calibrated, shipped = tmp_path / "calibrated.pth", tmp_path / "model.onnx"
     words = ["calibrate", "test_resnet", raw, photos, calibrated, *READ, "--estimator", "pseudo_absent"]
-    assert run(*words, "--pretrained", before, "--unlabeled", traffic, "--json") == 0
+    assert run(*words, "--pretrained", before, "--unlabeled", traffic, "--held-out", "--json") == 0
     told = json.loads(capsys.readouterr().out)
+    assert told["held_out"] is True
     assert run("export", calibrated, shipped, "--img-size", "32") == 0
     assert run("inspect", shipped) == 0
     text = capsys.readouterr().out
     low, high = told["absent_share_interval"]
     share = told["absent_share"]
-    assert f"it is for {share:.1%}, estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%}" in text
+    said = f"it is for {share:.1%}, estimated from unlabeled samples; 90 % interval {low:.1%} to {high:.1%}"
+    assert said in text
+    assert run("export", calibrated, tmp_path / "folder") == 0
+    assert said in (tmp_path / "folder" / "README.md").read_text()
 
     config = data_config(plain(raw), img_size=32)
     images = UnlabeledImages(traffic, config)

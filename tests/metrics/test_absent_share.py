@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_calibft import calibrate, fold, set_absent_share, set_gamma
 from lightning_calibft.estimators import PseudoAbsent
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.functional.share_table import ShareTable
 from lightning_calibft.metrics import AbsentShare
 from tests.helpers.processes import in_group
@@ -54,9 +55,25 @@ def make(**options):
     return AbsentShare(CLASSES, SEEN, ABSENT, share_table=TABLE, **options)
 
 
-def reference(logits, half_life=None):
+def reference(logits, half_life=None, before=None):
     """The mean of the posterior distribution and its 90 % interval, in plain loops."""
-    edges = TABLE.gamma[::3]
+    ways = [(logits, TABLE, (1, 2))] + ([] if before is None else [(*before, (1,))])
+    found = [log_likelihoods(*way, half_life, 70 / len(ways)) for way in ways]
+    weight = [
+        math.exp(sum(rows[row] for rows, _ in found)) * (p * (1 - p)) ** 0.5 for row, p in enumerate(TABLE.absent_share)
+    ]
+    cumulated, low, high = 0.0, None, None
+    for w, p in zip(weight, TABLE.absent_share, strict=True):
+        cumulated += w / sum(weight)
+        low = p if low is None and cumulated >= 0.05 else low
+        high = p if high is None and cumulated >= 0.95 else high
+    mean = sum(w * p for w, p in zip(weight, TABLE.absent_share, strict=True)) / sum(weight)
+    return mean, low, high, max(misfit for _, misfit in found)
+
+
+def log_likelihoods(logits, table, numbers, half_life, most):
+    """The log-likelihood of each share, and the misfit."""
+    edges = table.gamma[::3]
     weights, bins = [], []
     for place, row in enumerate(logits.double().tolist()):
         margin = max(row[c] for c in SEEN) - max(row[c] for c in ABSENT)
@@ -70,28 +87,22 @@ def reference(logits, half_life=None):
         ends = [0.0, *below, 1.0]
         return [0.97 * (ends[k + 1] - ends[k]) + 0.03 / len(frequency) for k in range(len(frequency))]
 
-    absent = fractions(TABLE.absent_below[::3])
+    absent = fractions(table.absent_below[::3])
     log_likelihood = {}
-    for row, share in enumerate(TABLE.absent_share):
-        for number in (1, 2):
-            seen = fractions([1 - (1 - below) ** number for below in TABLE.seen_below[::3]])
+    for row, share in enumerate(table.absent_share):
+        for number in numbers:
+            seen = fractions([1 - (1 - below) ** number for below in table.seen_below[::3]])
             mixture = [share * u + (1 - share) * s for s, u in zip(seen, absent, strict=True)]
-            told = size / (1 + size / 70)
+            told = size / (1 + size / most)
             log_likelihood[row, number] = told * sum(
                 f * math.log(q / f) for f, q in zip(frequency, mixture, strict=True) if f
             )
     misfit = -2 * max(log_likelihood.values()) / (len(frequency) - 1)
-    weight = [
-        sum(math.exp(log_likelihood[row, number] / max(1.0, misfit)) for number in (1, 2)) * (p * (1 - p)) ** 0.5
-        for row, p in enumerate(TABLE.absent_share)
+    rows = [
+        math.log(sum(math.exp(log_likelihood[row, number] / max(1.0, misfit)) for number in numbers))
+        for row in range(len(table.absent_share))
     ]
-    cumulated, low, high = 0.0, None, None
-    for w, p in zip(weight, TABLE.absent_share, strict=True):
-        cumulated += w / sum(weight)
-        low = p if low is None and cumulated >= 0.05 else low
-        high = p if high is None and cumulated >= 0.95 else high
-    mean = sum(w * p for w, p in zip(weight, TABLE.absent_share, strict=True)) / sum(weight)
-    return mean, low, high, misfit
+    return rows, misfit
 
 
 @pytest.mark.parametrize("half_life", [None, 0.5, 20, 1000.0])
@@ -107,6 +118,27 @@ def test_equals_the_definition_however_the_stream_is_cut(half_life, sizes, dtype
     assert metric.interval.tolist() == pytest.approx([low, high])
     assert metric.misfit.item() == pytest.approx(misfit, rel=1e-9)
     assert metric.compute().dtype == torch.float64
+
+
+@pytest.mark.parametrize("share", [0.02, 0.4])
+def test_two_models_tell_together(share):
+    logits, target = drawn(90, 0.0, seed=2)
+    estimator = PseudoAbsent(CLASSES, SEEN, ABSENT)
+    before = logits.clone()
+    before[:, SEEN] -= 3
+    estimator.update(before, target, before)
+    table = estimator.share_table
+    now = drawn(200, share)[0]
+    then = now.clone()
+    then[:, SEEN] -= 3
+    metrics = make(half_life=None), AbsentShare(CLASSES, SEEN, ABSENT, share_table=table, half_life=None)
+    for metric, rows in zip(metrics, (now, then), strict=True):
+        metric.update(rows)
+    found = estimate_share(*(metric.counted for metric in metrics))
+    mean, low, high, misfit = reference(now, before=(then, table))
+    assert found.share.item() == pytest.approx(mean, rel=1e-9)
+    assert found.interval.tolist() == pytest.approx([low, high])
+    assert found.misfit.item() == pytest.approx(misfit, rel=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])

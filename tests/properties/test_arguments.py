@@ -79,7 +79,7 @@ SPECIAL = {
 }
 # By their truth, as flags are everywhere; an axis is matplotlib's affair.
 FLAGS = {"validate_args", "progress", "add_bias", "weights_only", "log_metrics"}
-FLAGS |= {"calibrate_checkpoints", "refresh_on_validation", "ax"}
+FLAGS |= {"calibrate_checkpoints", "refresh_on_validation", "held_out", "ax"}
 UNUSED = {("row_norms", "head"), ("update_similarity", "head"), ("check_estimator", "seen_classes")}
 UNUSED |= {("check_estimator", "absent_classes")}
 # Here a list of anything may be data: it is a batch or a sample of it that is wrong.
