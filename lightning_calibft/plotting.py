@@ -205,7 +205,7 @@ def plot_share_table(
     if right is not axis:
         more = right.get_legend_handles_labels()
         handles, labels = [*handles, *more[0]], [*labels, *more[1]]
-    add_legend(axis, handles=handles, labels=labels, ncols=2)
+    add_legend(axis, handles=handles, labels=labels)
     return figure, axis
 
 

@@ -28,6 +28,7 @@ THOROUGH = {
     "callback/test_ddp.py",
     "callback/test_decisions_together.py",
     "callback/test_diagnostics_ddp.py",
+    "callback/test_diagnostics_loggers.py",
     "callback/test_nodes.py",
     "callback/test_spawn.py",
     "checkpoint/test_kill.py",

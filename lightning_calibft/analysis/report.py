@@ -1,4 +1,4 @@
-"""A one-page report about a fit, as Markdown or HTML, with its pictures embedded."""
+"""A one-page report about a fit, as Markdown or HTML, with its figures embedded."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import base64
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
@@ -26,11 +26,16 @@ from lightning_calibft.checkpoint.state import versions
 from lightning_calibft.functional.seen_unseen_curve import point_at
 from lightning_calibft.split import ClassSplit
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Format = Literal["markdown", "html"]
 
-# The largest number of classes of each group in the picture of the matrix, and in the list of names.
+# The largest number of classes of each group in the figure of the matrix, and in the list of names.
 _MAX_ROWS = 200
-_PICTURES: tuple[tuple[Quantity, str, str], ...] = (
+# The letters of an SVG become paths, since a reader may not have the font. The same figure gives the same file.
+_STYLE = {"svg.fonttype": "path", "svg.hashsalt": "lightning_calibft"}
+_OVER_TRAINING: tuple[tuple[Quantity, str, str], ...] = (
     (
         "accuracies",
         "Accuracies over training",
@@ -67,7 +72,8 @@ class _Section:
     text: str = ""
     items: Sequence[str] = ()
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    picture: str = ""  # SVG
+    figure: str = ""  # its name
+    draw: Callable[..., object] | None = None  # on the axis `ax`
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
 
@@ -127,25 +133,56 @@ def calibration_report(
     if class_names is not None:
         check_type("class_names", class_names, Mapping, " Pass a dict with the names of the head's rows.")
     check_type("model", model, str)
-    sections = [_Section("What it means", items=[*verdict(snapshots), *_expected(result)])]
-    sections += [_curve_section(curves, result)] if curves else []
-    sections += _validations(snapshots)
-    for quantity, title, text in _PICTURES:
-        if measured_steps(snapshots, quantity):
-            sections.append(_Section(title, text, picture=_svg(partial(plot_snapshots, snapshots, quantity))))
-    if weights is not None:
-        sections.append(_similarity_section(split, *weights))
-    if class_names:
-        sections.append(_Section("Classes", classes=_named(split, class_names)))
-    seen, absent = len(split.seen_classes), len(split.absent_classes)
-    summary = (
-        f"{seen} seen and {absent} absent of {split.num_classes} classes; epoch {snapshots[-1].epoch}, step"
-        f" {snapshots[-1].step}. Seen classes are those in the fine-tuning data. All numbers are for logits without"
-        " gamma, unless they say otherwise."
-    )
-    environment = _environment(format)
-    template = environment.get_template("report.html.jinja" if format == "html" else "report.md.jinja")
-    return template.render(summary=summary, facts=_facts(model, result), sections=sections)
+    return Report(snapshots, split, weights, curves or (), result, class_names or {}, model).text(format)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is made of; see :func:`calibration_report`."""
+
+    snapshots: Sequence[Snapshot]
+    split: ClassSplit
+    weights: tuple[Tensor, Tensor] | None
+    curves: Sequence[MethodCurve]
+    result: CalibrationResult | None
+    class_names: Mapping[int, str]
+    model: str
+
+    def text(self, format: Format, figures: bool = True) -> str:
+        """Return the text of the page, with or without its figures."""
+        split, last = self.split, self.snapshots[-1]
+        seen, absent = len(split.seen_classes), len(split.absent_classes)
+        summary = (
+            f"{seen} seen and {absent} absent of {split.num_classes} classes; epoch {last.epoch}, step {last.step}."
+            " Seen classes are those in the fine-tuning data. All numbers are for logits without gamma, unless they say"
+            " otherwise."
+        )
+        template = _environment(format).get_template(f"report.{'html' if format == 'html' else 'md'}.jinja")
+        facts = _facts(self.model, self.result)
+        return template.render(summary=summary, facts=facts, sections=self._sections, figures=figures)
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Yield the name of each figure, and the figure, of as many pixels as a screen shows well."""
+        for section in self._sections:
+            if section.draw is not None:
+                yield section.figure, _drawn(section.draw, dpi=200)
+
+    @cached_property
+    def _sections(self) -> list[_Section]:
+        snapshots, result = self.snapshots, self.result
+        sections = [_Section("What it means", items=[*verdict(snapshots), *_expected(result)])]
+        sections += [_curve_section(self.curves, result)] if self.curves else []
+        sections += [_share_section(result)] if result is not None and result.share_table is not None else []
+        sections += _validations(snapshots)
+        for quantity, title, text in _OVER_TRAINING:
+            if measured_steps(snapshots, quantity):
+                draw = partial(plot_snapshots, snapshots, quantity)
+                sections.append(_Section(title, text, figure=quantity, draw=draw))
+        if self.weights is not None:
+            sections.append(_similarity_section(self.split, *self.weights))
+        if self.class_names:
+            sections.append(_Section("Classes", classes=_named(self.split, self.class_names)))
+        return sections
 
 
 def _environment(format: Format) -> Environment:
@@ -157,7 +194,7 @@ def _environment(format: Format) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"literal": _literal, "data_uri": _data_uri, "inline": _inline}
+    environment.filters |= {"literal": _literal, "svg": _svg, "data_uri": _data_uri, "inline": _inline}
     return environment
 
 
@@ -182,19 +219,22 @@ def _inline(svg: str, number: int) -> str:
 
 def _svg(draw: Callable[..., object]) -> str:
     import matplotlib
+
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.style.context(["default", _STYLE]):
+        _drawn(draw).savefig(buffer := io.StringIO(), format="svg", transparent=True, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _drawn(draw: Callable[..., object], dpi: int | None = None) -> Figure:
+    import matplotlib
     from matplotlib.figure import Figure
 
-    # Not pyplot, whose figures and backend are the user's, and not the user's style, since the page has its own. The
-    # letters become paths, since a reader may not have the font.
-    style = {"svg.fonttype": "path", "svg.hashsalt": "lightning_calibft"}  # the same picture gives the same file
-    with matplotlib.style.context(["default", style]):
-        figure = Figure(figsize=(4.4, 4.6), layout="constrained")  # as wide as a phone
+    # Not pyplot, whose figures and backend are the user's, and not the user's style, since the page has its own.
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(4.4, 4.6), dpi=dpi, layout="constrained")  # as wide as a phone
         draw(ax=figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-    return buffer.getvalue()
+    return figure
 
 
 def _facts(model: str, result: CalibrationResult | None) -> list[tuple[str, str]]:
@@ -225,12 +265,23 @@ def _curve_section(curves: Sequence[MethodCurve], result: CalibrationResult | No
         "Seen-unseen curve",
         "Each gamma gives one point: more accuracy on absent classes for less on seen ones. The area under the curve is"
         " AUSUC, which does not depend on gamma.",
-        picture=_svg(draw),
+        figure="seen_unseen_curve",
+        draw=draw,
         header=["", "gamma", "Acc_S/Y", "Acc_U/Y"],
         rows=[
             [name, *(f"{value:.3f}" for value in (point.gamma, point.seen_accuracy, point.absent_accuracy))]
             for name, point in first.points.items()
         ],
+    )
+
+
+def _share_section(result: CalibrationResult) -> _Section:
+    return _Section(
+        "Gamma for other shares",
+        "Gamma for each share of samples of absent classes, and the accuracies expected with it as far as the estimator"
+        " knows them. `set_absent_share` puts another gamma into the model, without data.",
+        figure="accuracies_over_share",
+        draw=result.plot,
     )
 
 
@@ -259,7 +310,8 @@ def _similarity_section(split: ClassSplit, before: Tensor, after: Tensor) -> _Se
     return _Section(
         "Similarity of the updates, class by class",
         f"Between the first and the last weights, for {len(seen)} seen and {len(absent)} absent classes.",
-        picture=_svg(update_similarity(before[rows], after[rows], range(len(seen))).plot),
+        figure="update_similarity",
+        draw=update_similarity(before[rows], after[rows], range(len(seen))).plot,
     )
 
 

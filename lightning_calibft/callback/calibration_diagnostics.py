@@ -11,9 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_calibft._arguments import check_integer, check_path
-from lightning_calibft.analysis import calibration_report
 from lightning_calibft.analysis.history import History, Snapshot
-from lightning_calibft.analysis.report import Format
+from lightning_calibft.analysis.report import Format, Report
 from lightning_calibft.calibration.batch_reader import BatchReader, UnpackBatch
 from lightning_calibft.calibration.loaders import flat_loaders
 from lightning_calibft.callback.absent_class_calibration import AbsentClassCalibration
@@ -45,6 +44,9 @@ class CalibrationDiagnostics(LightningCallback):
     The measurements use the logits without gamma from the module's own validation, over all validation loaders
     together. The callback works alone or with :class:`~lightning_calibft.AbsentClassCalibration`, in any order. With
     it, the report also has the gamma that it has found.
+
+    The figures and the text of the report also go to each TensorBoardLogger, WandbLogger and MLFlowLogger of the
+    Trainer, at the last step. Their names begin with that of the file, as in ``calibration_report/seen_unseen_curve``.
 
     Note:
         The callback does not change the loss, the random state, the weights, or the state dict of the model. Its own
@@ -210,7 +212,7 @@ class CalibrationDiagnostics(LightningCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in `on_fit_end`, where the other callback may not have found gamma yet.
         if self._ended and trainer.is_global_zero:
-            self._write_report(trainer, pl_module)
+            self._report(trainer, pl_module)
         self._ended, self._last_weight = False, None
 
     @override
@@ -239,8 +241,8 @@ class CalibrationDiagnostics(LightningCallback):
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir, self.output)
 
-    def _write_report(self, trainer: Any, model: LightningModule) -> None:
-        path, history = self._path(trainer), self._history
+    def _report(self, trainer: Any, model: LightningModule) -> None:
+        history = self._history
         if history is None or history.split is None:
             rank_zero_warn(
                 "CalibrationDiagnostics writes no report, because no epoch was trained with both seen and absent"
@@ -251,22 +253,50 @@ class CalibrationDiagnostics(LightningCallback):
         if history.weight is not None and self._last_weight is not None:
             weights = history.weight, self._last_weight
         others = (each for each in trainer.callbacks if isinstance(each, AbsentClassCalibration))
-        text = calibration_report(
+        report = Report(
             history.snapshots,
             history.split,
             weights,
-            curves=history.curves or None,
+            curves=history.curves,
             result=next((other.result for other in others), None),
             class_names=self._class_names(trainer, model, history.split.num_classes),
             model=type(model).__name__,
-            format=_FORMATS[path.suffix],
         )
+        path = self._path(trainer)
+        text = report.text(_FORMATS[path.suffix])
         try:
             replace_atomically(path, lambda file: file.write(text.encode()))
         except OSError as error:  # must not fail a fit that is complete
             rank_zero_warn(f"CalibrationDiagnostics could not write its report: {error}.")
         else:
             rank_zero_info(f"Calibration report: {path}")
+        for logger in trainer.loggers:
+            try:
+                self._log(logger, report, trainer.global_step)
+            except Exception as error:  # a server may not answer
+                rank_zero_warn(
+                    f"CalibrationDiagnostics could not give its report to {type(logger).__name__}: {error!r}."
+                )
+
+    def _log(self, logger: Any, report: Report, step: int) -> None:
+        """Give the report to a logger that shows figures."""
+        file = Path(self.output)
+        # By name, because each of Lightning's packages has classes of its own.
+        kinds = {kind.__name__ for kind in type(logger).__mro__}
+        if "TensorBoardLogger" in kinds:
+            # It shows no figures that are embedded in a text.
+            logger.experiment.add_text(f"{file.stem}/text", report.text("markdown", figures=False), step)
+            for name, figure in report.figures():
+                logger.experiment.add_figure(f"{file.stem}/{name}", figure, step, close=False)
+        elif "WandbLogger" in kinds:
+            text = report.text("markdown", figures=False)
+            logger.log_text(f"{file.stem}/text", columns=["report"], data=[[text]], step=step)
+            for name, figure in report.figures():
+                logger.log_image(f"{file.stem}/{name}", images=[figure], step=step)
+        elif "MLFlowLogger" in kinds:
+            logger.experiment.log_text(logger.run_id, report.text(_FORMATS[file.suffix]), f"{file.stem}/{file.name}")
+            for name, figure in report.figures():
+                logger.experiment.log_figure(logger.run_id, figure, f"{file.stem}/{name}.png")
 
     def _class_names(self, trainer: Trainer, model: LightningModule, num_classes: int) -> dict[int, str]:
         """Return the names of the head's rows, as far as the arguments, the model or the datasets tell them."""

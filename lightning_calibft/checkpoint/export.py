@@ -58,7 +58,8 @@ def export(
     that cannot be folded, such as one without bias, can only be exported to ``.onnx`` and ``.pt2``, with its
     calibration attached.
 
-    A folder also has a model card, ``README.md``. Upload it to the Hub with ``huggingface_hub.upload_folder``.
+    A folder also has a model card, ``README.md``. To share it on the Hub, call ``huggingface_hub.create_repo`` and
+    ``huggingface_hub.upload_folder``.
 
     Args:
         model: A calibrated model, in eval or training mode. For a LightningModule, pass the model inside it.

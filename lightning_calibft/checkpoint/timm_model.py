@@ -234,8 +234,8 @@ def _create(
     num_classes = num_classes or _width(name, state)
     if num_classes is None:
         raise ValueError(
-            f"Expected argument `num_classes` for {name!r}, because {os.fspath(path)!r} does not show the number of"
-            " classes."
+            f"Expected {os.fspath(path)!r} to hold the weights of timm's {name!r}, but it does not show for how many"
+            " classes they are. If it is the right file, pass their number as `num_classes`."
         )
 
     def build(device: str) -> nn.Module:

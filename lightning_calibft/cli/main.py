@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_calibft._format import expectations
 from lightning_calibft.checkpoint.inspect import inspect_checkpoint
-from lightning_calibft.cli.options import EPILOG, add_classes, add_command, add_files, add_model, add_reading
+from lightning_calibft.cli.options import NAMED_BY_FILE, command_line
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from lightning_calibft.calibration.result import CalibrationResult
 
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
 EXIT_ERROR, EXIT_NOT_CALIBRATED, EXIT_HURTS, EXIT_INTERRUPTED = 1, 3, 4, 130  # argparse uses 2
 
 _CALIBRATED = (".pth", ".pt", ".bin", ".safetensors")  # what `calibrate` writes
-_NAMED_BY_FILE = "auto"
+_OF_IMAGES = ("mean", "std", "crop_pct", "interpolation")  # options, and names of timm
 _LONGEST_LINE = 2000  # characters: the names in a file can have any length
-_DESCRIPTION = """Bring back the classes that fine-tuning made a classifier forget."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,28 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command-line arguments after ``calibft``. ``None``: those of this process.
     """
-    args = _parser().parse_args(arguments)
+    args = command_line().parse_args(arguments)
+    commands = {"inspect": _inspect, "fold": _fold, "export": _export, "share": _share, "calibrate": _calibrate}
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        _complain(args, "warning", message)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings of other libraries about each other
             warnings.filterwarnings("always", module="lightning_calibft")
-            warnings.showwarning = _show_warning
-            return cast(int, args.run(args))
+            warnings.showwarning = warn
+            return commands[args.command](args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"calibft: error: {_line(error)}", file=sys.stderr)  # noqa: T201
+        _complain(args, "error", error)
         return EXIT_ERROR
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"calibft: warning: {_line(message)}", file=sys.stderr)  # noqa: T201
+def _complain(args: argparse.Namespace, kind: str, message: object) -> None:
+    """Print an error or warning of the Python functions on one line, naming arguments as they are written here."""
 
+    def as_written(found: re.Match[str]) -> str:
+        words = args.words.get(found["name"])
+        return found[0] if words is None else f"`{words[-1 if found['value'] == '=False' else 0]}`"
 
-def _line(message: object) -> str:
-    """Return a message of the Python functions on one line, with the command's flags in place of arguments."""
-    text = _printable(_as_flags(" ".join(str(message).split())))
-    return text if len(text) < _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
+    text = re.sub(r"`(?P<name>\w+)(?P<value>=(True|False|\[\.\.\.\]))?`", as_written, " ".join(str(message).split()))
+    text = _printable(text if len(text) < _LONGEST_LINE else f"{text[:_LONGEST_LINE]}...")
+    print(f"calibft: {kind}: {text}", file=sys.stderr)  # noqa: T201
 
 
 def _printable(text: str) -> str:
@@ -67,8 +74,8 @@ def _printable(text: str) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    info = inspect_checkpoint(args.file, use_ema=args.use_ema, weights_only=not args.unsafe)
-    _print(args, info, _described(args.file, info))
+    info = inspect_checkpoint(args.file, use_ema=args.use_ema, weights_only=args.weights_only)
+    _tell(args, args.file, info)
     return 0 if info["calibrated"] or info["folded"] else EXIT_NOT_CALIBRATED
 
 
@@ -81,12 +88,10 @@ def _fold(args: argparse.Namespace) -> int:
         add_bias=args.add_bias,
         prefix=args.prefix,
         use_ema=args.use_ema,
-        weights_only=not args.unsafe,
+        weights_only=args.weights_only,
     )
-    keeps_all = args.destination.suffix == ".ckpt"
-    use_ema = args.use_ema if keeps_all else None
-    info = inspect_checkpoint(args.destination, use_ema=use_ema, weights_only=not args.unsafe)
-    _print(args, info, _described(args.destination, info))
+    use_ema = args.use_ema if args.destination.suffix == ".ckpt" else None  # other files hold one kind of weights
+    _tell(args, args.destination, inspect_checkpoint(args.destination, use_ema=use_ema, weights_only=args.weights_only))
     return 0
 
 
@@ -103,22 +108,22 @@ def _export(args: argparse.Namespace) -> int:
     from lightning_calibft.labels.image_folders import data_config
 
     model, metadata = load_folded(
-        args.model, args.source, use_ema=args.use_ema, weights_only=not args.unsafe, **args.model_args
+        args.model, args.source, use_ema=args.use_ema, weights_only=args.weights_only, **dict(args.model_args)
     )
     size = data_config(model, img_size=args.img_size)["input_size"]
     inputs = torch.zeros(2, *size)
     check_destination(model, args.destination, inputs)
     write_model(model, args.destination, metadata, inputs)
-    _print(args, metadata, _described(args.destination, {"calibrated": False, **metadata}))
+    _tell(args, args.destination, {"calibrated": False, **metadata})
     return 0
 
 
 def _share(args: argparse.Namespace) -> int:
     from lightning_calibft.checkpoint.set_absent_share import set_absent_share
 
-    set_absent_share(args.source, args.absent_share, args.destination, weights_only=not args.unsafe)
-    info = inspect_checkpoint(args.destination, use_ema=args.use_ema, weights_only=not args.unsafe)
-    _print(args, info, _described(args.destination, info))
+    set_absent_share(args.model_or_path, args.absent_share, args.destination, weights_only=args.weights_only)
+    info = inspect_checkpoint(args.destination, use_ema=args.use_ema, weights_only=args.weights_only)
+    _tell(args, args.destination, info)
     return EXIT_HURTS if info["verdict"] == "hurts" else 0
 
 
@@ -145,17 +150,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, model_args = _load(args, args.weights, args.use_ema, device)
-    config = data_config(
-        model,
-        img_size=args.img_size,
-        crop_pct=args.crop_pct,
-        mean=args.mean,
-        std=args.std,
-        interpolation=args.interpolation,
-    )
+    config = data_config(model, img_size=args.img_size, **{name: getattr(args, name) for name in _OF_IMAGES})
     data, seen = open_folder(args.data, config, args.class_map, args.label_names, cast(int, model.num_classes))
     if args.unlabeled is not None:
-        check_unlabeled(args.estimator, args.estimator_kwargs, args.absent_share)
+        check_unlabeled(args.estimator, dict(args.estimator_kwargs), args.absent_share)
         traffic = DataLoader(UnlabeledImages(args.unlabeled, config), args.batch_size, num_workers=args.num_workers)
     val = None
     if args.val is not None:  # opened now, so that what is wrong with it is told before the images are read
@@ -167,7 +165,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             DataLoader(data, args.batch_size, num_workers=args.num_workers),
             seen_classes=seen,
             estimator=args.estimator,
-            estimator_kwargs=args.estimator_kwargs,
+            estimator_kwargs=dict(args.estimator_kwargs),
             absent_classes=args.absent_classes,
             absent_share=args.absent_share,
             unlabeled=None if args.unlabeled is None else traffic,
@@ -177,24 +175,23 @@ def _calibrate(args: argparse.Namespace) -> int:
             held_out=args.held_out,
             progress=args.progress,
         )
-    images = {name: config[name] for name in ("input_size", "mean", "std", "crop_pct", "interpolation")}
+    images = {name: config[name] for name in ("input_size", *_OF_IMAGES)}
     made_of = {"model": args.model, "model_args": model_args, "data_config": images}
     write_weights(model.cpu().state_dict(), {**result.as_dict(), **made_of, **versions()}, args.destination)
     info = inspect_checkpoint(args.destination)
-    text = _described(args.destination, info)
     if val is not None:
         loader = DataLoader(val, args.batch_size, num_workers=args.num_workers)
         with torch.autocast(device.type, enabled=args.amp):
-            info["validation"] = _validate(model.to(device), loader, result, args.progress)
-        text += _validation_text(info["validation"])
-        before, after = (info["validation"][when]["acc_all"] for when in ("without_gamma", "with_gamma"))
+            measured = _validate(model.to(device), loader, result, args.progress)
+        info["validation"] = {"num_samples": len(val), **measured}
+        before, after = (measured[when]["acc_all"] for when in ("without_gamma", "with_gamma"))
         if before > after:
             warnings.warn(
                 f"On the validation images, this gamma lowers the accuracy from {before:.1%} to {after:.1%}. Choose"
                 " another `estimator`, or use the weights without gamma.",
                 stacklevel=2,
             )
-    _print(args, info, text)
+    _tell(args, args.destination, info)
     return EXIT_HURTS if result.verdict == "hurts" else 0
 
 
@@ -205,156 +202,92 @@ def _load(
 
     # The other file, of the weights before, is for the same model.
     model, args.model, model_args = load_raw(
-        None if args.model == _NAMED_BY_FILE else args.model,
+        None if args.model == NAMED_BY_FILE else args.model,
         path,
         num_classes=args.num_classes,
         use_ema=use_ema,
-        weights_only=not args.unsafe,
-        **args.model_args,
+        weights_only=args.weights_only,
+        **dict(args.model_args),
     )
     return model.to(device), model_args
 
 
-def _validate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], result: CalibrationResult, progress: bool
-) -> dict[str, Any]:
-    """Return the accuracies on labelled images without and with gamma. ``None`` stands for a group without images."""
-    import torch
-    from tqdm import tqdm
+def _validate(model: nn.Module, loader: Iterable[Any], result: CalibrationResult, progress: bool) -> dict[str, Any]:
+    """Return the accuracies on labeled images without and with gamma. ``None`` stands for a group without images."""
+    from lightning_calibft.calibration.evaluation_pass import EvaluationPass, plain_bar
+    from lightning_calibft.metrics.ausuc_with_accuracies import AUSUCWithAccuracies
 
-    from lightning_calibft.functional import calibrate_logits
-    from lightning_calibft.head.record import one_forward, record_logits
-    from lightning_calibft.metrics import absent_class_metrics
-
-    device, split, num_samples = next(model.parameters()).device, result.split, 0
-    classes = split.num_classes, split.seen_classes, split.absent_classes
-    without_gamma, with_gamma = (absent_class_metrics(*classes).to(device) for _ in range(2))
-    recorder = record_logits(model)
-    with torch.inference_mode():
-        for images, target in tqdm(loader, desc="Validating", disable=not progress):
-            with recorder as recorded:
-                model(images.to(device))
-                logits = one_forward(recorded, len(target), split.num_classes)
-            without_gamma.update(logits, target.to(device))
-            with_gamma.update(calibrate_logits(logits, result.gamma, *classes[1:]), target.to(device))
-            num_samples += len(target)
-    found: dict[str, Any] = {"num_samples": num_samples}
+    bar = (lambda _, total: plain_bar("Validating", total)) if progress else None
+    reading, split, found = EvaluationPass(model, [loader], bar=bar), result.split, {}
+    metric = AUSUCWithAccuracies(split.num_classes, split.seen_classes, split.absent_classes).to(reading.device)
+    for batch in reading.evaluate():
+        metric.update(batch.logits, batch.target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about groups without images
-        for name, metrics in (("without_gamma", without_gamma), ("with_gamma", with_gamma)):
-            values = {key: value.item() for key, value in metrics.compute().items()}
-            found[name] = {key: None if math.isnan(value) else value for key, value in values.items()}
+        for name, gamma in (("without_gamma", 0.0), ("with_gamma", result.gamma)):
+            accuracies = {f"acc_{group}": value for group, value in metric.accuracies(gamma).items()}
+            values = {"ausuc": metric.compute(), **accuracies}
+            found[name] = {key: None if value.isnan() else value.item() for key, value in values.items()}
     return found
 
 
-def _validation_text(found: dict[str, Any]) -> str:
-    lines = [f"\n  accuracy on {found['num_samples']:,} validation images, without gamma -> with gamma"]
-    for name, key in (("all", "acc_all"), ("seen", "acc_seen"), ("absent", "acc_absent"), ("harmonic", "acc_harmonic")):
-        values = [found[when][key] for when in ("without_gamma", "with_gamma")]
-        lines.append(f"  {name:9}  {' -> '.join('no images' if value is None else f'{value:.1%}' for value in values)}")
-    return "\n".join(lines)
-
-
-def _as_flags(message: str) -> str:
-    """Replace the arguments of Python functions with the flags of the command."""
-    for argument in (
-        "absent_classes",
-        "absent_share",
-        "add_bias",
-        "class_map",
-        "estimator",
-        "estimator_kwargs",
-        "label_names",
-        "max_samples",
-        "mean",
-        "model",
-        "num_classes",
-        "prefix",
-        "pretrained",
-        "std",
-        "tolerance",
-        "unlabeled",
-    ):
-        message = message.replace(f"`{argument}`", f"`--{argument.replace('_', '-')}`")
-    for argument, flag in (
-        ("absent_classes=[...]", "absent-classes ROW ..."),
-        ("add_bias=True", "add-bias"),
-        ("model_args", "model-kwargs"),
-        ("use_ema", "[no-]ema"),
-        ("use_ema=False", "no-ema"),
-        ("use_ema=True", "ema"),
-        ("weights_only=False", "unsafe"),
-    ):
-        message = message.replace(f"`{argument}`", f"`--{flag}`")
-    return message
-
-
-def _print(args: argparse.Namespace, info: dict[str, Any], text: str) -> None:
+def _tell(args: argparse.Namespace, path: Path, info: dict[str, Any]) -> None:
+    """Print what is known of a file."""
     if args.json:  # JSON has no NaN, which is the standard error of a single sample
-        text = json.dumps({key: None if value != value else value for key, value in info.items()}, allow_nan=False)
-    print(text)  # noqa: T201
+        known = {key: None if value != value else value for key, value in info.items()}
+        print(json.dumps(known, allow_nan=False))  # noqa: T201
+    elif info["calibrated"] or info["folded"]:
+        state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
+        _show(f"{path}: {state}", _facts(info), expectations(info))
+        if found := info.get("validation"):
+            title = f"accuracy on {found['num_samples']:,} validation images, without gamma -> with gamma"
+            _show(title, {group: _change(found, f"acc_{group}") for group in ("all", "seen", "absent", "harmonic")})
+    else:
+        _show(f"{path}: not calibrated", {})
 
 
-def _described(path: Path, info: dict[str, Any]) -> str:
-    """Return a few lines that describe the calibration of a file."""
-    if not (info["calibrated"] or info["folded"]):
-        return _printable(f"{path}: not calibrated")
-    lines = {"gamma": f"{info['gamma']:.4f}"}
+def _change(found: dict[str, Any], key: str) -> str:
+    values = [found[when][key] for when in ("without_gamma", "with_gamma")]
+    return " -> ".join("no images" if value is None else f"{value:.1%}" for value in values)
+
+
+def _show(title: str, facts: dict[str, str], sentences: Sequence[str] = ()) -> None:
+    """Print names and texts: with rich in a terminal, unless it is not installed or the user wants plain text."""
+    title, sentences = _printable(title), list(map(_printable, sentences))
+    facts = {name: _printable(text) for name, text in facts.items()}
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or find_spec("rich") is None:
+        lines = [*(f"{name:9}  {text}" for name, text in facts.items()), *sentences]
+        print("\n  ".join([title, *lines]))  # noqa: T201
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console, table = Console(markup=False, emoji=False, highlight=False), Table(show_header=False)
+    for fact in facts.items():
+        table.add_row(*fact)
+    for part in (title, *([table] if facts else []), *(Padding.indent(sentence, 2) for sentence in sentences)):
+        console.print(part)
+
+
+def _facts(info: dict[str, Any]) -> dict[str, str]:
+    """Return what is known of the calibration of a file, by name."""
+    facts = {"gamma": f"{info['gamma']:.4f}"}
     if "standard_error" in info:
-        lines["gamma"] += f" ± {info['standard_error']:.4f} (sampling error only)"
+        facts["gamma"] += f" ± {info['standard_error']:.4f} (sampling error only)"
     if {"estimator", "num_samples"} <= info.keys():
-        lines["found by"] = f"{info['estimator']} from {info['num_samples']:,} samples"
+        facts["found by"] = f"{info['estimator']} from {info['num_samples']:,} samples"
     absent, seen = info["absent_classes"], info.get("seen_classes", [])
-    lines["classes"] = f"{info['num_classes']}: {len(seen) or 'unknown'} seen, {len(absent)} absent"
+    facts["classes"] = f"{info['num_classes']}: {len(seen) or 'unknown'} seen, {len(absent)} absent"
     if seen:
-        lines["seen"] = ", ".join(map(str, seen[:10])) + (f" and {len(seen) - 10} more" if len(seen) > 10 else "")
+        facts["seen"] = ", ".join(map(str, seen[:10])) + (f" and {len(seen) - 10} more" if len(seen) > 10 else "")
+    if "absent_share" in info:
+        facts["meant for"] = f"a share of {info['absent_share']:.1%} of absent samples"
     if info.get("heads"):
-        lines["head"] = ", ".join(info["heads"])
+        facts["head"] = ", ".join(info["heads"])
     names = {"version": "lightning-calibft", "torch_version": "torch", "lightning_version": "lightning"}
     known = [f"{name} {info[key]}" for key, name in names.items() if key in info]
     if known:
-        lines["made with"] = ", ".join(known)
-    state = "calibrated, gamma is folded into the bias" if info["folded"] else "calibrated"
-    told = [f"{path}: {state}", *(f"  {name:9}  {text}" for name, text in lines.items())]
-    return "\n".join(map(_printable, [*told, *(f"  {sentence}" for sentence in expectations(info))]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="calibft", description=_DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lightning-calibft')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    inspect = add_command(commands, "inspect", _inspect, "show whether a file is calibrated, and how")
-    inspect.add_argument("file", type=Path)
-
-    fold = add_command(commands, "fold", _fold, "add gamma to the bias and write a file that loads anywhere")
-    add_files(fold)
-    fold.add_argument("--add-bias", action="store_true", help="give a head without bias a new one, which adds a key")
-    fold.add_argument("--prefix", help="prefix of the model's keys, such as 'model.' (not for a .ckpt file)")
-
-    export = add_command(commands, "export", _export, "write a timm model for onnxruntime, torch.export or timm itself")
-    add_files(export)
-    export.add_argument("--model", help="name of the model in timm, if the file does not name it")
-    add_model(export)
-
-    share = add_command(commands, "share", _share, "write a file for another share of absent samples, without data")
-    share.add_argument("source", type=Path, help="a calibrated or folded file or folder")
-    share.add_argument("destination", type=Path, help="the file or folder to write, of the same kind")
-    share.add_argument(
-        "--absent-share", type=float, required=True, help="share of samples of absent classes, such as 0.05"
-    )
-
-    calibrate = add_command(commands, "calibrate", _calibrate, "find gamma for a fine-tuned timm model")
-    calibrate.add_argument("model", help=f"name of the model in timm, or {_NAMED_BY_FILE}: the one that the file names")
-    calibrate.add_argument("weights", type=Path, help="file of its fine-tuned weights")
-    calibrate.add_argument(
-        "data",
-        type=Path,
-        help="the fine-tuning data: a folder with one folder of images per class; for pseudo_absent, images of these"
-        " classes that were not trained on are better",
-    )
-    calibrate.add_argument("destination", type=Path, help="the calibrated file to write, .pth or .safetensors")
-    add_classes(calibrate)
-    add_model(calibrate)
-    add_reading(calibrate)
-    return parser
+        facts["made with"] = ", ".join(known)
+    return facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import textwrap
 
@@ -90,6 +91,32 @@ def test_a_file_of_a_pickled_module(tmp_path, capsys):
     torch.save(torch.nn.Linear(3, 4), tmp_path / "module.pth")
     assert run("inspect", tmp_path / "module.pth") == 1
     assert "holds other Python objects" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "fold", "export", "share", "calibrate"])
+def test_arguments_are_named_as_they_are_written(command, photos, tmp_path, capsys):
+    """In what is told of a file that holds objects, of one with two kinds of weights, and of one that is replaced."""
+    torch.save(torch.nn.Linear(3, 4), objects := tmp_path / "objects.pth")
+    weights = torch.nn.Linear(3, 4).state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, both := tmp_path / "both.pth")
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    known = capsys.readouterr().out
+    out = tmp_path / "out.pth"
+    of_share = ["--absent-share", "0.5"]
+    cases = [(objects, out, "pass `--unsafe`")]
+    if command != "share":  # which changes both kinds
+        cases.append((both, out, "with `--ema` or `--no-ema`"))
+    if command != "inspect":
+        differs = {"calibrate": "weights"}.get(command, "source")
+        cases.append((objects, objects, f"`destination` to differ from `{differs}`"))
+    for file, target, text in cases:
+        words = {"inspect": [file], "share": [file, target, *of_share], "calibrate": ["auto", file, photos, target]}
+        assert run(command, *words.get(command, [file, target])) in (1, 3)
+        told = capsys.readouterr().err
+        assert text in told
+        assert {*re.findall("`(--[a-z-]+)`", told)} <= {*re.findall("--[a-z-]+", known)}
+        assert not re.search("`(model_args|model_or_path|num_classes|use_ema|weights_only)\\b", told)
 
 
 def writing(source, target):

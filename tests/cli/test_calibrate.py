@@ -153,6 +153,33 @@ def test_interrupted(raw, photos, tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "text"),
+    [
+        ([1], [], "argument `data` to hold at least 2 classes, but got 1"),
+        (range(NUM_CLASSES), [], "argument `data` to leave out at least one of the 10 classes"),
+        (
+            SEEN,
+            ["--absent-classes", SEEN[0]],
+            f"`data` and `--absent-classes` to share no class, but both hold {SEEN[0]}",
+        ),
+    ],
+)
+def test_the_seen_classes_are_the_folders(rows, options, text, raw, photos, tmp_path, capsys):
+    for row in rows:
+        shutil.copytree(photos / str(SEEN[0]), tmp_path / "data" / str(row))
+    assert run("calibrate", "test_resnet", raw, tmp_path / "data", tmp_path / "out.pth", *READ, *options) == 1
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_weights_of_another_model(raw, photos, tmp_path, capsys):
+    torch.save(timm.create_model("test_vit", num_classes=NUM_CLASSES).state_dict(), tmp_path / "vit.pth")
+    words = ["calibrate", "test_resnet", raw, photos, tmp_path / "out.pth", *READ, "--estimator", "pseudo_absent"]
+    assert run(*words, "--pretrained", tmp_path / "vit.pth") == 1
+    assert "vit.pth' to hold the weights of timm's 'test_resnet', but it does not show for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"num_classes": 3}, {"data": "no_such_folder"}, {"model": "no_such_model"}])
 def test_arguments_that_do_not_fit(change, raw, photos, tmp_path, capsys):
     words = [change.get("model", "test_resnet"), raw, change.get("data", photos), tmp_path / "out.pth", *READ]
@@ -216,6 +243,7 @@ def test_a_told_share(raw, photos, tmp_path, capsys):
     gammas = []
     for share in (0.1, 0.4):
         assert run(*words, "--absent-share", share) == 0
+        assert f"  meant for  a share of {share:.1%} of absent samples\n" in capsys.readouterr().out
         gammas.append(inspect_checkpoint(tmp_path / "out.pth")["gamma"])
     assert gammas[1] - gammas[0] == pytest.approx(math.log(0.4 / 0.6) - math.log(0.1 / 0.9), abs=1e-5)
     assert run(*words, "--absent-share", "10") == 1
@@ -284,10 +312,7 @@ def test_the_weights_are_chosen(trained, photos, tmp_path, capsys):
         gammas[choice] = inspect_checkpoint(out)["gamma"]
     assert gammas["--ema"] == pytest.approx(gammas["--no-ema"] + 1, abs=1e-4)
     assert run("calibrate", "test_resnet", tmp_path / "--ema.pth", photos, tmp_path / "o.pth", *READ, "--ema") == 1
-    assert (
-        "to hold averaged weights (EMA) because of the argument `--[no-]ema`, but it holds one"
-        in capsys.readouterr().err
-    )
+    assert "to hold averaged weights (EMA) because of the argument `--ema`, but it holds one" in capsys.readouterr().err
 
 
 def test_the_file_names_the_model(trained, raw, photos, tmp_path, capsys):
@@ -295,7 +320,7 @@ def test_the_file_names_the_model(trained, raw, photos, tmp_path, capsys):
     assert run("calibrate", "auto", trained, *words, "--estimator", "pseudo_absent", "--pretrained", raw) == 0
     assert inspect_checkpoint(tmp_path / "auto.pth")["model"] == "test_resnet"
     assert run("calibrate", "auto", raw, photos, tmp_path / "none.pth", *READ) == 1
-    assert "argument `--model` to name a timm model, because" in capsys.readouterr().err
+    assert "argument `model` to name a timm model, because" in capsys.readouterr().err
     assert not (tmp_path / "none.pth").exists()
 
 
