@@ -94,12 +94,12 @@ class ClassSplit:
 
     @property
     def seen_mask(self) -> Tensor:
-        """Boolean tensor of shape ``(C,)``: which classes are seen."""
+        """Which classes are seen, as a boolean tensor of shape ``(C,)``."""
         return self._mask(self.seen_classes)
 
     @property
     def absent_mask(self) -> Tensor:
-        """Boolean tensor of shape ``(C,)``: which classes are absent."""
+        """Which classes are absent, as a boolean tensor of shape ``(C,)``."""
         return self._mask(self.absent_classes)
 
     def _mask(self, classes: tuple[int, ...]) -> Tensor:

@@ -93,13 +93,13 @@ class CalibrationResult:
 
     @property
     def verdict(self) -> str:
-        """Whether gamma is expected to help: ``helps``, ``does not matter``, ``hurts``, or ``cannot be told``.
+        """Whether gamma is expected to help.
 
-        It is about the accuracy on all samples, at ``absent_share`` or, if no share was given, at all shares from 2 to
-        90 %. Less than a quarter of a point does not matter, and between that and one point, it cannot be told. It
-        cannot be told either if the samples behind gamma look as if the model had learned them by heart. Of the
-        recorded runs with held-out samples, it was right in more than nine of ten cases, and could not be told in one
-        of seven.
+        One of ``helps``, ``does not matter``, ``hurts`` and ``cannot be told``. It is about the accuracy on all
+        samples, at ``absent_share`` or, if no share was given, at all shares from 2 to 90 %. Less than a quarter of a
+        point does not matter, and between that and one point, it cannot be told. It cannot be told either if the
+        samples behind gamma look as if the model had learned them by heart. Of the recorded runs with held-out samples,
+        it was right in more than nine of ten cases, and could not be told in one of seven.
         """
         return verdict(self.as_dict())[0]
 

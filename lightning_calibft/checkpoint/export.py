@@ -187,6 +187,8 @@ def _write_folder(model: Any, folder: Path, metadata: Mapping[str, Any]) -> None
         if _is_timm(model):
             from timm.models import save_for_hf
 
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.contiguous()  # timm writes no other layout, such as channels-last
             save_for_hf(model, str(folder), {METADATA_KEY: dict(metadata)}, safe_serialization=True)
         else:
             setattr(model.config, METADATA_KEY, dict(metadata))

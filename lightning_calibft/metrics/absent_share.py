@@ -213,7 +213,7 @@ class AbsentShare(AbsentClassMetric):
 
     @property
     def misfit(self) -> Tensor:
-        """How badly the margins fit a mixture of seen and absent samples: 1 or less is usual, above 3 they do not."""
+        """How badly the margins fit a mixture of both groups. 1 or less is usual; above 3, they do not fit."""
         return self._computed_estimate().misfit
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -293,3 +294,15 @@ def test_every_public_name_is_in_the_reference():
     for found in pkgutil.walk_packages(lightning_calibft.__path__, "lightning_calibft."):
         if not found.name.startswith("lightning_calibft.cli"):  # the command has a page of its own
             assert set(getattr(importlib.import_module(found.name), "__all__", [])) <= names, found.name
+
+
+def test_no_sentence_about_a_property_is_taken_for_its_type():
+    """Napoleon takes the words before a colon in the first line for the type: "Text: more text" loses its order."""
+    for found in pkgutil.walk_packages(lightning_calibft.__path__, "lightning_calibft."):
+        if found.name.startswith("lightning_calibft.cli"):  # running it is all that its `__main__` does
+            continue
+        for part in filter(inspect.isclass, vars(importlib.import_module(found.name)).values()):
+            for name, value in vars(part).items():
+                if isinstance(value, property) and part.__module__ == found.name:
+                    first = (value.__doc__ or "").partition("\n")[0]
+                    assert not re.search(r":\s", re.sub(r"`[^`]*`", "", first)), f"{part.__name__}.{name}"

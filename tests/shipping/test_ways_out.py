@@ -214,3 +214,22 @@ def test_the_model_card_of_a_folder(tmp_path):
     for line in ("gamma: 2.500 ± 0.100", "seen classes (2): 0, 1", "absent classes (3): 2, 3, 4", "for: 30.0%"):
         assert line in card.text
     assert "nan" not in card.text
+
+
+@pytest.mark.parametrize("name", ["folder", "model.safetensors", "model.pth", "model.pt2"])
+def test_weights_in_another_layout(name, tmp_path):
+    """Convolutions in channels-last, as many train on GPUs, and a head whose weight is a transposed tensor."""
+    model = timm.create_model("test_resnet", num_classes=NUM_CLASSES).eval().to(memory_format=torch.channels_last)
+    model.fc.weight.data = model.fc.weight.data.T.contiguous().T
+    set_gamma(model, 2.5, SEEN)
+    strides = {key: value.stride() for key, value in model.state_dict().items()}
+    export(model, tmp_path / name, INPUTS)
+    if name == "model.pt2":
+        shipped = torch.export.load(tmp_path / name).module()
+    elif name == "folder":
+        shipped = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+    else:
+        kwargs = {"num_classes": NUM_CLASSES, "checkpoint_path": str(tmp_path / name)}
+        shipped = timm.create_model("test_resnet", **kwargs).eval()
+    torch.testing.assert_close(shipped(INPUTS), model(INPUTS), rtol=0, atol=1e-5)
+    assert {key: value.stride() for key, value in model.state_dict().items()} == strides
