@@ -122,11 +122,19 @@ def code(sources: tuple[Path, ...]) -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in [*sources, *SHARED])).hexdigest()[:16]
 
 
-def kept(folder: Path, name: str, setting: Setting, compute: Callable[[Setting], Rows]) -> Rows:
-    """Read the rows of a setting, or compute and write them if there are none, or others than asked for."""
+def kept(folder: Path, name: str, setting: Setting, compute: Callable[[Setting], Rows], *sources: Path) -> Rows:
+    """Read the rows of a setting, or compute and write them if there are none, or others than asked for.
+
+    Args:
+        folder: Where rows are kept.
+        name: Of the file, with what the setting adds.
+        setting: What the rows are of.
+        compute: What makes the rows.
+        sources: Files of code that they depend on besides those of the setting.
+    """
     file = folder / f"{name}_{setting.share}_{setting.optimizer}_{setting.learning_rate:g}_{setting.seed}.json"
     versions = {package: version(package) for package in ("torch", "lightning-calibft")}
-    facts = {**setting.facts(), **versions, "code": code(setting.sources)}
+    facts = {**setting.facts(), **versions, "code": code((*setting.sources, *sources))}
     try:
         stored = json.loads(file.read_text())
         if stored["facts"] == facts:

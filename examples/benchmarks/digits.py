@@ -42,6 +42,7 @@ LEARNING_RATES = {
     "Adagrad": (2e-3, 1e-2),
     "RMSprop": (2e-4, 1e-3),
     "Adadelta": (0.1, 0.5),
+    "AdaBelief": (5e-4, 2e-3),
 }
 
 

@@ -19,7 +19,9 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from digits_data import keep_classes
+from protocol import CosineHead, average
 from timm.loss import BinaryCrossEntropy
+from timm.optim import AdaBelief
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -30,6 +32,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adagrad": torch.optim.Adagrad,
     "RMSprop": torch.optim.RMSprop,
     "Adadelta": torch.optim.Adadelta,
+    "AdaBelief": AdaBelief,
 }
 
 
@@ -133,24 +136,6 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class CosineHead(nn.Module):
-    """Scaled cosine similarity of the features to the rows of a linear head; its bias is dropped.
-
-    Args:
-        head: The head to start from.
-        scale: The scale to start from. It is learned.
-    """
-
-    def __init__(self, head: nn.Linear, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(head.weight.detach().clone())
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features ``(N, D)`` to logits ``(N, C)``."""
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
-
-
 def fit(
     module: Any,
     data: Dataset,
@@ -245,42 +230,51 @@ def sigmoids(setting: Setting) -> Classifier:
     return tune(setting, Classifier(setting.pretrained(), setting.optimizer, setting.learning_rate, loss=loss))
 
 
-@torch.no_grad()
-def average(modules: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weighted sum of state dicts."""
-    states = [module.state_dict() for module in modules]
-    return {key: sum(weight * state[key] for weight, state in zip(weights, states, strict=True)) for key in states[0]}
-
-
 def interpolated(setting: Setting, alpha: float) -> Classifier:
     """Return the pre-trained weights, and ``alpha`` of the way to the fine-tuned ones.
 
     WiSE-FT: Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", CVPR 2022.
     """
     module = start(setting)
-    module.load_state_dict(average([module, fine_tuned(setting)], [1 - alpha, alpha]))
+    states = [module.state_dict(), fine_tuned(setting).state_dict()]
+    module.load_state_dict(average(states, [1 - alpha, alpha]))
     return module.eval()
 
 
-def leave_out_local_sgd(setting: Setting) -> tuple[Classifier, float]:
-    """Train on random halves of the seen classes, average the weights, and go on from there, round after round.
+def leave_out_local_sgd(
+    setting: Setting,
+    local_models: int | None = None,
+    local_epochs: int = 1,
+    class_share: float = 0.5,
+    frozen_classifier: bool = False,
+) -> tuple[Classifier, float]:
+    """Train on random parts of the seen classes, average the weights, and go on from there, round after round.
 
     LOLSGD: Tu et al., "Holistic Transfer: Towards Non-Disruptive Fine-Tuning with Partial Target Data", NeurIPS 2023.
     What the local models share is the new domain; what each of them forgets differs, and less of it is in the average.
-    Simplified here: a round is one epoch of some local models, each on half of the seen classes, rounded up; each local
-    training is an ordinary one, with a fresh optimizer and a cosine schedule of its own; what it can be combined with,
-    such as distillation, is left out; and these numbers are ours, not the paper's.
+    Simplified here: each local training is an ordinary one, with a fresh optimizer and a cosine schedule of its own;
+    what it can be combined with, such as distillation, is left out; and these numbers are ours, not the paper's.
+
+    Args:
+        setting: With the epochs of all rounds together.
+        local_models: Of a round. ``None``: those of the benchmark.
+        local_epochs: Of a round.
+        class_share: The share of the seen classes that each local model sees, rounded up.
+        frozen_classifier: Whether the head keeps its pre-trained weights.
 
     Returns:
         The module, and its cost in ordinary fine-tunings.
     """
     draws, module, samples = random.Random(setting.seed), start(setting), 0
-    for _ in range(setting.epochs):
-        local_models = []
-        for _ in range(setting.local_models):
-            subset = keep_classes(setting.seen_data, draws.sample(setting.seen, math.ceil(len(setting.seen) / 2)))
+    module.head.requires_grad_(not frozen_classifier)
+    number, count = local_models or setting.local_models, math.ceil(len(setting.seen) * class_share)
+    local_epochs = min(local_epochs, setting.epochs)
+    for _ in range(setting.epochs // local_epochs):
+        trained = []
+        for _ in range(number):
+            subset = keep_classes(setting.seen_data, draws.sample(setting.seen, count))
             local, seed = copy.deepcopy(module).train(), draws.randrange(2**31)
-            local_models.append(fit(local, subset, 1, seed, accelerator=setting.accelerator))
-            samples += len(subset)
-        module.load_state_dict(average(local_models, [1 / setting.local_models] * setting.local_models))
+            trained.append(fit(local, subset, local_epochs, seed, accelerator=setting.accelerator))
+            samples += local_epochs * len(subset)
+        module.load_state_dict(average([each.state_dict() for each in trained], [1 / number] * number))
     return module.eval(), samples / (setting.epochs * len(setting.seen_data))

@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from protocol import TargetData
+from protocol import METHODS, TargetData
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -41,6 +41,12 @@ def add_options(parser: argparse.ArgumentParser, epochs: int, weight_decay: floa
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the head (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=weight_decay, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of splits and training (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs, from --seed on (%(default)s)")
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*METHODS, "all"], default=[], help="ways besides ordinary fine-tuning"
+    )
+    parser.add_argument("--local-models", type=int, default=4, help="of each epoch of LOLSGD (%(default)s)")
+    parser.add_argument("--eval", type=existing_file, help="only score this checkpoint that the authors publish")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="(%(default)s)")
     parser.add_argument("--accelerator", default="auto", help="as of Lightning's Trainer (%(default)s)")
     parser.add_argument("--precision", default="32-true", help="likewise (%(default)s)")
@@ -55,10 +61,18 @@ def existing_file(name: str) -> Path:
 
 def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return all that the weights and scores of a run depend on."""
-    elsewhere = {"workers", "accelerator", "output", "weights", "source", "target", "seen_classes"}
+    elsewhere = {"workers", "accelerator", "output", "weights", "source", "target", "seen_classes", "seeds"}
+    elsewhere |= {"methods", "local_models", "eval", "source_weights"}
     facts = {name: str(value) for name, value in vars(args).items() if name not in elsewhere}
     digest = args.weights and hashlib.sha256(args.weights.read_bytes()).hexdigest()
     return {**facts, "weights": digest, **more}
+
+
+def of_each_seed(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the options of each run."""
+    methods = list(METHODS) if "all" in args.methods else args.methods
+    seeds = range(args.seed, args.seed + args.seeds)
+    return [argparse.Namespace(**{**vars(args), "seed": seed, "methods": methods}) for seed in seeds]
 
 
 def load_net(args: argparse.Namespace) -> nn.Module:
@@ -137,24 +151,23 @@ def listed_split(folder: ImageFolder, lists: Path, name: str) -> tuple[list[int]
 
 def target_data(
     split: ClassSplit,
-    augmented: Dataset,
-    clean: Dataset,
+    order: Sequence[int],
+    folders: tuple[Dataset, Dataset],
     rows: Sequence[int],
     train: Sequence[int],
     test: Dataset,
     args: argparse.Namespace,
 ) -> TargetData:
-    """Take the seen classes out of the training images.
+    """Take the training images out of all.
 
     Args:
         split: Seen and absent classes.
-        augmented: Training images as they are trained on.
-        clean: The same images as they are tested on.
+        order: The seen classes in the authors' order.
+        folders: The images as they are trained on, and the same images as they are tested on.
         rows: The class of each.
         train: Positions of the images to train on.
         test: The test images.
         args: The options of the script.
     """
-    classes = set(split.seen_classes)
-    seen = [position for position in train if rows[position] in classes]
-    return TargetData(split, Subset(augmented, seen), Subset(clean, seen), Subset(clean, train), test, args)
+    augmented, clean = (Subset(folder, train) for folder in folders)
+    return TargetData(split, order, augmented, clean, [rows[position] for position in train], test, args)

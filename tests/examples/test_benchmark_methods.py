@@ -139,7 +139,7 @@ def test_leave_out_local_sgd_averages_models_of_half_of_the_classes(methods, set
         torch.testing.assert_close(value, mean)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "AdaBelief"])
 def test_each_optimizer_is_the_one_of_its_name(methods, setting, name):
     used = []
 

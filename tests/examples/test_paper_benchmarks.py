@@ -19,8 +19,9 @@ pytestmark = [
     pytest.mark.usefixtures("paper_environment"),
 ]
 
-COLUMNS = ["Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "AUSUC", "NCM_S/Y", "NCM_U/Y", "gamma"]
-MODELS = ["pre-trained", "fine-tuned", "+ ALG", "+ pseudo_absent", "+ oracle gamma"]
+COLUMNS = ["Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "Acc_S/S", "Acc_U/U", "AUSUC", "NCM_S/Y", "NCM_U/Y", "gamma", "cost"]
+GAMMAS = ["+ ALG", "+ pseudo_absent", "+ ALG of the scored images", "+ oracle gamma"]
+MODELS = ["pre-trained", "fine-tuned", *(f"fine-tuned {name}" for name in GAMMAS)]
 PAIR = ["--source", "Art", "--target", "Real_World"]
 
 
@@ -56,7 +57,8 @@ def fits(monkeypatch):
 @pytest.fixture(scope="module")
 def reference(photos, results):
     """The rows of the table, computed anew."""
-    seen, absent = sorted(CLASSES.index(name) for name in SEEN), [1, 3, 4]
+    seen = sorted(CLASSES.index(name) for name in SEEN)
+    absent = sorted(set(range(6)).difference(seen))
     (source,) = (photos / "outputs").glob("Art-*/source.ckpt")
     paths, target = {}, {}
     for part, positions in (("train", range(3)), ("test", range(3, 6))):
@@ -72,32 +74,35 @@ def reference(photos, results):
     train = of[tuned, "train"][1], target["train"], seen, absent
     estimator = make_estimator("pseudo_absent", ClassSplit(len(CLASSES), seen))
     estimator.update(train[0], torch.tensor(target["train"]), of[source, "train"][1])
+    test = of[tuned, "test"][1], target["test"], seen, absent
     gammas = [0.0, 0.0, miniature.reference_alg(*train), estimator.compute().item()]
+    gammas.append(miniature.reference_alg(*test, of=range(6)))
     return [
         miniature.reference_row(of, file, target, seen, absent, gamma)
-        for file, gamma in zip([source] + 3 * [tuned], gammas, strict=True)
+        for file, gamma in zip([source] + 4 * [tuned], gammas, strict=True)
     ]
 
 
 def test_the_table_is_what_the_kept_weights_do(results, reference):
     rows = json.loads(results.read_text())["rows"]
     assert list(rows) == MODELS
-    for name, expected in zip(MODELS[:4], reference, strict=True):
+    for name, expected in zip(MODELS[:5], reference, strict=True):
         assert list(rows[name]) == COLUMNS
-        assert list(rows[name].values()) == pytest.approx(expected, abs=1e-3), name
+        cost = 0 if name == "pre-trained" else 1
+        assert list(rows[name].values()) == pytest.approx([*expected, cost], abs=1e-3), name
     assert len({row["Acc_Y/Y"] for row in rows.values()}) > 2  # not all at chance
 
 
 def test_the_oracle_is_the_best_gamma(results):
     rows = json.loads(results.read_text())["rows"]
-    assert rows["+ oracle gamma"]["Acc_Y/Y"] >= max(rows[name]["Acc_Y/Y"] for name in MODELS[1:])
+    assert rows[MODELS[-1]]["Acc_Y/Y"] >= max(rows[name]["Acc_Y/Y"] for name in MODELS[1:])
 
 
 def test_the_callback_has_put_gamma_into_the_kept_weights(results):
     facts = inspect_checkpoint(results.with_name("fine_tuned.ckpt"))
-    gamma = json.loads(results.read_text())["rows"]["+ pseudo_absent"]["gamma"]
+    gamma = json.loads(results.read_text())["rows"]["fine-tuned + pseudo_absent"]["gamma"]
     assert (facts["gamma"], facts["estimator"]) == (pytest.approx(gamma, abs=1e-6), "pseudo_absent")
-    assert facts["seen_classes"] == [0, 2, 5]
+    assert facts["seen_classes"] == [0, 4, 5]
     assert facts["num_samples"] == 3 * 3  # clean images once, not the augmented iterations
 
 
@@ -110,6 +115,104 @@ def test_one_markdown_table_is_printed(table, results):
     for line in lines:
         expected = [f"{rows[line[1]][key]:.{2 if key == 'gamma' else 1}f}" for key in COLUMNS]
         assert line[2:] == expected
+
+
+# --- other ways to fine-tune ---
+
+OTHERS = ["frozen classifier", "linear probing", "cosine classifier", "WiSE-FT, alpha 0.5", "WiSE-FT, alpha 0.75"]
+OTHERS += ["partial softmax", "LOLSGD"]
+COSTS = {"fine-tuned + PCV over S": 4, "fine-tuned + PCV over Y": 4, "fine-tuned, weight aligning": 1}
+COSTS |= {
+    f"{name}{gamma}": 2 if name == "LOLSGD" else 1 for name in OTHERS for gamma in ("", " + ALG", " + pseudo_absent")
+}
+COSTS |= {"fine-tuned on all classes": 1}
+
+
+@pytest.fixture(scope="module")
+def all_rows(table, photos, lists):
+    """The rows of all methods."""
+    lines = run("office_home", options(photos, *PAIR, *lists, "--methods", "all", "--local-models", "2"))
+    assert lines[: len(table)] == table
+    return {name: cells for _, name, *cells in (line.strip("| ").split(" | ") for line in lines[2:])}
+
+
+def state_of(file):
+    state = torch.load(file, weights_only=True)
+    return {key.removeprefix("net."): value for key, value in state.get("state_dict", state).items()}
+
+
+def test_all_methods_of_the_comparison_are_scored(all_rows):
+    assert list(all_rows) == [*MODELS, *COSTS]
+    assert {name: float(cells[-1]) for name, cells in all_rows.items() if name in COSTS} == COSTS
+    for name in OTHERS:  # no gamma changes these
+        assert all_rows[name][3:8] == all_rows[f"{name} + ALG"][3:8] == all_rows[f"{name} + pseudo_absent"][3:8]
+    assert all_rows["linear probing"][6:8] == all_rows["pre-trained"][6:8]  # the same features
+    assert all_rows["fine-tuned, weight aligning"][6:8] == all_rows["fine-tuned"][6:8]
+
+
+def test_what_is_frozen_stays(all_rows, results, photos):
+    (source,) = (photos / "outputs").glob("Art-*/source.ckpt")
+    before, head = state_of(source), {"fc.weight", "fc.bias"}
+    for name, stays in {"frozen_classifier": head, "linear_probing": set(before) - head, "all_classes": set()}.items():
+        after = state_of(results.with_name(f"{name}.ckpt"))
+        assert {key for key in before if torch.equal(before[key], after[key])} == stays
+    absent = [row for row, name in enumerate(CLASSES) if name not in SEEN]
+    for name, moved in {"partial_softmax": False, "all_classes": True, "part_0": True}.items():
+        shift = state_of(results.with_name(f"{name}.ckpt"))["fc.bias"] - before["fc.bias"]
+        assert (shift[absent].abs().max() > 1e-3) == moved  # else weight decay alone
+
+
+def test_parts_are_halves_of_the_seen_classes_as_the_authors_shuffle_them(all_rows, results, photos):
+    (source,) = (photos / "outputs").glob("Art-*/source.ckpt")
+    before, order = state_of(source), [CLASSES.index(name) for name in SEEN]
+    for seed in range(3):
+        kept = {order[position] for position in torch.randperm(3, generator=torch.Generator().manual_seed(seed))[:2]}
+        shift = state_of(results.with_name(f"part_{seed}.ckpt"))["fc.bias"] - before["fc.bias"]
+        assert set(shift.argsort(descending=True)[:2].tolist()) == kept  # their biases rise
+
+
+def test_several_seeds_are_printed_with_their_spread():
+    protocol = script("protocol")
+    runs = [{"x": dict.fromkeys(protocol.COLUMNS, value)} for value in (1.0, 2.0)]
+    first, second, mean = list(protocol.markdown({"a": runs, "b": runs[::-1]}))[2:]
+    assert first == "| a | x | " + " | ".join(["1.5 ± 0.7"] * 8 + ["1.50 ± 0.71", "1.5 ± 0.7"]) + " |"
+    assert second == first.replace("| a", "| b")
+    assert mean.startswith("| mean of 2 | x | 1.5 ± 0.0 |")
+
+
+# --- published checkpoints ---
+
+
+def published(file, target):
+    """Write weights as the authors do: `backbone.*` with a head of ImageNet, and `head.*`."""
+    state = {key: value for key, value in state_of(file).items() if "absent_class" not in key}
+    head = {key.replace("fc.", "head."): value for key, value in state.items() if key.startswith("fc.")}
+    rest = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("fc.")}
+    torch.save({**rest, **head, "backbone.fc.weight": torch.zeros(7, 3), "backbone.fc.bias": torch.zeros(7)}, target)
+    return target
+
+
+def test_a_published_checkpoint_is_scored(table, photos, lists, results, tmp_path, fits):
+    (source,) = (photos / "outputs").glob("Art-*/source.ckpt")
+    files = ["--eval", published(results.with_name("fine_tuned.ckpt"), tmp_path / "tuned.pth")]
+    lines = run("office_home", options(photos, *PAIR, *lists, *files))
+    rows = {line.split(" | ")[1]: line.split(" | ")[2:-1] for line in table[2:]}
+    names = ["", " + ALG", " + ALG of the scored images", " + oracle gamma"]
+    found = {line.split(" | ")[1]: line.split(" | ")[2:-1] for line in lines[2:]}
+    assert found == {f"checkpoint{name}": rows[f"fine-tuned{name}"] for name in names}
+
+    files += ["--source-weights", published(source, tmp_path / "source.pth")]
+    lines = run("office_home", options(photos, *PAIR, *lists, *files))
+    found = {line.split(" | ")[1]: line.split(" | ")[2:-1] for line in lines[2:]}
+    assert found["pre-trained"] == rows["pre-trained"]
+    assert found["checkpoint + pseudo_absent"] == rows["fine-tuned + pseudo_absent"]
+    assert fits == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(photos, lists, tmp_path):
+    torch.save({"backbone.conv1.weight": torch.zeros(1), "head.bias": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(SystemExit, match=r"Cannot read .*x\.pth as a checkpoint of the authors' .* with 6 rows"):
+        run("office_home", options(photos, *PAIR, *lists, "--eval", tmp_path / "x.pth"))
 
 
 # --- stopping and going on ---
@@ -142,8 +245,8 @@ def test_pairs_share_their_source_model_and_get_a_mean(table, photos, fits, tmp_
     lines = run("office_home", options(photos, "--source", "Art", "--output", tmp_path))
     assert fits == ["source.ckpt", *(3 * ["fine_tuned.ckpt"])]
     titles = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
-    assert titles[::5] == ["Art → Clipart", "Art → Product", "Art → Real World", "mean of 3"]
-    first = [float(line.split(" | ")[2]) for line in lines[2:][::5]]
+    assert titles[::6] == ["Art → Clipart", "Art → Product", "Art → Real World", "mean of 3"]
+    first = [float(line.split(" | ")[2]) for line in lines[2:][::6]]
     assert first[3] == pytest.approx(sum(first[:3]) / 3, abs=0.1)
 
 

@@ -91,10 +91,12 @@ def test_only_seen_classes_are_trained_on():
     rows, split = [3, 0, 1, 3, 2, 0, 1, 2], ClassSplit(4, [0, 3])
     images = TensorDataset(torch.arange(8), torch.tensor(rows))
     augmented = TensorDataset(10 + torch.arange(8), torch.tensor(rows))
-    data = script("paper_data").target_data(split, augmented, images, rows, range(1, 7), "test", None)
-    assert [image.item() for image, _ in data.augmented] == [11, 13, 15]
-    assert [image.item() for image, _ in data.clean] == [1, 3, 5]
-    assert [image.item() for image, _ in data.reference] == [1, 2, 3, 4, 5, 6]
+    args = script("office_home").parse_arguments(["--data", "x", "--batch-size", "2", "--iterations", "9"])
+    data = script("paper_data").target_data(split, [3, 0], (augmented, images), rows, range(1, 7), "test", args)
+    assert {image.item() for images, _ in data.train_dataloader() for image in images} == {11, 13, 15}
+    assert [image.item() for images, _ in data.calibration_dataloader() for image in images] == [1, 3, 5]
+    assert [image.item() for image, _ in data.of_classes(data.clean, [0, 1])] == [1, 2, 5, 6]
+    assert [image.item() for image, _ in data.clean] == [1, 2, 3, 4, 5, 6]
     assert data.test == "test"
 
 

@@ -44,7 +44,7 @@ def test_imagenet_r_competes_among_its_200_classes(tmp_path):
     rows = rows_of_imagenet_r()
     make_variant(tmp_path, "imagenet-r", rows)
     table = run("imagenet_variants", variant("imagenet-r", tmp_path, "--image-lists", tmp_path))
-    assert len(table) == 2 + 5
+    assert len(table) == 2 + 6
     (file,) = (tmp_path / "outputs").glob("imagenet-r-*/results.json")
     facts = inspect_checkpoint(file.with_name("fine_tuned.ckpt"))
     seen, absent = facts["seen_classes"], facts["absent_classes"]
@@ -59,14 +59,14 @@ def test_imagenet_r_competes_among_its_200_classes(tmp_path):
     }
     (train_features, train_logits), (features, logits) = of[tuned, "train"], of[tuned, "test"]
     found = json.loads(file.read_text())["rows"]
-    gamma = found["+ ALG"]["gamma"]
+    gamma = found["fine-tuned + ALG"]["gamma"]
     assert gamma == pytest.approx(miniature.reference_alg(train_logits, rows, seen, absent), abs=1e-4)
     for column, samples in (("Acc_Y/Y", rows), ("Acc_S/Y", seen), ("Acc_U/Y", absent)):
         expected = miniature.reference_accuracy(logits, rows, seen, absent, gamma, set(samples))
-        assert found["+ ALG"][column] == pytest.approx(expected)
-    assert found["+ ALG"]["Acc_Y/Y"] > 0
+        assert found["fine-tuned + ALG"][column] == pytest.approx(expected)
+    assert found["fine-tuned + ALG"]["Acc_Y/Y"] > 0
     nearest = miniature.reference_ncm(features, rows, train_features, rows, set(absent))
-    assert found["+ ALG"]["NCM_U/Y"] == pytest.approx(nearest)
+    assert found["fine-tuned + ALG"]["NCM_U/Y"] == pytest.approx(nearest)
 
 
 def test_imagenet_sketch_has_500_seen_classes(tmp_path):
