@@ -33,6 +33,7 @@ THOROUGH = {
     "callback/test_spawn.py",
     "checkpoint/test_kill.py",
     "cli/test_killed.py",
+    "cli/test_terminal.py",
     "estimators/test_operating_point_error.py",
     "head/test_tools.py",
     "head/test_whole_model_tools.py",

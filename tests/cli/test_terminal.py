@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lightning_calibft import set_gamma
 
-pty = pytest.importorskip("pty", exc_type=ImportError)  # not on Windows
+pty = pytest.importorskip("pty")  # not on Windows
 CLI = "from lightning_calibft.cli import main; main()"
 
 
@@ -26,7 +26,6 @@ def file(tmp_path_factory):
 def in_terminal(*words, code=CLI, **variables):
     """Return what the command prints in a terminal of 70 columns."""
     terminal, end = pty.openpty()
-    os.set_blocking(terminal, True)
     variables = {"TERM": "xterm", "COLUMNS": "70", "NO_COLOR": "", **variables}
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=end, env={**os.environ, **variables})
     os.close(end)
