@@ -59,7 +59,7 @@ lint: install  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/docs  ## Build the documentation site, which runs its notebook; a warning is an error
+docs: $(VENV)/docs  ## Build the documentation site, which runs its two notebooks; a warning is an error
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html -d outputs/doctrees docs outputs/site
 
 dist: $(VENV)/release  ## Build the wheel and the sdist, and check them

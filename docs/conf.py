@@ -21,7 +21,8 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_merge_streams = True
+nb_execution_timeout = 900  # seconds a cell; the longest one trains an ImageNet network
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -30,7 +31,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 # References within this package must resolve everywhere. Those to other projects become links on Read the Docs, where
-# their inventories can be downloaded. A build elsewhere needs no network.
+# their inventories can be downloaded. A build elsewhere does not ask for them.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_calibft\b).*"),

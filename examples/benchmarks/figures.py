@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures["toy"] = analysis.toy_example().plot
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
-        figure = Figure(figsize=(6, 4), dpi=80, layout="constrained")
+        figure = Figure(figsize=(6, 5), dpi=100, layout="constrained")
         draw(ax=figure.subplots())
         figure.savefig(args.folder / f"{args.benchmark}_{name}.png")
 

@@ -396,7 +396,7 @@ def read_icon_set(name: str, folder: Path) -> dict[str, Any]:
     if not file.exists():
         of = ICON_SETS[name]
         url = f"https://registry.npmjs.org/@iconify-json/{name}/-/{name}-{of.version}.tgz"
-        with urllib.request.urlopen(url) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             archive = response.read()
         if (found := "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()) != of.integrity:
             raise SystemExit(f"{url} is not the file that it was: expected {of.integrity}, but got {found}.")

@@ -46,7 +46,8 @@ class ToyTrajectory:
             axis.plot(*path.T.numpy(), style, color=color, label=text)
             axis.plot(*path[0].numpy(), MARKERS[group], color=color)
             axis.plot(*self.goal[label].numpy(), "*", color=color, markersize=12)
-        axis.set(xlabel="First feature", ylabel="Second feature", title="From where a path begins towards its star")
+        axis.set(xlabel="First feature", ylabel="Second feature")
+        axis.set_title("Each class moves from its marker towards its star")
         add_legend(axis)
         return figure, axis
 
