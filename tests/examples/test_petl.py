@@ -1,0 +1,246 @@
+"""The parameter-efficient ways to fine-tune do what they say, and their benchmark prints what their models do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_calibft import AbsentClassCalibration, fold, get_gamma
+from tests.helpers.processes import run_python
+
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+NUMBER = 12
+SMALLEST = ["--packages", "fonts-dejavu", "--characters", str(NUMBER), "--seeds", "1", "--epochs", "1"]
+SMALLEST += ["--heads", "trained"]
+WAYS = ["all parameters", "only the head", "BitFit", "LoRA", "adapters", "SSF", "VPT", "VQT"]
+OF = {"vit": WAYS, "resnet": WAYS[:-2]}
+PAIRS = [(network, way) for network, ways in OF.items() for way in ways]
+RATES = {"resnet": ("0.001", "0.01"), "vit": ("0.0005", "0.005")}
+GAMMAS = ["ALG", "pseudo_absent", "oracle"]
+
+
+@pytest.fixture(scope="module")
+def petl():
+    """The script as a module."""
+    pytest.importorskip("peft")
+    threads = torch.get_num_threads()
+    with isolate_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        torch.set_num_threads(1)
+        yield importlib.import_module("petl")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def fonts(petl):
+    data = importlib.import_module("glyphs_data")
+    try:
+        data.find_faces(Path("/usr/share/fonts"), ("fonts-dejavu",))
+    except data.MissingFontsError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def printed(fonts, tmp_path_factory):
+    """What the script printed, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("petl")
+    done = run_python(FOLDER / "petl.py", *SMALLEST, cwd=folder)
+    return done.stdout, folder / "outputs" / "benchmark_petl"
+
+
+@pytest.fixture(scope="module")
+def tunings(petl, printed):
+    """The settings of the printed run."""
+
+    def of(head="trained"):
+        args = petl.parse_arguments([*SMALLEST, "--networks", "vit", "--output", str(printed[1])])
+        ((start,),) = petl.glyphs.settings_of(args).values()
+        return {(each.way, f"{each.learning_rate:g}"): each for each in petl.tunings(start, head == "trained")}
+
+    return of
+
+
+def start(petl, network, way):
+    """A network with weights at random whose BatchNorm has seen images, the module to train, and what it had before."""
+    torch.manual_seed(0)
+    before = importlib.import_module("glyphs").make_network(network, NUMBER)
+    with torch.no_grad():
+        for layer in before.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.fill_(1)  # timm starts with zeros where a branch ends, which nothing passes
+        before(torch.randn(64, 3, 32, 32))
+    module = petl.Classifier(before.eval(), "AdamW", 1e-2)
+    module.backbone.requires_grad_(False).eval()
+    pretrained = {**dict(module.backbone.named_parameters()), **dict(module.backbone.named_buffers())}
+    petl.WAYS[way](module)
+    return before, module, pretrained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("network", "way"), PAIRS)
+def test_each_way_starts_with_the_pretrained_logits(petl, network, way):
+    before, module, _ = start(petl, network, way)
+    images = torch.randn(3, 3, 32, 32)
+    same = torch.equal(module.eval()(images), before(images))
+    assert same == (way != "VPT")  # its prompts are attended to from the start
+
+
+@pytest.mark.parametrize(("network", "way"), PAIRS)
+def test_only_what_a_way_names_or_adds_is_trained(petl, network, way):
+    _, module, pretrained = start(petl, network, way)
+    old = {name: value.clone() for name, value in pretrained.items()}
+    added = {
+        name: value.detach().clone()
+        for name, value in module.backbone.named_parameters()
+        if not any(value is each for each in pretrained.values())
+    }
+    assert bool(added) == (way in ("LoRA", "adapters", "SSF", "VPT", "VQT"))
+    data = TensorDataset(torch.randn(64, 3, 32, 32), torch.arange(64) % NUMBER)
+    importlib.import_module("methods").fit(module, data, 2, 0)
+    moved = {name for name, value in pretrained.items() if not torch.equal(value, old[name])}
+    expected = {"all parameters": set(old), "BitFit": {name for name in old if name.endswith("bias")}}
+    assert moved == expected.get(way, set())
+    after = dict(module.backbone.named_parameters())
+    assert not any(torch.equal(value, after[name]) for name, value in added.items())
+
+
+def attention(block, asking, asked):
+    """What a pre-norm block makes of some tokens that attend to others, from the definition."""
+    heads, width = block.attn.num_heads, asking.shape[-1]
+    query, key, value = block.attn.qkv.weight.split(width)
+    of_query, of_key, of_value = block.attn.qkv.bias.split(width) if block.attn.qkv.bias is not None else (0, 0, 0)
+    q = block.norm1(asking) @ query.T + of_query
+    k, v = block.norm1(asked) @ key.T + of_key, block.norm1(asked) @ value.T + of_value
+    parts = []
+    for mine, keys, values in zip(*(each.chunk(heads, -1) for each in (q, k, v)), strict=True):
+        weights = (mine @ keys.mT / (width / heads) ** 0.5).softmax(-1)
+        parts.append(weights @ values)
+    tokens = asking + block.attn.proj(torch.cat(parts, -1))
+    return tokens + block.mlp(block.norm2(tokens))
+
+
+@torch.no_grad()
+def test_queries_find_and_change_nothing(petl):
+    before, module, _ = start(petl, "vit", "VQT")
+    images, vit = torch.randn(2, 3, 32, 32), before.backbone
+    inputs = []
+    for block in vit.blocks:
+        block.register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    own, features = vit(images), module.eval().backbone(images)
+    assert torch.equal(features[:, : own.shape[1]], own)
+    found = features[:, own.shape[1] :].reshape(2, len(vit.blocks), petl.TOKENS, -1)
+    for index, (block, tokens) in enumerate(zip(vit.blocks, inputs, strict=True)):
+        queries = module.backbone.vit.blocks[index].queries.expand(2, -1, -1)
+        torch.testing.assert_close(found[:, index], vit.norm(attention(block, queries, tokens)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_are_attended_to_and_dropped(petl):
+    before, module, _ = start(petl, "vit", "VPT")
+    images, tokens = torch.randn(2, 3, 32, 32), []
+    before.backbone.blocks[0].register_forward_pre_hook(lambda block, args: tokens.append(args[0]))
+    before(images)
+    (tokens,) = tokens
+    for prompted, block in zip(module.backbone.blocks, before.backbone.blocks, strict=True):
+        asked = torch.cat([tokens, prompted.prompts.expand(2, -1, -1)], 1)
+        tokens = attention(block, tokens, asked)
+    expected = before.head(before.backbone.norm(tokens)[:, 0])
+    torch.testing.assert_close(module.eval()(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("axis", "shape"), [(1, (2, 5, 3, 4)), (-1, (2, 7, 5))], ids=["maps", "tokens"])
+def test_what_is_added_works_on_channels(petl, axis, shape):
+    x = torch.randn(shape)
+    along = (1, 5, 1, 1) if axis == 1 else (5,)
+    added = petl.ScaleShift(5, axis)
+    added.scale.copy_(torch.arange(5.0))
+    added.shift.copy_(torch.arange(5.0) ** 2)
+    torch.testing.assert_close(added(x), x * added.scale.reshape(along) + added.shift.reshape(along))
+    added = petl.Adapter(5, axis)
+    nn.init.normal_(added.up.weight)
+    hidden = (x.movedim(axis, -1) @ added.down.weight.T + added.down.bias).clamp(min=0)
+    expected = x + (hidden @ added.up.weight.T + added.up.bias).movedim(-1, axis)
+    torch.testing.assert_close(added(x), expected)
+
+
+def test_it_prints_a_table_of_each_network(printed):
+    tables = [block.splitlines() for block in printed[0].split("\n\n") if block.startswith("|")]
+    first = [[line.split(" | ")[0].strip("| ") for line in table] for table in tables]
+    rows = {title: names for title, _, *names in first}
+    assert list(rows) == [f"{network}, 50 % seen, AdamW, head trained" for network in ("ResNet", "ViT")]
+    for names, (network, rates) in zip(rows.values(), RATES.items(), strict=True):
+        all_parameters, *others = [f"{way}, {rate}" for way in OF[network] for rate in rates]
+        assert names == [all_parameters, *others[1:]]  # those with small steps only
+    columns = tables[0][0].strip("| ").split(" | ")[1:]
+    expected = ["thousands trained", "seconds", "AUSUC", "fine-tuned", *(f"+ {name}" for name in GAMMAS)]
+    assert columns == expected + [f"gamma of {name}" for name in GAMMAS]
+    for line in (line for table in tables for line in table[2:]):
+        tuned, *calibrated = (float(cell.split(" ± ")[0]) for cell in line.strip("| ").split(" | ")[4:8])
+        assert calibrated[-1] >= max(tuned, *calibrated)
+
+
+def stored(printed, network, way):
+    """The scores after training with small steps."""
+    (file,) = printed[1].glob(f"{network}_{way.replace(' ', '_')}_head_trained_50_AdamW_{RATES[network][0]}_0.json")
+    return json.loads(file.read_text())["rows"]
+
+
+def test_all_start_from_the_same_scores(printed):
+    for network, ways in OF.items():
+        assert len({json.dumps(stored(printed, network, way)["pre-trained"]) for way in ways}) == 1
+        before = stored(printed, network, ways[0])["pre-trained"]
+        assert f"Before fine-tuning: Acc_Y/Y {before['Acc_Y/Y']:.1f} ± 0.0, AUSUC {before['AUSUC']:.1f}" in printed[0]
+
+
+def test_parameters_are_counted(printed):
+    """The ViT has four blocks of width 160; each gets four tokens, or an adapter of width 16."""
+    head, tokens = 160 * NUMBER + NUMBER, 4 * 4 * 160
+    added = {"only the head": 0, "VPT": tokens, "VQT": tokens + tokens * NUMBER}
+    added["adapters"] = 4 * (2 * 16 * 160 + 16 + 160)
+    for way, number in added.items():
+        assert stored(printed, "vit", way)["training"]["parameters"] == head + number
+
+
+def test_the_head_can_be_frozen(tunings):
+    frozen = tunings(head="frozen")
+    assert {way for way, _ in frozen} == set(WAYS) - {"only the head", "VQT"}
+    module = frozen["VPT", "0.005"].start()
+    assert not any(each.requires_grad for each in module.head.parameters())
+    assert sum(each.numel() for each in module.parameters() if each.requires_grad) == 4 * 4 * 160
+    assert module.learning_rate == 0.005
+
+
+@pytest.mark.parametrize("way", ["LoRA", "VQT"])
+def test_the_callback_finds_the_same_gamma(printed, tunings, way):
+    setting = tunings()[way, "0.0005"]
+    calibration = AbsentClassCalibration(setting.seen, estimator="pseudo_absent", source="train")
+    module = setting.start()
+    importlib.import_module("methods").fit(module, setting.seen_data, 1, 0, callbacks=[calibration])
+    gamma = stored(printed, "vit", way)["fine-tuned + pseudo_absent"]["gamma"]
+    assert calibration.result.gamma == pytest.approx(gamma, abs=1e-4)
+    assert get_gamma(module) == pytest.approx(gamma, abs=1e-4)
+    images = setting.data.target_test.tensors[0][:8]
+    with torch.no_grad():
+        logits = module.eval()(images)
+        torch.testing.assert_close(fold(module)(images), logits)
+
+
+def test_a_second_run_trains_nothing(petl, printed, monkeypatch, capsys):
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", None)
+    petl.main([*SMALLEST, "--output", str(printed[1])])
+    assert capsys.readouterr().out == printed[0]
+
+
+def test_without_fonts_it_says_what_to_install(petl, tmp_path):
+    with pytest.raises(SystemExit, match="apt-get install fonts-dejavu"):
+        petl.main([*SMALLEST, "--fonts", str(tmp_path)])
