@@ -62,7 +62,7 @@ def existing_file(name: str) -> Path:
 def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return all that the weights and scores of a run depend on."""
     elsewhere = {"workers", "accelerator", "output", "weights", "source", "target", "seen_classes", "seeds"}
-    elsewhere |= {"methods", "local_models", "eval", "source_weights"}
+    elsewhere |= {"methods", "local_models", "eval", "source_weights", "traps", "stream"}
     facts = {name: str(value) for name, value in vars(args).items() if name not in elsewhere}
     digest = args.weights and hashlib.sha256(args.weights.read_bytes()).hexdigest()
     return {**facts, "weights": digest, **more}

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torchmetrics.functional.classification import multiclass_f1_score
 
 from lightning_calibft import (
     AbsentClassCalibration,
@@ -62,7 +63,8 @@ from lightning_calibft.functional import (
 from lightning_calibft.functional.seen_unseen_curve import UnreachableAccuracyError
 from lightning_calibft.metrics import SeenUnseenCurve
 
-COLUMNS = ("Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "Acc_S/S", "Acc_U/U", "AUSUC", "NCM_S/Y", "NCM_U/Y", "gamma", "cost")
+COLUMNS = ("Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "Acc_S/S", "Acc_U/U", "AUSUC", "macro F1", "NCM_S/Y", "NCM_U/Y")
+COLUMNS += ("gamma", "cost")
 Rows = dict[str, dict[str, float]]
 
 
@@ -489,10 +491,19 @@ def score(test: Outputs, train: Outputs, split: ClassSplit, gamma: float, cost: 
         split_accuracy(logits, test.target, *groups, samples="seen", candidates="seen"),
         split_accuracy(logits, test.target, *groups, samples="absent", candidates="absent"),
         ausuc(test.logits, test.target, *groups),
+        macro_f1(logits, test.target, split),
         nearest_class_mean_accuracy(*nearest, samples="seen"),
         nearest_class_mean_accuracy(*nearest, samples="absent"),
     )
     return dict(zip(COLUMNS, [*(100 * value.item() for value in values), gamma, cost], strict=True))
+
+
+def macro_f1(logits: Tensor, target: Tensor, split: ClassSplit) -> Tensor:
+    """Mean F1 of the classes that occur; rows that are neither seen nor absent never compete."""
+    candidates = torch.tensor([*split.seen_classes, *split.absent_classes])
+    predicted = candidates[logits[:, candidates].argmax(1)]
+    scores = multiclass_f1_score(predicted, target, split.num_classes, average="none")
+    return scores[target.unique()].mean()
 
 
 def kept(file: Path, facts: dict[str, Any], compute: Callable[[], Rows]) -> Rows:

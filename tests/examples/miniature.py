@@ -146,6 +146,12 @@ def reference_ausuc(logits, target, seen, absent):
     return sum((a[0] - b[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points)) / 100
 
 
+def reference_macro_f1(logits, target, seen, absent, gamma):
+    best = [max([*seen, *absent], key=lambda c: row[c] + gamma * (c in absent)) for row in logits.tolist()]
+    hits = {c: sum(b == t == c for b, t in zip(best, target, strict=True)) for c in set(target)}
+    return 100 * sum(2 * number / (best.count(c) + target.count(c)) for c, number in hits.items()) / len(hits)
+
+
 def reference_alg(logits, target, seen, absent, of=None):
     """Mean gap of the samples of seen classes, or of the classes ``of``."""
     gaps = []
@@ -180,6 +186,7 @@ def reference_row(of, file, target, seen, absent, gamma):
         *(reference_accuracy(*test, gamma, samples) for samples in (seen + absent, seen, absent)),
         *(reference_accuracy(*among(test, group), 0, group) for group in (seen, absent)),
         reference_ausuc(*test),
+        reference_macro_f1(*test, gamma),
         *(reference_ncm(features, target["test"], of_train, target["train"], samples) for samples in (seen, absent)),
         gamma,
     ]
