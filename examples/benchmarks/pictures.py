@@ -223,6 +223,9 @@ def record(job: Job) -> None:
         found = logits(module, part, positions)
         for mode, group in (("A", absent), ("B", others)):
             margin, right, is_seen = score_margins(found, target[positions], seen, group)
+            arrays[f"{part}_{mode}_pretrained_margin"], *_ = score_margins(
+                before[part][1][positions], target[positions], seen, group
+            )
             arrays |= {f"{part}_{mode}_margin": margin, f"{part}_{mode}_right": right, f"{part}_seen": is_seen}
     if way.cross_validate:
         plan = CrossValidationPlan(seed=job.seed)
