@@ -219,7 +219,10 @@ class AbsentShare(AbsentClassMetric):
 
     @property
     def counted(self) -> MarginCounts:
-        """What the share is estimated from, of all processes."""
+        """What the share is estimated from, of all processes, for an estimate by two models.
+
+        :meta private:
+        """
         self._computed_estimate()
         assert self._counted is not None
         return self._counted
