@@ -30,7 +30,6 @@ from findings import parse_benchmark, settings_of
 from methods import (
     Classifier,
     Setting,
-    average,
     fit,
     interpolated,
     leave_out_local_sgd,
@@ -38,6 +37,7 @@ from methods import (
     start,
     tune,
 )
+from protocol import average
 from table import Outputs, Rows, Scores, estimate, markdown, oracle, run, score, side_by_side
 
 from lightning_calibft import ClassSplit
