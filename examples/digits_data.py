@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,13 @@ class DigitData:
     target_test: TensorDataset
 
 
-def make_data(seed: int) -> DigitData:
-    """Draw the parts, the seen classes and the distortions, all determined by ``seed``."""
+def make_data(seed: int, target: Callable[[Tensor, Generator], Tensor] | None = None) -> DigitData:
+    """Draw the parts, the seen classes and the distortions, all determined by ``seed``.
+
+    Args:
+        seed: Of all random numbers.
+        target: What makes images of the domain to fine-tune for. ``None``: ``target_domain``.
+    """
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
     small = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
@@ -37,7 +43,7 @@ def make_data(seed: int) -> DigitData:
     seen_classes = sorted(torch.randperm(NUM_CLASSES, generator=generator)[: NUM_CLASSES // 2].tolist())
     parts = {
         name: TensorDataset(
-            (source_domain if name == "source" else target_domain)(images[rows], generator), labels[rows]
+            (source_domain if name == "source" else target or target_domain)(images[rows], generator), labels[rows]
         )
         for name, rows in split_rows(len(labels), generator).items()
     }

@@ -443,9 +443,8 @@ def published_weights(net: nn.Module, file: Path) -> nn.Module:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         old = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        old = {key: value for key, value in old.items() if not key.startswith(f"{name}.")}  # of ImageNet
         head = {f"{name}.{key}": state[f"head.{key}"] for key in ("weight", "bias")}
-        net.load_state_dict({**old, **head})
+        net.load_state_dict({**old, **head})  # in place of the head of ImageNet, which is still in the backbone
     except (OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as error:
         raise SystemExit(
             f"Cannot read {file} as a checkpoint of the authors' for this model: expected a state dict of `backbone.*`"

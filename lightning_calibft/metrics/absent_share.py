@@ -30,7 +30,8 @@ class AbsentShare(AbsentClassMetric):
     calibration says how many margins of seen and of absent samples are expected in each. The share is the proportion
     in which both mix, as the mean of its posterior distribution. This distribution allows for margins of seen samples
     that are less sure than expected, since new data may be harder, and knows that the table is a model itself: however
-    many samples there are, they count as 70 at most.
+    many samples there are, they count as 70 at most. :func:`~lightning_calibft.calibrate` with ``unlabeled`` samples
+    also asks the model from before fine-tuning, whose margins are less biased.
 
     The state is a count for each bin, whatever the number of samples. With a ``half_life``, the weight of a sample
     halves with every so many samples after it, and does not depend on how the samples are cut into batches. In a
@@ -218,7 +219,10 @@ class AbsentShare(AbsentClassMetric):
 
     @property
     def counted(self) -> MarginCounts:
-        """What the share is estimated from, of all processes."""
+        """What the share is estimated from, of all processes, for an estimate by two models.
+
+        :meta private:
+        """
         self._computed_estimate()
         assert self._counted is not None
         return self._counted

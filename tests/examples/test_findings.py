@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -55,9 +56,44 @@ def test_figures_are_those_of_the_benchmark(printed, folder):
 
 def test_the_set_up_beyond_repair(printed, folder):
     assert "| 20 % seen, AdamW, learning rate 0.003 |" in printed
-    assert re.search(r"The reports of \d of 2 seeds warn. Seed 0:\n\n> .*AUSUC went from", printed)
-    for name in ("report_degraded_0", "report_methods_SGD_1", "report_methods_AdamW_0"):
+    assert "| one camera, long tail, 50 % seen, AdamW |" in printed
+    said = r"The report of seed 0, (20 % seen, AdamW, learning rate 0.003|one camera, .*):\n\n> .*AUSUC went from"
+    assert len(re.findall(said, printed)) == 2
+    of_reports = printed.split("| reports of 2 seeds | warn | AUSUC fell | Acc_U/U fell |\n")[1].splitlines()[1:5]
+    for line in of_reports:
+        warn, ausuc, among_absent = (int(cell) for cell in line.strip("| ").split(" | ")[1:])
+        assert max(ausuc, among_absent) <= warn <= min(2, ausuc + among_absent)
+    for name in (
+        "report_digit_20_AdamW_0",
+        "report_digit_50_SGD_1",
+        "report_digit_50_AdamW_0",
+        "report_camera_50_AdamW_1",
+    ):
         assert (folder / f"outputs/benchmark_digits/{name}.html").read_text().endswith("</html>\n")
+
+
+def test_recorded_runs_of_pictures_tell_what_alg_wins(tmp_path):
+    pytest.importorskip("peft")
+    lines = run_python(FOLDER / "findings.py", "--benchmark", "pictures", cwd=tmp_path).stdout.splitlines()
+    titles = lines[0].strip("| ").split(" | ")
+    (cells,) = (line.strip("| ").split(" | ") for line in lines if line.startswith("| ALG brings them back"))
+    gains = []
+    for file in (*(FOLDER / "runs/pictures").glob("full_*"), FOLDER / "runs/drawings/full_AdamW_0.npz"):
+        with np.load(file) as run:
+            seen, absent, target = (run[key] for key in ("seen_classes", "absent_classes", "train_target"))
+            logits, of_absent = run["train_logits"].astype(float), 1 / (1 + len(seen) / len(absent))
+            others = [row[seen[seen != label]].mean() for row, label in zip(logits, target, strict=True)]
+            margin, right, is_seen = (run[f"test_{key}"] for key in ("A_margin", "A_right", "seen"))
+            gamma = np.mean(others - logits[:, absent].mean(1))
+            gains.append(
+                [
+                    100 * (1 - of_absent) * (right & (margin > g))[is_seen].mean()
+                    + 100 * of_absent * (right & (margin < g))[~is_seen].mean()
+                    for g in (0, gamma)
+                ]
+            )
+    assert cells[titles.index("full, 3 runs")] == "{:.1f} → {:.1f}, yes".format(*np.mean(gains, 0))
+    assert "- AUSUC rises" in lines
 
 
 JUDGE = """
@@ -85,8 +121,20 @@ for a, b in zip(watched.module.parameters(), fine_tuned(setting).parameters(), s
 assert [each.step for each in watched.diagnostics.snapshots] == [0, 8, 16]
 """
 
+CAMERA = """
+import torch
+from findings import CAMERA, LONGEST, REPEATED, CameraSetting
+setting = CameraSetting(0, *CAMERA, epochs=1)
+images, labels = setting.seen_data.tensors
+counts = sorted(torch.bincount(labels, minlength=10).tolist())
+assert counts == [0] * 5 + [REPEATED * (LONGEST >> rank) for rank in (4, 3, 2, 1, 0)], counts
+corners = setting.data.target_test.tensors[0][:, 0, :2, :2].flatten(1)
+assert corners.std(0).max() < 0.07  # one background and 5 % of noise
+assert setting.data.target_train.tensors[1].unique().tolist() == list(range(10))
+"""
 
-@pytest.mark.parametrize("script", [JUDGE, SAME], ids=["judgement", "same weights"])
+
+@pytest.mark.parametrize("script", [JUDGE, SAME, CAMERA], ids=["judgement", "same weights", "camera"])
 def test_in_a_process_of_its_own(script, tmp_path):
     """There ``digits`` is the benchmark, not the demo."""
     pytest.importorskip("peft")

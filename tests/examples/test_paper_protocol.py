@@ -145,6 +145,8 @@ def test_a_domain_without_a_class_of_the_source_is_named(photos, tmp_path):
     [
         (["--weights", "nowhere.pt"], "argument --weights: there is no file nowhere.pt"),
         (["--source", "Art", "--target", "Art"], "--target must be another domain than --source"),
+        (["--source", "Art", "--eval", __file__], "of one pair: name its --source and --target"),
+        (["--methods", "magic"], "invalid choice: 'magic'"),
     ],
 )
 def test_wrong_usage_is_refused(photos, capsys, more, message):
