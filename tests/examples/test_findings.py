@@ -149,5 +149,5 @@ def test_figures(tmp_path):
     assert drawn.keys() == FIGURES
     for path in drawn.values():
         with Image.open(path) as image:
-            assert image.size == (480, 320)
+            assert image.size == (600, 500)
             assert len(image.convert("RGB").getcolors(2**20)) > 20
