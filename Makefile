@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: help install test test-all test-pytorch-lightning slow lint docs dist demo bench benchmark-digits \
+.PHONY: help install test test-all test-pytorch-lightning slow lint docs dist demo bench costs benchmark-digits \
 	benchmark-glyphs benchmark-pictures clean
 
 help:  ## Show the targets
@@ -73,6 +73,10 @@ demo: $(VENV)/examples  ## Pre-train, fine-tune and calibrate on digits: a table
 
 bench: install  ## Measure what the package costs; what is over its budget fails
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-quiet --benchmark-json=outputs/benchmarks.json
+
+costs: install  ## Measure the same, and write docs/costs.md
+	-$(BIN)/python -m pytest tests/benchmarks --benchmark-quiet --benchmark-json=outputs/benchmarks.json
+	$(BIN)/python tests/benchmarks/page.py outputs/benchmarks.json > docs/costs.md
 
 benchmark-digits: install  ## Compare all methods on digits, from scratch: the tables of examples/benchmarks (minutes)
 	$(BIN)/python examples/benchmarks/digits.py

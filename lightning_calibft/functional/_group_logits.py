@@ -8,33 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_calibft.functional._inputs import Groups
+from lightning_calibft.functional._inputs import FOLD, Groups
 
 
 class BatchReduction(NamedTuple):
     """The values that the accuracies and the curve need from a batch, each of shape ``(N,)``.
 
-    They are the place of the sample's class in the tables of :class:`Groups`; its code, negative if it does not count;
-    whether it counts as one of the seen and as one of the absent classes, ``(2, N)``; its margin, which is meaningless
-    if it does not count; and whether its class wins against all other seen and against all other absent classes. Ties
-    go to the lower class id, as in :func:`torch.max`.
+    They are the place of the sample's class in the tables of :class:`Groups`; its margin; and whether its class wins
+    against all others of its group, and against all others of both. Ties go to the lower class id, as in
+    :func:`torch.max`. All but the place are meaningless if the sample does not count.
     """
 
     place: Tensor
-    code: Tensor
-    members: Tensor
     margin: Tensor
-    beats_seen: Tensor
-    beats_absent: Tensor
+    right: Tensor
+    best: Tensor
 
 
 def reduce_batch(
     preds: Tensor, target: Tensor, groups: Groups, ignore_index: int | None, dtype: torch.dtype, checked: bool = False
 ) -> BatchReduction:
     """Reduce a batch of logits ``(N, C)`` in one pass.
-
-    A maximum costs a fraction of an argmax. So the true class is left out of the maxima and compared with them. Only
-    where it equals one of them, or something is NaN, a second look at the row decides.
 
     Args:
         preds: Logits of shape ``(N, C)``.
@@ -46,68 +40,107 @@ def reduce_batch(
     """
     preds = preds.detach()
     label, place = groups.places(target, ignore_index, checked)
-    column, members = label.unsqueeze(1), groups.members.index_select(1, place)
-    own, size = preds.gather(1, column).squeeze(1).to(dtype), rows_at_a_time(preds, 2**17)
+    contests = groups.contests
+    if contests is None:
+        return _reduce_wide(preds, label, place, groups, dtype)
+
+    def reduce(preds: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        tops = torch.where(contests.index_select(1, place), preds, groups.lowest).amax(2)
+        seen, absent, own, lower, higher, lower_of_both, higher_of_both = tops.to(dtype).unbind()
+        right, best = (own > lower) & (own >= higher), (own > lower_of_both) & (own >= higher_of_both)
+        return seen - absent, right, best
+
+    return BatchReduction(place, *in_row_chunks(reduce, preds, place))
+
+
+def _reduce_wide(preds: Tensor, label: Tensor, place: Tensor, groups: Groups, dtype: torch.dtype) -> BatchReduction:
+    """Reduce logits of many classes.
+
+    A maximum costs a fraction of an argmax. So the true class is left out of the maxima and compared with them. Only
+    where it equals one of them, or something is NaN, a second look at the row decides.
+    """
+    column, members = label.unsqueeze(1), groups.members.index_select(0, place)
+    own, size = preds.gather(1, column).to(dtype), rows_at_a_time(preds, 2**17)
     if preds.device.type == "cpu":
-        rivals = _rivals(preds, column, groups).to(dtype)
+        rivals = (_rivals_in_ranges if groups.bounds is None else _rivals_in_copies)(preds, label, groups).to(dtype)
         lead = own - rivals
         wins = lead > groups.zero
         unclear: list[Any] = []
         if preds.shape[0] and not lead.abs().amin().item() > 0:  # 0 or NaN
-            unclear.extend(torch.split((~(lead.abs() > 0).all(0)).nonzero().squeeze(1), size))
+            unclear.extend(torch.split((~(lead.abs() > 0).all(1)).nonzero().squeeze(1), size))
     else:  # asking for the rows would make the host wait
-        rivals = own.new_empty(2, len(preds))
+        rivals = own.new_empty(preds.shape[0], 2)
         wins = torch.empty_like(rivals, dtype=torch.bool)
-        unclear = [slice(start, start + size) for start in range(0, len(preds), size)]
+        unclear = [slice(start, start + size) for start in range(0, preds.shape[0], size)]
     for rows in unclear:
-        wins[:, rows], rivals[:, rows] = _decide(preds[rows], column[rows], own[rows], groups)
-    top_seen, top_absent = torch.maximum(torch.where(members, own, -torch.inf), rivals).unbind()
-    return BatchReduction(place, groups.codes.index_select(0, place), members, top_seen - top_absent, *wins.unbind())
+        wins[rows], rivals[rows] = _decide(preds[rows], column[rows], own[rows], groups)
+    top_seen, top_absent = torch.maximum(torch.where(members, own, groups.lowest), rivals).unbind(1)
+    beats_seen, beats_absent = wins.unbind(1)
+    right = torch.where(members[:, 0], beats_seen, beats_absent)
+    return BatchReduction(place, top_seen - top_absent, right, beats_seen & beats_absent)
 
 
-def right_in_group(reduction: BatchReduction) -> Tensor:
-    """Return whether the true class wins within its group, ``(N,)``. It is arbitrary for samples that do not count."""
-    return torch.where(reduction.members[0], reduction.beats_seen, reduction.beats_absent)
+def _rivals_in_ranges(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
+    """Return the largest logits of the classes of each group other than the true one, ``(N, 2)``.
 
-
-def _rivals(preds: Tensor, column: Tensor, groups: Groups) -> Tensor:
-    """Return the largest logits of the classes of each group other than the true one, ``(2, N)``.
-
-    If a logit of the row is NaN or infinite, they may be NaN.
+    Each group is a range of columns. It is folded first: columns that are a multiple of ``FOLD`` apart share a place.
+    So only the few columns at the place of the true class need a second look to leave it out.
     """
-    sizes = [len(groups.seen), len(groups.absent)]
-    column = column if groups.position is None else groups.position[column]
-    rows = groups.rows
-    if rows is not None and rows.dtype != preds.dtype:
-        rows = rows.to(preds.dtype)
+    order, position, slots, mates = groups.order, groups.position, groups.slots, groups.mates
+    assert slots is not None
+    assert mates is not None
 
-    def largest(chunk: Tensor, column: Tensor, out: Tensor | None = None) -> Tensor:
-        if rows is not None:  # much faster than to gather the columns
-            return torch.add(chunk, rows, out=out).scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2)
-        if groups.order is not None:
-            columns = torch.index_select(chunk, 1, groups.order, out=out)
-        else:
-            columns = chunk.clone() if out is None else out.copy_(chunk)
-        seen, absent = torch.split(columns.scatter_(1, column, -torch.inf), sizes, 1)
-        return torch.stack([seen.amax(1), absent.amax(1)])
+    def reduce(columns: Tensor, label: Tensor) -> tuple[Tensor]:
+        if order is not None and position is not None:
+            columns, label = columns.index_select(1, order), position.index_select(0, label)
+        size = columns.shape[0]
+        folded = columns.new_empty(size, 2, FOLD)
+        for (start, stop), places in zip(groups.ranges, folded.unbind(1), strict=True):
+            layers = (stop - start) // FOLD
+            whole = start + layers * FOLD
+            if layers:
+                torch.amax(columns[:, start:whole].view(size, layers, FOLD), 1, out=places)
+            else:
+                places.fill_(-torch.inf)
+            if whole < stop:
+                rest = places[:, : stop - whole]
+                torch.maximum(rest, columns[:, whole:stop], out=rest)
+        slot = slots.index_select(0, label)
+        mate = mates.index_select(0, slot)
+        others = columns.gather(1, mate).masked_fill_(mate == label.unsqueeze(1), -torch.inf).amax(1, keepdim=True)
+        folded.flatten(1).scatter_(1, slot.unsqueeze(1), others)
+        return (folded.amax(2),)
 
-    size = rows_at_a_time(preds, 2**17 if rows is None else 2**16)
-    if preds.shape[0] <= size:
-        return largest(preds, column)
+    return in_row_chunks(reduce, preds, label, elements=2**20)[0]
+
+
+def _rivals_in_copies(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
+    """Return the largest logits of the classes of each group other than the true one, ``(N, 2)``.
+
+    They are NaN if any logit of the row is. The columns of a group are anywhere, and to gather them takes longer than
+    to lower all others in a copy for each group.
+    """
+    assert groups.bounds is not None
+    bounds, (num_samples, width) = groups.bounds.to(preds.dtype), preds.shape
     # One buffer for all chunks: the memory of a new one would have to be mapped again.
-    width = preds.shape[1] if groups.order is None else len(groups.order)
-    buffer = preds.new_empty((size, width) if rows is None else (2, size, width))
-    chunks = zip(torch.split(preds, size), torch.split(column, size), strict=True)
-    return torch.cat([largest(*chunk, buffer[..., : len(chunk[0]), :]) for chunk in chunks], 1)
+    size = rows_at_a_time(preds, 2**16)
+    buffer = preds.new_empty(2, min(size, num_samples), width)
+
+    def reduce(chunk: Tensor, own: Tensor) -> tuple[Tensor]:
+        copies = torch.minimum(chunk, bounds, out=buffer[:, : chunk.shape[0]])
+        copies.flatten(1).index_fill_(1, own, -torch.inf)
+        return (copies.amax(2).t(),)
+
+    return in_row_chunks(reduce, preds, torch.arange(num_samples) % size * width + label)[0]
 
 
-def _decide(preds: Tensor, label: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+def _decide(preds: Tensor, column: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     """Return against which group the true class wins, and the best other logit there, with ties, NaN and infinity."""
-    mine, column = preds.gather(1, label), torch.arange(preds.shape[1], device=preds.device)
-    rival = (groups.of_class[:-1] == groups.numbers).unsqueeze(1) & (column != label)
-    beaten = (preds < mine) | ((preds == mine) & (column > label))
-    wins = (beaten | ~rival).all(2) & (own > -torch.inf)  # -inf never wins
-    return wins, torch.where(rival, preds, -torch.inf).amax(2).to(own.dtype)
+    mine, each = preds.gather(1, column), torch.arange(preds.shape[1], device=preds.device)
+    rival = groups.members[:-1].t().unsqueeze(1) & (each != column)
+    beaten = (preds < mine) | ((preds == mine) & (each > column))
+    wins = (beaten | ~rival).all(2).t() & (own > -torch.inf)  # -inf never wins
+    return wins, torch.where(rival, preds, -torch.inf).amax(2).t().to(own.dtype)
 
 
 def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
@@ -122,14 +155,14 @@ def top_classes(preds: Tensor, classes: Tensor, top_k: int = 1) -> tuple[Tensor,
     return torch.cat(values), classes[torch.cat(indices)]
 
 
-def in_row_chunks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+def in_row_chunks(
+    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, elements: int = 2**16
+) -> tuple[Tensor, ...]:
     """Apply a function from ``(N, C)`` to ``(N, ...)`` tensors to chunks of rows, which bounds the size of copies."""
-    rows = rows_at_a_time(tensors[0], 2**16)
-    if len(tensors[0]) <= rows:
-        return function(*(tensor.detach() for tensor in tensors))
-    parts = [
-        function(*chunks) for chunks in zip(*(torch.split(tensor.detach(), rows) for tensor in tensors), strict=True)
-    ]
+    rows = rows_at_a_time(tensors[0], elements)
+    if tensors[0].shape[0] <= rows:
+        return function(*tensors)
+    parts = [function(*chunks) for chunks in zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

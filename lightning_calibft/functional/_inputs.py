@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,39 +15,50 @@ Average = Literal["micro", "macro"]
 Group = Literal["all", "seen", "absent"]
 
 _OTHER, _SEEN, _ABSENT = -1, 0, 1
-_NARROW = 128  # up to here, adding a row takes less time than making two parts
-_NUMBERS = torch.tensor([[_SEEN], [_ABSENT]])
+FOLD = 64  # columns of a range that are so far apart are reduced together, in whole vectors of the processor
+_NARROW = 32  # classes, up to which a maximum of its own for each question takes less time than one for all of them
 
 
 class Groups(NamedTuple):
     """The classes of a split as tensors on one device, built once.
 
-    ``numbers (2, 1)`` holds the numbers of the two groups, seen and absent. ``zero`` is 0: a comparison with a tensor
-    takes half as long as one with a number. ``of_class (C + 1,)`` is the group of each class, ``members (2, C + 1)``
-    says whether it is in the one or the other, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their
-    last entry is for labels that do not count. ``competing`` lists the classes of both groups in order, if there are
-    others. ``gap_weights`` has one weight per competing class: its product with their logits is the sum over seen
-    classes divided by ``|S| - 1``, minus the mean over absent classes.
+    ``zero`` and ``lowest`` are 0 and minus infinity: a comparison with a tensor takes half as long as one with a
+    number. ``of_class (C + 1,)`` is the group of each class, ``members (C + 1, 2)`` says whether it is seen and whether
+    it is absent, and ``codes (C + 1,)`` is twice its id, or -2 for other classes. Their last entry is for labels that
+    do not count. ``competing`` lists the classes of both groups in order, if there are others. ``gap_weights`` has one
+    weight per competing class: its product with their logits is the sum over seen classes divided by ``|S| - 1``, minus
+    the mean over absent classes.
 
-    There are three ways to the columns of the two groups. If the first columns are the seen classes and the next ones
-    the absent ones, they are parts of a wide row. If few columns compete, they are gathered: ``order`` lists the seen
-    classes and then the absent ones, and ``position (C,)`` is the position of each class in it. Otherwise
-    ``rows (2, 1, C)`` is added to a batch, which makes the columns of all other classes ``-inf``. What is not needed is
-    ``None``.
+    There are three ways to the maxima of a row. What is not needed is ``None``.
+
+    If there are few classes, ``contests (7, C + 1, C)`` says for each label over which classes to take them: the seen
+    ones; the absent ones; the label; those of its group with a lower id; it and those with a higher id; and the last
+    two for both groups.
+
+    If each group is a range of columns, these are the ``ranges``. If few classes compete, they are gathered into such
+    ranges: ``order`` lists the seen classes and then the absent ones, and ``position (C,)`` is the column of each class
+    in it. ``slots (C,)`` is the place of each class after folding, out of ``2 * FOLD``, and ``mates (2 * FOLD, K)``
+    holds the columns at each place. The last one is repeated.
+
+    Otherwise, the minimum of a row with ``bounds (2, 1, C)`` makes the columns of all other classes minus infinity.
     """
 
     seen: Tensor
     absent: Tensor
-    numbers: Tensor
     zero: Tensor
+    lowest: Tensor
     of_class: Tensor
     members: Tensor
     codes: Tensor
-    order: Tensor | None
-    position: Tensor | None
-    rows: Tensor | None
     competing: Tensor | None
     gap_weights: Tensor
+    contests: Tensor | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
+    order: Tensor | None = None
+    position: Tensor | None = None
+    slots: Tensor | None = None
+    mates: Tensor | None = None
+    bounds: Tensor | None = None
 
     @classmethod
     def from_split(cls, split: ClassSplit, device: torch.device) -> Groups:
@@ -55,34 +66,59 @@ class Groups(NamedTuple):
         of_class = torch.full((split.num_classes + 1,), _OTHER)
         of_class[list(split.seen_classes)] = _SEEN
         of_class[list(split.absent_classes)] = _ABSENT
-        seen, absent, numbers = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes), _NUMBERS
-        members, zero = of_class == numbers, torch.tensor(0)
+        seen, absent = torch.tensor(split.seen_classes), torch.tensor(split.absent_classes)
+        members = torch.stack([of_class == _SEEN, of_class == _ABSENT], 1)
         weights = torch.zeros(split.num_classes, dtype=torch.float64)
         weights[seen], weights[absent] = 1 / max(len(seen) - 1, 1), -1 / len(absent)
         classes = torch.cat([seen, absent])
         competing = classes.sort().values if len(classes) < split.num_classes else None
-        order = classes if 2 * len(classes) <= split.num_classes else None
-        position = rows = None
-        if order is not None:
-            position = torch.zeros(split.num_classes, dtype=torch.long)
-            position[order] = torch.arange(len(order))
-        elif competing is not None or split.seen_classes[-1] > split.absent_classes[0] or split.num_classes <= _NARROW:
-            rows = torch.where(members[:, :-1], 0.0, -torch.inf).unsqueeze(1)
         weights = weights if competing is None else weights[competing]
         codes = torch.where(of_class < 0, -2, 2 * torch.arange(len(of_class))).int()
-        groups = cls(seen, absent, numbers, zero, of_class, members, codes, order, position, rows, competing, weights)
-        return groups.to(device)
+        zero, lowest = torch.tensor(0), torch.tensor(-torch.inf)
+        groups = cls(seen, absent, zero, lowest, of_class, members, codes, competing, weights)
+        return groups._with_ways().to(device)
+
+    def _with_ways(self) -> Groups:
+        """Add what the way to the maxima needs."""
+        num_classes, group = len(self.of_class) - 1, self.of_class[:-1]
+        classes = torch.arange(num_classes)
+        if num_classes <= _NARROW:
+            label = torch.arange(num_classes + 1).unsqueeze(1)
+            both = (group >= 0).expand(num_classes + 1, -1)
+            same, own = both & (group == self.of_class.unsqueeze(1)), both & (classes == label)
+            lower, higher = classes < label, classes > label
+            seen, absent = (of_group.expand_as(both) for of_group in self.members[:-1].unbind(1))
+            every = [seen, absent, own, same & lower, same & higher | own, both & lower, both & higher | own]
+            return self._replace(contests=torch.stack(every))
+        parts = [self.seen, self.absent]
+        ranges = tuple((int(part[0]), int(part[-1]) + 1) for part in parts)
+        order = position = None
+        if any(stop - start > len(part) for (start, stop), part in zip(ranges, parts, strict=True)):
+            order = torch.cat(parts)
+            if 2 * len(order) > num_classes:
+                bounds = torch.where(self.members[:-1].t().contiguous(), torch.inf, -torch.inf)
+                return self._replace(bounds=bounds.unsqueeze(1))
+            ranges = (0, len(self.seen)), (len(self.seen), len(order))
+            position = torch.zeros_like(classes).index_copy(0, order, classes[: len(order)])
+        slots, place = torch.zeros_like(classes), torch.arange(FOLD).unsqueeze(1)
+        steps = torch.arange(0, max(stop - start for start, stop in ranges), FOLD)
+        mates = []
+        for number, (start, stop) in enumerate(ranges):
+            slots[start:stop] = number * FOLD + torch.arange(stop - start) % FOLD
+            last = stop - 1 - (stop - 1 - start - place) % FOLD
+            mates.append(torch.minimum(start + place + steps, last).clamp(min=0))
+        order = None if order is None else order.int()  # which is faster to gather by
+        return self._replace(ranges=ranges, order=order, position=position, slots=slots, mates=torch.cat(mates))
 
     def to(self, device: torch.device) -> Groups:
         """Move to a device."""
         largest = real_dtype(device)
-        return self._replace(
-            **{
-                name: value.to(device, largest if value.dtype == torch.float64 else value.dtype)
-                for name, value in self._asdict().items()
-                if value is not None
-            }
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, largest if value.dtype == torch.float64 else value.dtype)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
 
     def classes(self, group: Group) -> Tensor:
         """Return the sorted class ids of a group; ``"all"`` omits classes that are neither seen nor absent."""
@@ -108,7 +144,7 @@ class Groups(NamedTuple):
 
     def are_seen(self, target: Tensor, ignore_index: int | None, checked: bool = False) -> Tensor:
         """Return which samples count and belong to seen classes, without a host synchronization."""
-        return self.members[0].index_select(0, self.places(target, ignore_index, checked)[1])
+        return self.members[:, 0].index_select(0, self.places(target, ignore_index, checked)[1])
 
 
 def prepare(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_choice, check_number
-from lightning_calibft.functional._group_logits import reduce_batch, right_in_group, top_classes
+from lightning_calibft.functional._group_logits import reduce_batch, top_classes
 from lightning_calibft.functional._inputs import (
     Average,
     Group,
@@ -177,28 +177,25 @@ def accuracy_update(
 ) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if top_k == 1:
-        reduction = reduce_batch(preds, target, groups, ignore_index, preds.dtype, checked)
+        place, _, right, best = reduce_batch(preds, target, groups, ignore_index, preds.dtype, checked)
         if candidates == "all":
-            right = reduction.beats_seen & reduction.beats_absent
+            right = best
         else:
-            right = right_in_group(reduction) & reduction.members[0 if candidates == "seen" else 1]
-        place, members = reduction.place, reduction.members
+            right &= groups.members[:, 0 if candidates == "seen" else 1].index_select(0, place)
     else:
         values, predicted = top_classes(preds, groups.classes(candidates), top_k)
         # A logit of -inf never wins, and topk puts NaN first.
         found = (predicted == target.long().unsqueeze(1)) & (values > -torch.inf)
         right, (_, place) = found.any(1) & ~values[:, 0].isnan(), groups.places(target, ignore_index)
-        members = groups.members.index_select(1, place)
-    return count_right(right, place, members, len(groups.of_class) - 1, average)
+    return count_right(right, place, groups, average)
 
 
-def count_right(
-    right: Tensor, place: Tensor, members: Tensor, num_classes: int, average: Average
-) -> tuple[Tensor, Tensor]:
+def count_right(right: Tensor, place: Tensor, groups: Groups, average: Average) -> tuple[Tensor, Tensor]:
     """Count right and all samples: ``(2,)`` for seen and absent if micro, ``(C,)`` for each class if macro."""
     if average == "micro":
+        members = groups.members.t().index_select(1, place)
         return (members & right).sum(1), members.sum(1)
-    zeros = torch.zeros(num_classes + 1, dtype=torch.long, device=place.device)
+    zeros = torch.zeros_like(groups.of_class)
     correct, total = zeros.index_add(0, place, right.long()), zeros.index_add(0, place, torch.ones_like(place))
     return correct[:-1], total[:-1]
 

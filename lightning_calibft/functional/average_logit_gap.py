@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_calibft._arguments import check_absent_share
-from lightning_calibft.functional._group_logits import rows_at_a_time
+from lightning_calibft.functional._group_logits import in_row_chunks, rows_at_a_time
 from lightning_calibft.functional._inputs import (
     Groups,
     prepare,
@@ -105,20 +105,20 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups, checked: bool = 
     If labels are not ``checked``, they may be outside of ``[0, C)``.
     """
     preds, (column, _) = preds.detach(), groups.places(target, None, checked)
-    own = preds.gather(1, column.unsqueeze(1)).squeeze(1)
-    size, weights = rows_at_a_time(preds, 2**16), groups.gap_weights
+    own, weights = preds.gather(1, column.unsqueeze(1)).squeeze(1), groups.gap_weights
     # One buffer for all chunks: the memory of a new one would have to be mapped again.
-    buffer = weights.new_empty(min(size, len(preds)), len(weights))
-    sums = []
-    for chunk in torch.split(preds, size):
+    buffer = weights.new_empty(min(rows_at_a_time(preds, 2**17), preds.shape[0]), weights.shape[0])
+
+    def reduce(chunk: Tensor) -> tuple[Tensor]:
         columns = chunk if groups.competing is None else chunk.index_select(1, groups.competing)
-        sums.append(buffer[: len(chunk)].copy_(columns).mv(weights))
-    return torch.cat(sums).sub_(own, alpha=1 / (len(groups.seen) - 1))
+        return (buffer[: chunk.shape[0]].copy_(columns).mv(weights),)
+
+    return in_row_chunks(reduce, preds, elements=2**17)[0].sub_(own, alpha=1 / (groups.seen.shape[0] - 1))
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the number of counted samples, the sum of their gaps, and the sum of the squared gaps."""
-    gaps = torch.where(counted, gaps, 0.0)
+    gaps = gaps.masked_fill(~counted, 0.0)
     return counted.sum(), gaps.sum(), gaps.dot(gaps)
 
 

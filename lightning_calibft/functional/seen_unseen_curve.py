@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_calibft._arguments import check_absent_share, check_choice
-from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch, right_in_group
+from lightning_calibft.functional._group_logits import BatchReduction, reduce_batch
 from lightning_calibft.functional._inputs import (
     _ABSENT,
     _SEEN,
     Average,
+    Groups,
     prepare,
     real_dtype,
     warn_if_empty,
@@ -234,7 +235,7 @@ def _curve(
     if validate_args:
         warn_if_probabilities(preds)
     reduction = reduce_batch(preds, target, groups, ignore_index, real_dtype(preds.device), validate_args)
-    return curve_compute(reduction.margin, curve_codes(reduction), groups.of_class, average)
+    return curve_compute(reduction.margin, curve_codes(reduction, groups), groups.of_class, average)
 
 
 def point_at(seen: Tensor, absent: Tensor, gamma: Tensor, at: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -248,9 +249,9 @@ def to_real(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, real_dtype(device))
 
 
-def curve_codes(reduction: BatchReduction) -> Tensor:
+def curve_codes(reduction: BatchReduction, groups: Groups) -> Tensor:
     """Return an int32 code for each sample: 2 * class + (right in its group), or a negative one if not counted."""
-    return reduction.code + right_in_group(reduction)
+    return groups.codes.index_select(0, reduction.place) + reduction.right
 
 
 def curve_compute(margin: Tensor, code: Tensor, of_class: Tensor, average: Average) -> Curve:

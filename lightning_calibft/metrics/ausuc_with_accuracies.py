@@ -58,7 +58,6 @@ class AUSUCWithAccuracies(AUSUC):
 
     def _append(self, reduction: BatchReduction) -> None:
         super()._append(reduction)
-        right = reduction.beats_seen & reduction.beats_absent
-        correct, total = count_right(right, reduction.place, reduction.members, self.split.num_classes, self.average)
+        correct, total = count_right(reduction.best, reduction.place, self._groups, self.average)
         self.correct = self.correct + correct
         self.total = self.total + total

@@ -106,7 +106,7 @@ class SeenUnseenCurve(AbsentClassMetric):
 
     def _append(self, reduction: BatchReduction) -> None:
         append_part(cast("list[Tensor]", self.margin), reduction.margin.float())
-        append_part(cast("list[Tensor]", self.code), curve_codes(reduction))
+        append_part(cast("list[Tensor]", self.code), curve_codes(reduction, self._groups))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return seen accuracy, absent accuracy and gamma of all samples so far."""

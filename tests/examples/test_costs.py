@@ -60,3 +60,16 @@ def test_nothing_over_the_budget(tmp_path):
     path = tmp_path / "now.json"
     path.write_text(json.dumps({"benchmarks": NOW[1:]}))
     assert "Nothing is over its budget." in run(path)
+
+
+def test_updates_with_default_arguments_are_one_table(tmp_path):
+    section = "Update with default arguments, in microseconds."
+    rows = [
+        (section, f"64 x 10, 1 thread, {name}", "1100", "90 to 1300", "none") for name in ("`amax`", "AUSUC, block")
+    ]
+    path = tmp_path / "now.json"
+    path.write_text(json.dumps({"benchmarks": [entry(*rows)]}))
+    text = run(path)
+    assert "| 64 x 10 | 0.1.0, 1 thread | 10 | 15 | 149 | 475 | 549 | 1,170 |\n" in text
+    assert "| 64 x 10 | block, 1 thread | 1,100 (90 to 1300) |  |  |  | 1,100 (90 to 1300) |  |\n" in text
+    assert "2 threads" not in text

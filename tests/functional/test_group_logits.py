@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_calibft.functional import _group_logits
-from lightning_calibft.functional._group_logits import reduce_batch, right_in_group
+from lightning_calibft.functional._group_logits import reduce_batch
 from lightning_calibft.functional._inputs import Groups
 from lightning_calibft.split import ClassSplit
 
@@ -42,43 +42,46 @@ def test_against_a_search(seen, absent, dtype, odd, layout):
     before = preds.clone()
     groups = Groups.from_split(ClassSplit(6, seen, absent), preds.device)
     found = reduce_batch(preds, target, groups, 2, torch.float64)
-    right = right_in_group(found)
     assert torch.equal(preds.nan_to_num(), before.nan_to_num())
     for index, (row, label) in enumerate(zip(preds, target.tolist(), strict=True)):
         group = -1 if label == 2 else 0 if label in seen else 1 if label in absent else -1
-        assert (found.code[index] >= 0) == (group >= 0)
+        assert (groups.codes[found.place[index]] >= 0) == (group >= 0)
         if group < 0:
             continue
-        assert right[index] == wins(row, label, absent if group else seen)
-        assert (found.beats_seen & found.beats_absent)[index] == wins(row, label, seen + absent)
+        assert found.right[index] == wins(row, label, absent if group else seen)
+        assert found.best[index] == wins(row, label, seen + absent)
         assert same(found.margin[index], row[seen].double().amax() - row[absent].double().amax())
 
 
-@pytest.mark.parametrize("split", ["in parts", "added row", "gathered"])
+WIDE = {
+    "ranges": (range(70), range(70, 300)),
+    "ranges of a few": (range(5), range(5, 140)),
+    "ranges among others": (range(200, 280), range(3, 190)),
+    "copies": (range(0, 300, 2), range(1, 299, 2)),
+    "gathered": ([9, 3, 140, 77], [*range(8, 140, 11), 4]),
+}
+
+
+@pytest.mark.parametrize("split", WIDE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["rows", "columns", "every other column"])
 def test_wide_rows_in_chunks(split, dtype, layout, monkeypatch):
     """Each way to the columns of a wide head, in chunks of a few rows, with ties and with what is not finite."""
     monkeypatch.setattr(_group_logits, "rows_at_a_time", lambda preds, elements: 7)
-    seen, absent = {
-        "in parts": (list(range(60)), list(range(60, 150))),
-        "added row": (list(range(0, 150, 2)), list(range(1, 149, 2))),
-        "gathered": ([9, 3, 140, 77], [8, 4, 100]),
-    }[split]
+    seen, absent = map(list, WIDE[split])
     draw = torch.Generator().manual_seed(1)
-    preds = (torch.randn(60, 300, generator=draw) * 2).round().to(dtype)
-    layouts = {"rows": preds[:, :150].clone(), "columns": preds[:, :150].T.contiguous().T}
+    preds = (torch.randn(60, 600, generator=draw) * 2).round().to(dtype)
+    layouts = {"rows": preds[:, :300].clone(), "columns": preds[:, :300].T.contiguous().T}
     preds = layouts.get(layout, preds[:, ::2])
     preds[::9, 20] = torch.inf
     preds[4::9, 21] = torch.nan
     preds[6::9] = -torch.inf
     target = torch.tensor(seen + absent)[torch.randint(len(seen + absent), (60,), generator=draw)]
     preds[torch.arange(0, 60, 2), target[::2]] += 4
-    groups = Groups.from_split(ClassSplit(150, seen, absent), preds.device)
-    assert (groups.order is not None, groups.rows is not None) == (split == "gathered", split == "added row")
+    groups = Groups.from_split(ClassSplit(300, seen, absent), preds.device)
+    assert (groups.order is not None, groups.bounds is not None) == (split == "gathered", split == "copies")
     found = reduce_batch(preds, target, groups, None, torch.float64, checked=True)
-    right = right_in_group(found)
     for index, (row, label) in enumerate(zip(preds, target.tolist(), strict=True)):
-        assert right[index] == wins(row, label, seen if label in seen else absent)
-        assert (found.beats_seen & found.beats_absent)[index] == wins(row, label, seen + absent)
+        assert found.right[index] == wins(row, label, seen if label in seen else absent)
+        assert found.best[index] == wins(row, label, seen + absent)
         assert same(found.margin[index], row[seen].double().amax() - row[absent].double().amax())
