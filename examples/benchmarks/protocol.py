@@ -11,8 +11,8 @@ classes included: that needs their labels, and is a row of its own (``ALG of the
 Pseudo cross-validation trains on three parts of 15 of the 30 seen classes (half of them in the other benchmarks). As
 the authors' configurations name them, these are the first half of the seen classes, shuffled with the seeds 0, 1 and 2,
 provided that reading the images draws no random number there. The curve of each model is read here on fine-tuning
-images of the seen classes alone. Their script reads it on target training images of all classes, so that it needs
-labels of absent ones.
+images of the seen classes alone. As far as its published part shows, their script reads it on target training images
+of all classes, so that it needs labels of absent ones.
 """
 
 from __future__ import annotations
