@@ -248,8 +248,13 @@ def rows_of(setting: Tuning) -> Rows:
     started = replace(setting, way="all parameters", learning_rate=0.0)  # the same for all: scored once
     rows = gamma_rows("fine-tuned", outputs, started)
     rows["fine-tuned + oracle"] = score(outputs, setting, oracle(outputs, setting))
-    first = score(before(started), setting)
-    return {**rows, "pre-trained": first, "training": {"parameters": trained, "seconds": seconds}}
+    rows |= {"pre-trained": score(before(started), setting), "training": {"parameters": trained, "seconds": seconds}}
+    if setting.way == "VQT":
+        with torch.no_grad():
+            absent = [row for row in range(setting.num_classes) if row not in setting.seen]
+            module.head.weight[absent, module.backbone.vit.embed_dim :] = 0
+        rows["VQT without absent queries"] = score(run(module, setting), setting)
+    return rows
 
 
 def in_one_line(rows: Rows) -> Scores:
@@ -271,16 +276,22 @@ def tunings(start: GlyphSetting) -> Iterator[Tuning]:
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """Score all ways on each draw of the seen classes."""
     ((title, starts),) = glyphs.settings_of(args).items()
-    first, runs = [], []
+    runs = []
     for start in starts:
         done = {each: kept(each.output, each.way.replace(" ", "_"), each, rows_of) for each in tunings(start)}
-        first.append(next(iter(done.values())))
-        runs.append({f"{each.way}, {each.learning_rate:g}": in_one_line(rows) for each, rows in done.items()})
-    yield from markdown(title, runs)
+        runs.append({f"{each.way}, {each.learning_rate:g}": rows for each, rows in done.items()})
+    yield from markdown(title, [{name: in_one_line(rows) for name, rows in each.items()} for each in runs])
     yield ""
-    scores = (f"{column} {spread(first, 'pre-trained', column)}" for column in ("Acc_Y/Y", "AUSUC"))
-    yield f"Before fine-tuning: {', '.join(scores)}"
+    yield f"Before fine-tuning: {scores([next(iter(each.values())) for each in runs], 'pre-trained')}"
+    for name in (name for name in runs[0] if name.startswith("VQT")):
+        text = f"{name}, with the new columns of absent classes set to zero after training"
+        yield f"{text}: {scores([each[name] for each in runs], 'VQT without absent queries')}"
     yield f"mean ± sd of {len(runs)} draws of the seen classes; %, gamma in logits; seconds of a core for a training"
+
+
+def scores(runs: Sequence[Rows], row: str) -> str:
+    """Format what is told in a sentence."""
+    return ", ".join(f"{column} {spread(runs, row, column)}" for column in ("AUSUC", "Acc_U/U", "Acc_Y/Y"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_calibft import AbsentClassCalibration, fold, get_gamma
+from lightning_calibft.functional import ausuc
 from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch")
@@ -178,7 +179,7 @@ def test_it_prints_a_table(printed):
 def test_all_start_from_the_same_scores(printed):
     assert len({json.dumps(stored(printed, way)["pre-trained"]) for way in WAYS}) == 1
     before = stored(printed, "VQT")["pre-trained"]
-    assert f"Before fine-tuning: Acc_Y/Y {before['Acc_Y/Y']:.1f} ± 0.0, AUSUC {before['AUSUC']:.1f}" in printed[0]
+    assert f"Before fine-tuning: AUSUC {before['AUSUC']:.1f} ± 0.0, Acc_U/U {before['Acc_U/U']:.1f} ± 0.0" in printed[0]
 
 
 def test_parameters_are_counted(printed):
@@ -188,6 +189,29 @@ def test_parameters_are_counted(printed):
     added["adapters"] = 4 * (2 * 16 * 160 + 16 + 160)
     for way, number in added.items():
         assert stored(printed, way)["training"]["parameters"] == head + number
+
+
+def setting_of(petl, printed, way):
+    """The setting of the printed run, with small steps."""
+    ((start,),) = petl.glyphs.settings_of(petl.parse_arguments([*SMALLEST, "--output", str(printed[1])])).values()
+    return next(each for each in petl.tunings(start) if each.way == way)
+
+
+@torch.no_grad()
+def test_absent_classes_can_do_without_queries(petl, printed):
+    setting = setting_of(petl, printed, "VQT")
+    with torch.enable_grad():
+        module = petl.tune(setting, setting.start())
+    images, target = setting.data.target_test.tensors
+    features, weight = module.backbone(images), module.head.weight
+    seen = torch.isin(torch.arange(NUMBER), torch.tensor(setting.seen))
+    logits = features[:, :160] @ weight[:, :160].T + module.head.bias
+    logits += (features[:, 160:] @ weight[:, 160:].T) * seen
+    rows = stored(printed, "VQT")
+    area = 100 * ausuc(logits.double(), target, setting.seen).item()
+    assert rows["VQT without absent queries"]["AUSUC"] == pytest.approx(area, abs=1e-3)
+    assert rows["fine-tuned"]["AUSUC"] != pytest.approx(area, abs=1e-3)
+    assert f"VQT, {SMALL}, with the new columns of absent classes set to zero after training: AUSUC" in printed[0]
 
 
 def test_draws_differ_in_the_seen_classes_alone(petl, printed):
@@ -202,8 +226,7 @@ def test_draws_differ_in_the_seen_classes_alone(petl, printed):
 
 @pytest.mark.parametrize("way", ["LoRA", "VQT"])
 def test_the_callback_finds_the_same_gamma(petl, printed, way):
-    ((start,),) = petl.glyphs.settings_of(petl.parse_arguments([*SMALLEST, "--output", str(printed[1])])).values()
-    setting = next(each for each in petl.tunings(start) if each.way == way)
+    setting = setting_of(petl, printed, way)
     calibration = AbsentClassCalibration(setting.seen, estimator="pseudo_absent", source="train")
     module = setting.start()
     importlib.import_module("methods").fit(module, setting.seen_data, 1, 0, callbacks=[calibration])
