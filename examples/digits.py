@@ -2,7 +2,7 @@
 
     python examples/digits.py
 
-A small network is pre-trained on all ten digits. Then the images change (rotated, shifted, textured), and labelled
+A small network is pre-trained on all ten digits. Then the images change (rotated, shifted, textured), and labeled
 images of the new kind exist for five digits only. After ordinary fine-tuning the network hardly ever predicts the other
 five, the *absent* classes. One callback brings them back: see ``fine_tune``. The network and its training
 (``digits_module.py``) and the images (``digits_data.py``) know nothing of it.

@@ -74,8 +74,8 @@ def fine_tuned_rows(setting: Setting) -> Rows:
     for row, (gamma, cost) in cross_validated(setting).items():
         rows[row] = score(outputs, setting, gamma, cost)
     number = len(setting.data.held_out)
-    labelled = estimate("operating_point", outputs, before(setting), setting)
-    rows[f"fine-tuned + gamma of {number} labelled samples"] = score(outputs, setting, labelled)
+    labeled = estimate("operating_point", outputs, before(setting), setting)
+    rows[f"fine-tuned + gamma of {number} labeled samples"] = score(outputs, setting, labeled)
     rows["fine-tuned + oracle gamma"] = score(outputs, setting, oracle(outputs, setting))
     weight = weight_aligning(module.head.weight, setting.seen).double()
     aligned = F.linear(outputs.features, weight, module.head.bias.detach().double())

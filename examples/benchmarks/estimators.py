@@ -340,7 +340,7 @@ def natural(title: str, methods: dict[str, Callable[[Run], float]], runs: list[R
         yield f"| {name} | {' | '.join(cells)} | **{statistics.mean(means):.2f}** | {max(means):.1f} |"
 
 
-def labelled(run: Run, size: int | None, method: Method | None = None) -> float:
+def labeled(run: Run, size: int | None, method: Method | None = None) -> float:
     """Mean loss on the test samples that are left when ``size`` of them (half) are taken to choose gamma with.
 
     With a ``method``, gamma is that of it, and the samples only leave.
@@ -360,12 +360,12 @@ def labelled(run: Run, size: int | None, method: Method | None = None) -> float:
     return statistics.mean(found)
 
 
-LABELLED: dict[str, Callable[[Run], float]] = {
-    "best gamma of 50 labeled samples of all classes": partial(labelled, size=50),
-    "best gamma of 100 labeled samples": partial(labelled, size=100),
-    "best gamma of 200 labeled samples": partial(labelled, size=200),
-    "best gamma of half of the test samples": partial(labelled, size=None),
-    "`pseudo_absent`, share told, on the other half": partial(labelled, size=None, method=pseudo_absent),
+LABELED: dict[str, Callable[[Run], float]] = {
+    "best gamma of 50 labeled samples of all classes": partial(labeled, size=50),
+    "best gamma of 100 labeled samples": partial(labeled, size=100),
+    "best gamma of 200 labeled samples": partial(labeled, size=200),
+    "best gamma of half of the test samples": partial(labeled, size=None),
+    "`pseudo_absent`, share told, on the other half": partial(labeled, size=None, method=pseudo_absent),
 }
 
 
@@ -489,7 +489,7 @@ def tables() -> dict[str, list[str]]:
         "leave one row out": list(leave_one_row_out(held_out)),
         "some classes": list(some_classes(small_held_out)),
         "small": list(small(of_small)),
-        "labeled": list(natural("natural share", LABELLED, small_held_out)),
+        "labeled": list(natural("natural share", LABELED, small_held_out)),
         "more than a number": list(natural("natural share", beyond, small_held_out)),
         "steps": list(natural("natural share", steps, of_small)),
         "sizes": list(sample_sizes(small_held_out)),

@@ -3,7 +3,7 @@
     apt-get install fonts-dejavu fonts-liberation ...    (the script names all packages that it misses)
     python examples/benchmarks/glyphs.py --jobs 2
 
-Networks of timm are trained from scratch on upright text faces, and fine-tuned on other faces, coloured and distorted,
+Networks of timm are trained from scratch on upright text faces, and fine-tuned on other faces, colored and distorted,
 of some of the characters; they are tested on faces they have not seen. See ``compare.py`` for the rows. Leave-out local
 SGD has four local models here. What is finished is kept in the folder ``--output``: a benchmark that was stopped goes
 on from there.

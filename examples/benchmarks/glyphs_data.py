@@ -1,4 +1,4 @@
-"""Characters in two domains: upright text faces, dark on light, and other faces, coloured and distorted.
+"""Characters in two domains: upright text faces, dark on light, and other faces, colored and distorted.
 
 All images are drawn from Debian's font packages, and are determined by the seed, the font files and Pillow.
 """
@@ -203,19 +203,19 @@ def source_domain(masks: Tensor, generator: Generator) -> Tensor:
 
 
 def target_domain(masks: Tensor, generator: Generator) -> Tensor:
-    """Any ink on coloured clouds, lighter or darker than these; turned, slanted, shifted and of any size."""
+    """Any ink on colored clouds, lighter or darker than these; turned, slanted, shifted and of any size."""
     shape = move(masks, generator, degrees=15, scale=(0.8, 1.15), shift=0.08, shear=0.2)
     coarse = torch.rand((len(masks), 1, 5, 5), generator=generator)
     clouds = F.interpolate(coarse, size=IMAGE_SIZE, mode="bicubic", align_corners=False).clamp(0, 1)
-    colours = torch.rand((2, len(masks), 3, 1, 1), generator=generator)
+    colors = torch.rand((2, len(masks), 3, 1, 1), generator=generator)
     dark = (torch.rand((len(masks), 1, 1, 1), generator=generator) < 0.25).float()
-    paper = torch.lerp(0.4 + 0.6 * colours[0], 0.4 + 0.6 * colours[1], clouds) - 0.4 * dark
+    paper = torch.lerp(0.4 + 0.6 * colors[0], 0.4 + 0.6 * colors[1], clouds) - 0.4 * dark
     ink = 0.3 * torch.rand((len(masks), 3, 1, 1), generator=generator) + 0.7 * dark
     return add_noise(torch.lerp(paper, ink, shape), 0.05, generator)
 
 
 def add_noise(images: Tensor, deviation: float, generator: Generator) -> Tensor:
-    """Add Gaussian noise, within the range of colours."""
+    """Add Gaussian noise, within the range of colors."""
     return (images + deviation * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 

@@ -198,7 +198,7 @@ def with_cosine_head(setting: Setting) -> Classifier:
 
 
 def cosine_classifier(setting: Setting) -> Classifier:
-    """Fine-tune with normalised features and rows, from the pre-trained head."""
+    """Fine-tune with normalized features and rows, from the pre-trained head."""
     return tune(setting, with_cosine_head(setting))
 
 

@@ -9,7 +9,7 @@ Test images have digits of all classes.
 
 A label is predicted if its logit is above 0, and gamma is added to all absent logits; so it is a threshold of -gamma
 for all of them. Tried are gammas that need no label of an absent class (the drift of the absent logits on fine-tuning
-images, against the model before; a told frequency of absent labels, with unlabelled images), labelled images, and test
+images, against the model before; a told frequency of absent labels, with unlabeled images), labeled images, and test
 labels (*oracle*): one gamma, or a threshold for each label.
 """
 
@@ -76,8 +76,8 @@ def gammas_of(tuned: Logits, before: Logits, absent: list[int], held_out: Tensor
         "fine-tuned": torch.tensor(0.0),
         "fine-tuned + drift": (before.train - tuned.train)[:, absent].mean(),
         "fine-tuned + drift of each label": (before.train - tuned.train)[:, absent].mean(0),
-        "fine-tuned + told frequency, unlabelled images": -tuned.test[:, absent].quantile(1 - frequency),
-        f"fine-tuned + gamma of {len(held_out)} labelled images": best_gamma(
+        "fine-tuned + told frequency, unlabeled images": -tuned.test[:, absent].quantile(1 - frequency),
+        f"fine-tuned + gamma of {len(held_out)} labeled images": best_gamma(
             tuned.held_out[:, absent], held_out[:, absent]
         ),
         "fine-tuned + oracle gamma": best_gamma(tuned.test[:, absent], test[:, absent]),

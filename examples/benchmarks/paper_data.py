@@ -87,7 +87,7 @@ def load_net(args: argparse.Namespace) -> nn.Module:
 
 
 def transforms_of(net: nn.Module, image_size: int) -> tuple[Any, Any]:
-    """Return transforms for training (random crop and flip) and for tests, normalised as timm knows for the model."""
+    """Return transforms for training (random crop and flip) and for tests, normalized as timm knows for the model."""
     config = resolve_model_data_config(net, {"img_size": image_size, "crop_pct": EVALUATION_CROP})
     return make_transforms(config)
 

@@ -108,7 +108,7 @@ class QueriedBlock(nn.Module):
 
 
 class QueriedViT(nn.Module):
-    """A ViT whose features are followed by what the queries of all its blocks have found, normalised like its own."""
+    """A ViT whose features are followed by what the queries of all its blocks have found, normalized like its own."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()

@@ -313,7 +313,7 @@ class Comparison:
         return self.scored(name, self.train("linear_probing", frozen="backbone"))
 
     def cosine_classifier(self, name: str) -> Rows:
-        """Features and rows are normalised. The scale starts at the mean product of the norms that are left out."""
+        """Features and rows are normalized. The scale starts at the mean product of the norms that are left out."""
         net = copy.deepcopy(self.net)
         head, features = find_head(net), self.before[1].features
         scale = (features.norm(dim=1).mean() * head.weight.norm(dim=1).mean()).item()  # type: ignore[operator,union-attr]

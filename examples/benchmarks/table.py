@@ -33,7 +33,7 @@ class Outputs:
     Args:
         test: Logits of the test images, ``(N, C)``.
         train: Logits of the fine-tuning images.
-        held_out: Logits of the few other labelled images, of all classes.
+        held_out: Logits of the few other labeled images, of all classes.
         features: Features of the test images, ``(N, D)``.
         means: Class means ``(C, D)`` of the features of target training images of all classes.
     """
@@ -80,7 +80,7 @@ def score(outputs: Outputs, setting: Setting, gamma: float = 0.0, cost: float = 
 
 
 def estimate(name: str, outputs: Outputs, before: Outputs, setting: Setting) -> float:
-    """Gamma by one of the package's estimators: from the fine-tuning images, or from labelled held-out images."""
+    """Gamma by one of the package's estimators: from the fine-tuning images, or from labeled held-out images."""
     estimator = make_estimator(name, ClassSplit(setting.num_classes, setting.seen))
     if name == "operating_point":
         estimator.update(outputs.held_out, setting.data.held_out.tensors[1])

@@ -5,10 +5,10 @@
     python examples/benchmarks/weight_averages.py --only local
 
 *WiSE-FT* goes ``alpha`` of the way from the pre-trained to the fine-tuned weights. Alpha is chosen here in steps of
-0.1, each with its own gamma: by the labelled held-out samples; without any label of an absent class, by what
+0.1, each with its own gamma: by the labeled held-out samples; without any label of an absent class, by what
 ``pseudo_absent`` expects of its own gamma; or by the test samples (*oracle*). A *soup* is the mean of four fine-tunings
 with two orders of the samples and two learning rates (Wortsman et al., ICML 2022); a *greedy* one takes only those
-that help on the labelled samples. *LP-FT* is a linear probe, then ordinary fine-tuning from there
+that help on the labeled samples. *LP-FT* is a linear probe, then ordinary fine-tuning from there
 (Kumar et al., ICLR 2022). *LOLSGD* is leave-out local SGD, with each of its settings changed in turn.
 """
 
@@ -69,8 +69,8 @@ def expected_accuracy(outputs: Outputs, setting: Setting, gamma: float) -> float
     return (kept_right.mean() + found.mean()).item() / 2
 
 
-def labelled_accuracy(outputs: Outputs, setting: Setting) -> float:
-    """Accuracy of the labelled held-out samples with their own best gamma."""
+def labeled_accuracy(outputs: Outputs, setting: Setting) -> float:
+    """Accuracy of the labeled held-out samples with their own best gamma."""
     target = setting.data.held_out.tensors[1]
     gamma = best_gamma(outputs.held_out, target, setting.seen).item()
     return split_accuracy(calibrate_logits(outputs.held_out, gamma, setting.seen), target, setting.seen).item()
@@ -89,8 +89,8 @@ def average_rows(setting: Setting) -> Rows:
     ):
         pseudo = estimate("pseudo_absent", outputs, before(setting), setting)
         rows[f"{name} + pseudo_absent"] = score(outputs, setting, pseudo, cost)
-        labelled = estimate("operating_point", outputs, before(setting), setting)
-        rows[f"{name} + labelled gamma"] = score(outputs, setting, labelled, cost)
+        labeled = estimate("operating_point", outputs, before(setting), setting)
+        rows[f"{name} + labeled gamma"] = score(outputs, setting, labeled, cost)
         rows[f"{name} + oracle gamma"] = score(outputs, setting, oracle(outputs, setting), cost)
     return rows | chosen_rows(way, setting)
 
@@ -99,30 +99,30 @@ def chosen_rows(way: dict[float, Outputs], setting: Setting) -> Rows:
     """Score the alphas that are chosen together with gamma."""
     pseudo = {alpha: estimate("pseudo_absent", each, before(setting), setting) for alpha, each in way.items()}
     expected = max(ALPHAS, key=lambda alpha: expected_accuracy(way[alpha], setting, pseudo[alpha]))
-    labelled = max(ALPHAS, key=lambda alpha: labelled_accuracy(way[alpha], setting))
+    labeled = max(ALPHAS, key=lambda alpha: labeled_accuracy(way[alpha], setting))
     best = {alpha: score(each, setting, oracle(each, setting)) for alpha, each in way.items()}
     highest = max(ALPHAS, key=lambda alpha: best[alpha]["Acc_Y/Y"])
-    of_labels = estimate("operating_point", way[labelled], before(setting), setting)
+    of_labels = estimate("operating_point", way[labeled], before(setting), setting)
     chosen = {
         "WiSE-FT, alpha as expected + pseudo_absent": (expected, score(way[expected], setting, pseudo[expected])),
-        "WiSE-FT, labelled alpha and gamma": (labelled, score(way[labelled], setting, of_labels)),
-        "WiSE-FT, labelled alpha + pseudo_absent": (labelled, score(way[labelled], setting, pseudo[labelled])),
+        "WiSE-FT, labeled alpha and gamma": (labeled, score(way[labeled], setting, of_labels)),
+        "WiSE-FT, labeled alpha + pseudo_absent": (labeled, score(way[labeled], setting, pseudo[labeled])),
         "WiSE-FT, oracle alpha and gamma": (highest, best[highest]),
     }
     return {name: {**scores, "alpha": alpha} for name, (alpha, scores) in chosen.items()}
 
 
 def soups_of(setting: Setting) -> dict[str, Classifier]:
-    """Average fine-tunings: all of them, and greedily those that help on the labelled samples."""
+    """Average fine-tunings: all of them, and greedily those that help on the labeled samples."""
     modules = []
     for more, factor in INGREDIENTS:
         module = start(replace(setting, learning_rate=factor * setting.learning_rate))
         seed = setting.seed + 1000 * more
         modules.append(fit(module, setting.seen_data, setting.epochs, seed, accelerator=setting.accelerator))
-    ranked = sorted(modules, key=lambda module: -labelled_accuracy(run(module, setting), setting))
-    chosen, best = ranked[:1], labelled_accuracy(run(ranked[0], setting), setting)
+    ranked = sorted(modules, key=lambda module: -labeled_accuracy(run(module, setting), setting))
+    chosen, best = ranked[:1], labeled_accuracy(run(ranked[0], setting), setting)
     for module in ranked[1:]:
-        more_of_it = labelled_accuracy(run(soup([*chosen, module], setting), setting), setting)
+        more_of_it = labeled_accuracy(run(soup([*chosen, module], setting), setting), setting)
         if more_of_it >= best:
             chosen, best = [*chosen, module], more_of_it
     return {"soup of 4": soup(modules, setting), "greedy soup": soup(chosen, setting)}

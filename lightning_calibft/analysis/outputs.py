@@ -44,7 +44,7 @@ def collect_outputs(
     class_map: ClassMap | None = None,
     label_names: LabelNames | None = None,
 ) -> Outputs:
-    """Run a model over labelled data once, in eval mode and in order, and keep features and raw logits.
+    """Run a model over labeled data once, in eval mode and in order, and keep features and raw logits.
 
     The model, the random state and the loader stay as they were. A plain ``DataLoader`` is read in the order of its
     dataset, also if it shuffles, so that the rows of two models belong to the same samples.

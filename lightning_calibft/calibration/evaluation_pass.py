@@ -61,7 +61,7 @@ _LAST_LOOK = torch.iinfo(torch.long).max  # the last batch, if a loader does not
 
 MakeBar = Callable[[str, int | None], Any]  # from what is going on and its number of steps, a bar like those of tqdm
 
-_LabelledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
+_LabeledBatch = tuple[int, Any, Tensor]  # its number, the batch on the device, and the head's row of each sample
 
 
 def plain_bar(what: str, total: int | None) -> Any:
@@ -248,7 +248,7 @@ class EvaluationPass:
         """
         recorder, call = record_logits(self.model), None
         pretrained: list[Callable[[Any], Any]] = []
-        batches: Iterator[tuple[_LabelledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
+        batches: Iterator[tuple[_LabeledBatch, bool]] = ((batch, True) for batch in self._batches("Calibrating"))
         if self.sharded is not None:
             errors = errors or SharedErrors()
             batches = self.sharded.batches(self._batches("Calibrating"), self.device, errors)
@@ -264,7 +264,7 @@ class EvaluationPass:
                 target, logits, *pretrained_logits = rows if counts else [each[:0] for each in rows]
                 yield EvaluatedBatch(number, logits, target, pretrained_logits)
 
-    def _batches(self, what: str) -> Iterator[_LabelledBatch]:
+    def _batches(self, what: str) -> Iterator[_LabeledBatch]:
         """Yield the batches of this process, from each loader up to its share of ``max_samples``."""
         rank, size, *_ = self.sharded or rank_and_world_size()
         share = math.inf if self.max_samples is None else self.max_samples / max(1, len(self.loaders)) / size

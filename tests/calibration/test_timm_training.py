@@ -29,7 +29,7 @@ pytestmark = quiet
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Noise of another colour for each class, in folders, and timm's own kind of class map: a name a row."""
+    """Noise of another color for each class, in folders, and timm's own kind of class map: a name a row."""
     root, rng = tmp_path_factory.mktemp("photos"), random.Random(0)
     for row in SEEN:
         (root / "train" / NAMES[row]).mkdir(parents=True)

@@ -33,7 +33,7 @@ NAMES = ["ant", "bee", "cat", "cow", "dog", "eel"]
 
 
 def folders(dataset):
-    """The same samples, labelled as ``ImageFolder`` numbers them."""
+    """The same samples, labeled as ``ImageFolder`` numbers them."""
     x, rows = dataset.tensors
     return TensorDataset(x, torch.tensor(ROWS).argsort()[rows])
 

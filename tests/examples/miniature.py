@@ -26,14 +26,14 @@ TINY += ["--workers", "0", "--accelerator", "cpu"]
 
 
 def make_images(root, names, number, size=32):
-    """Write images of a colour for each class, disturbed, with one folder a class."""
+    """Write images of a color for each class, disturbed, with one folder a class."""
     rng = random.Random(f"{root.name} {number}")
     for name in names:
         (root / name).mkdir(parents=True)
-        colour = [random.Random(name).randrange(80, 176) for _ in range(3)]
+        color = [random.Random(name).randrange(80, 176) for _ in range(3)]
         for position in range(number):
             low = Image.new("RGB", (4, 4))
-            low.putdata([tuple(part + rng.randrange(-80, 80) for part in colour) for _ in range(16)])
+            low.putdata([tuple(part + rng.randrange(-80, 80) for part in color) for _ in range(16)])
             low.resize((size, size)).save(root / name / f"{position:05d}.png")
     return root
 

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 SMALLEST = ["--seeds", "1", "--epochs", "1", "--shares", "50", "--optimizers", "sgd"]
 MODELS = ["fine-tuned", "frozen classifier", "linear probing", "cosine classifier"]
 MODELS += ["WiSE-FT, alpha 0.5", "WiSE-FT, alpha 0.75", "partial softmax", "LOLSGD"]
-OF_FINE_TUNED = ["PCV over S", "PCV over Y", "gamma of 90 labelled samples", "oracle gamma"]
+OF_FINE_TUNED = ["PCV over S", "PCV over Y", "gamma of 90 labeled samples", "oracle gamma"]
 COLUMNS = ["Acc_Y/Y", "Acc_S/Y", "Acc_U/Y", "Acc_S/S", "Acc_U/U", "AUSUC", "harmonic mean", "NCM_S/Y", "NCM_U/Y"]
 UNCHANGED = ["Acc_S/S", "Acc_U/U", "AUSUC", "NCM_S/Y", "NCM_U/Y"]  # by any gamma
 
@@ -167,12 +167,12 @@ def test_the_alg_row_is_the_average_logit_gap_of_the_model(bench, rows, setting)
 @torch.no_grad()
 def test_gammas_from_labels_are_best_on_their_own_samples(bench, rows, setting):
     gammas = {}
-    for name, data in (("90 labelled samples", setting.data.held_out), ("oracle gamma", setting.data.target_test)):
+    for name, data in (("90 labeled samples", setting.data.held_out), ("oracle gamma", setting.data.target_test)):
         logits = bench.fine_tuned(setting)(data.tensors[0]).double()
         gammas[name] = best_gamma(logits, data.tensors[1], setting.seen).item()
-    assert rows["fine-tuned + gamma of 90 labelled samples"]["gamma"] == pytest.approx(gammas["90 labelled samples"])
+    assert rows["fine-tuned + gamma of 90 labeled samples"]["gamma"] == pytest.approx(gammas["90 labeled samples"])
     assert rows["fine-tuned + oracle gamma"]["gamma"] == pytest.approx(gammas["oracle gamma"])
-    assert abs(gammas["90 labelled samples"] - gammas["oracle gamma"]) > 1e-4
+    assert abs(gammas["90 labeled samples"] - gammas["oracle gamma"]) > 1e-4
 
 
 @torch.no_grad()

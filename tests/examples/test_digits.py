@@ -134,7 +134,7 @@ def test_parts_hold_all_classes_and_half_are_seen(digits_data: ModuleType) -> No
 
 
 def test_target_domain_is_rotated_by_25_degrees(digits_data: ModuleType) -> None:
-    # A bar through the centre: its principal axis tells the angle. Texture and noise only blur it.
+    # A bar through the center: its principal axis tells the angle. Texture and noise only blur it.
     bar = torch.zeros(64, 1, 16, 16)
     bar[:, :, 7:9, 2:14] = 1
     angles = {}

@@ -22,24 +22,24 @@ SEEN = ["ring", "square", "bar"]
 
 
 def draw(name: str, rng: random.Random) -> Image.Image:
-    """Draw a shape in a random colour at a random place."""
+    """Draw a shape in a random color at a random place."""
     image = Image.new("RGB", (48, 48), tuple(rng.randrange(90) for _ in range(3)))
     pen = ImageDraw.Draw(image)
-    colour = tuple(rng.randrange(140, 256) for _ in range(3))
+    color = tuple(rng.randrange(140, 256) for _ in range(3))
     x, y, r = rng.randrange(14, 34), rng.randrange(14, 34), rng.randrange(8, 14)
     box = (x - r, y - r, x + r, y + r)
     if name == "square":
-        pen.rectangle(box, fill=colour)
+        pen.rectangle(box, fill=color)
     elif name == "disc":
-        pen.ellipse(box, fill=colour)
+        pen.ellipse(box, fill=color)
     elif name == "ring":
-        pen.ellipse(box, outline=colour, width=3)
+        pen.ellipse(box, outline=color, width=3)
     elif name == "wedge":
-        pen.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=colour)
+        pen.polygon([(x - r, y + r), (x + r, y + r), (x, y - r)], fill=color)
     if name in ("bar", "cross"):
-        pen.line((x - r, y, x + r, y), fill=colour, width=4)
+        pen.line((x - r, y, x + r, y), fill=color, width=4)
     if name == "cross":
-        pen.line((x, y - r, x, y + r), fill=colour, width=4)
+        pen.line((x, y - r, x, y + r), fill=color, width=4)
     return image
 
 

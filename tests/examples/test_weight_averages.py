@@ -43,7 +43,7 @@ def test_the_ends_and_the_best_of_the_way(averages, folder):
     accuracies, alphas = averages["Acc_Y/Y"][1], averages["alpha"][1]
     (file,) = (folder / "outputs/benchmark_digits").glob("averages_digits_50_SGD*.json")
     rows = json.loads(file.read_text())["rows"]
-    for gamma in ("pseudo_absent", "labelled gamma", "oracle gamma"):
+    for gamma in ("pseudo_absent", "labeled gamma", "oracle gamma"):
         assert rows[f"alpha 1.0 + {gamma}"] == rows[f"fine-tuned + {gamma}"]  # all of the way
     best = rows["WiSE-FT, oracle alpha and gamma"]
     on_the_way = {name: row for name, row in rows.items() if name.startswith("alpha")}

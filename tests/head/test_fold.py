@@ -25,7 +25,7 @@ from .models import (
 MODELS = [Plain, Convolutional, Distilled]
 
 
-class _Normalised(nn.Linear):
+class _Normalized(nn.Linear):
     """A cosine head that takes no notice of its bias."""
 
     def forward(self, input):
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_calibrated_does_not_fold(prepare):
         fold(prepare(Plain()))
 
 
-@pytest.mark.parametrize("head_class", [_Normalised, _Scaled, _Clipped, _Margin])
+@pytest.mark.parametrize("head_class", [_Normalized, _Scaled, _Clipped, _Margin])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_head_that_does_not_add_its_bias_as_it_is_does_not_fold(head_class, bias):
     head = set_gamma(head_class(8, NUM_CLASSES, bias=bias), GAMMA, SEEN)

@@ -51,7 +51,7 @@ def _reference_levels(
 
 
 def _reference_ncm(features: Tensor, target: Tensor, test: Tensor, num_classes: int) -> list[list[float]]:
-    """Cosines of test features to the mean of the normalised features of each class."""
+    """Cosines of test features to the mean of the normalized features of each class."""
 
     def unit(row: list[float]) -> list[float]:
         return [value / _norm(row) for value in row]

@@ -36,7 +36,7 @@ quiet = pytest.mark.filterwarnings(
 
 
 def blobs(classes: list[int], shape: tuple[int, ...] = (5,), each: int = 15, seed: int = 0) -> TensorDataset:
-    """Samples around one centre a class, in random order."""
+    """Samples around one center a class, in random order."""
     generator = torch.Generator().manual_seed(1)
     centres = 2 * torch.randn(NUM_CLASSES, *shape, generator=generator)
     generator = torch.Generator().manual_seed(seed)
