@@ -282,10 +282,11 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         runs.append({f"{each.way}, {each.learning_rate:g}": rows for each, rows in done.items()})
     yield from markdown(title, [{name: in_one_line(rows) for name, rows in each.items()} for each in runs])
     yield ""
-    yield f"Before fine-tuning: {scores([next(iter(each.values())) for each in runs], 'pre-trained')}"
+    yield f"- Before fine-tuning: {scores([next(iter(each.values())) for each in runs], 'pre-trained')}"
     for name in (name for name in runs[0] if name.startswith("VQT")):
         text = f"{name}, with the new columns of absent classes set to zero after training"
-        yield f"{text}: {scores([each[name] for each in runs], 'VQT without absent queries')}"
+        yield f"- {text}: {scores([each[name] for each in runs], 'VQT without absent queries')}"
+    yield ""
     yield f"mean ± sd of {len(runs)} draws of the seen classes; %, gamma in logits; seconds of a core for a training"
 
 
