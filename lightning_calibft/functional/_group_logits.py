@@ -111,7 +111,7 @@ def _rivals_in_ranges(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
         folded.flatten(1).scatter_(1, slot.unsqueeze(1), others)
         return (folded.amax(2),)
 
-    return in_row_chunks(reduce, preds, label, elements=2**20)[0]
+    return in_row_chunks(reduce, preds, label, elements=2**20 if order is None else 2**17)[0]
 
 
 def _rivals_in_copies(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:

@@ -107,13 +107,13 @@ def average_gaps(preds: Tensor, target: Tensor, groups: Groups, checked: bool = 
     preds, (column, _) = preds.detach(), groups.places(target, None, checked)
     own, weights = preds.gather(1, column.unsqueeze(1)).squeeze(1), groups.gap_weights
     # One buffer for all chunks: the memory of a new one would have to be mapped again.
-    buffer = weights.new_empty(min(rows_at_a_time(preds, 2**17), preds.shape[0]), weights.shape[0])
+    buffer = weights.new_empty(min(rows_at_a_time(preds, 2**16), preds.shape[0]), weights.shape[0])
 
     def reduce(chunk: Tensor) -> tuple[Tensor]:
         columns = chunk if groups.competing is None else chunk.index_select(1, groups.competing)
         return (buffer[: chunk.shape[0]].copy_(columns).mv(weights),)
 
-    return in_row_chunks(reduce, preds, elements=2**17)[0].sub_(own, alpha=1 / (groups.seen.shape[0] - 1))
+    return in_row_chunks(reduce, preds)[0].sub_(own, alpha=1 / (groups.seen.shape[0] - 1))
 
 
 def gap_sums(gaps: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

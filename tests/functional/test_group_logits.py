@@ -85,3 +85,12 @@ def test_wide_rows_in_chunks(split, dtype, layout, monkeypatch):
         assert found.right[index] == wins(row, label, seen if label in seen else absent)
         assert found.best[index] == wins(row, label, seen + absent)
         assert same(found.margin[index], row[seen].double().amax() - row[absent].double().amax())
+
+
+@pytest.mark.parametrize("split", WIDE)
+def test_wide_rows_never_wait_for_the_device(split):
+    """On the device without values whatever reads one fails; code is that of a GPU."""
+    groups = Groups.from_split(ClassSplit(300, *WIDE[split]), torch.device("meta"))
+    preds, target = torch.empty(60, 300, device="meta"), torch.empty(60, dtype=torch.long, device="meta")
+    found = reduce_batch(preds, target, groups, None, torch.float32)
+    assert [value.shape for value in found] == [(60,)] * 4
