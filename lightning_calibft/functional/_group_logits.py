@@ -62,7 +62,7 @@ def _reduce_wide(preds: Tensor, label: Tensor, place: Tensor, groups: Groups, dt
     column, members = label.unsqueeze(1), groups.members.index_select(0, place)
     own, size = preds.gather(1, column).to(dtype), rows_at_a_time(preds, 2**17)
     if preds.device.type == "cpu":
-        rivals = (_rivals_in_ranges if groups.bounds is None else _rivals_in_copies)(preds, label, groups).to(dtype)
+        rivals = (_rivals_in_ranges if groups.lowered is None else _rivals_in_copies)(preds, label, groups).to(dtype)
         lead = own - rivals
         wins = lead > groups.zero
         unclear: list[Any] = []
@@ -117,21 +117,18 @@ def _rivals_in_ranges(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
 def _rivals_in_copies(preds: Tensor, label: Tensor, groups: Groups) -> Tensor:
     """Return the largest logits of the classes of each group other than the true one, ``(N, 2)``.
 
-    They are NaN if any logit of the row is. The columns of a group are anywhere, and to gather them takes longer than
-    to lower all others in a copy for each group.
+    They may be NaN if a logit of the row is NaN or infinite. The columns of a group are anywhere, and to gather them
+    takes longer than to lower all others in a copy for each group.
     """
-    assert groups.bounds is not None
-    bounds, (num_samples, width) = groups.bounds.to(preds.dtype), preds.shape
+    assert groups.lowered is not None
+    lowered, (num_samples, width) = groups.lowered.to(preds.dtype), preds.shape
     # One buffer for all chunks: the memory of a new one would have to be mapped again.
     size = rows_at_a_time(preds, 2**16)
-    buffer = preds.new_empty(2, min(size, num_samples), width)
-
-    def reduce(chunk: Tensor, own: Tensor) -> tuple[Tensor]:
-        copies = torch.minimum(chunk, bounds, out=buffer[:, : chunk.shape[0]])
-        copies.flatten(1).index_fill_(1, own, -torch.inf)
-        return (copies.amax(2).t(),)
-
-    return in_row_chunks(reduce, preds, torch.arange(num_samples) % size * width + label)[0]
+    buffer, tops = preds.new_empty(2, min(size, num_samples), width), []
+    for chunk, column in zip(torch.split(preds, size), torch.split(label.unsqueeze(1), size), strict=True):
+        copies = torch.add(chunk, lowered, out=buffer[:, : chunk.shape[0]])
+        tops.append(copies.scatter_(2, column.expand(2, -1, -1), -torch.inf).amax(2))
+    return torch.cat(tops, 1).t()
 
 
 def _decide(preds: Tensor, column: Tensor, own: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class Groups(NamedTuple):
     in it. ``slots (C,)`` is the place of each class after folding, out of ``2 * FOLD``, and ``mates (2 * FOLD, K)``
     holds the columns at each place. The last one is repeated.
 
-    Otherwise, the minimum of a row with ``bounds (2, 1, C)`` makes the columns of all other classes minus infinity.
+    Otherwise, ``lowered (2, 1, C)`` is added to a row, which makes the columns of all other classes minus infinity.
     """
 
     seen: Tensor
@@ -58,7 +58,7 @@ class Groups(NamedTuple):
     position: Tensor | None = None
     slots: Tensor | None = None
     mates: Tensor | None = None
-    bounds: Tensor | None = None
+    lowered: Tensor | None = None
 
     @classmethod
     def from_split(cls, split: ClassSplit, device: torch.device) -> Groups:
@@ -96,8 +96,8 @@ class Groups(NamedTuple):
         if any(stop - start > len(part) for (start, stop), part in zip(ranges, parts, strict=True)):
             order = torch.cat(parts)
             if 2 * len(order) > num_classes:
-                bounds = torch.where(self.members[:-1].t().contiguous(), torch.inf, -torch.inf)
-                return self._replace(bounds=bounds.unsqueeze(1))
+                lowered = torch.where(self.members[:-1].t().contiguous(), 0.0, -torch.inf)
+                return self._replace(lowered=lowered.unsqueeze(1))
             ranges = (0, len(self.seen)), (len(self.seen), len(order))
             position = torch.zeros_like(classes).index_copy(0, order, classes[: len(order)])
         slots, place = torch.zeros_like(classes), torch.arange(FOLD).unsqueeze(1)

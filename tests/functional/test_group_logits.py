@@ -79,7 +79,7 @@ def test_wide_rows_in_chunks(split, dtype, layout, monkeypatch):
     target = torch.tensor(seen + absent)[torch.randint(len(seen + absent), (60,), generator=draw)]
     preds[torch.arange(0, 60, 2), target[::2]] += 4
     groups = Groups.from_split(ClassSplit(300, seen, absent), preds.device)
-    assert (groups.order is not None, groups.bounds is not None) == (split == "gathered", split == "copies")
+    assert (groups.order is not None, groups.lowered is not None) == (split == "gathered", split == "copies")
     found = reduce_batch(preds, target, groups, None, torch.float64, checked=True)
     for index, (row, label) in enumerate(zip(preds, target.tolist(), strict=True)):
         assert found.right[index] == wins(row, label, seen if label in seen else absent)
