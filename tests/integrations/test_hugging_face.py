@@ -20,7 +20,9 @@ from torch.utils.data import IterableDataset
 
 from lightning_calibft import attach, export, get_gamma, inspect_checkpoint, load_calibrated, set_gamma
 from lightning_calibft.checkpoint.state import MASK, OFFSET
+from lightning_calibft.estimators import PseudoAbsent
 from lightning_calibft.functional import ausuc, split_accuracy
+from lightning_calibft.functional.absent_share import estimate_share
 from lightning_calibft.metrics import AbsentShare
 
 transformers = pytest.importorskip("transformers")
@@ -386,20 +388,27 @@ class Unlabeled(Samples):
 @pytest.mark.parametrize("kind", [Unlabeled, Samples])
 def test_the_share_of_unlabeled_samples(tmp_path, plain, kind):
     """Each folder has the share that its own weights see, and training is that without them."""
-    traffic = kind([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9)
+    traffic, held_out = kind([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9), Samples(SEEN, 20, seed=7)
     callback = AbsentClassCalibrationCallback(
-        estimator="pseudo_absent", calibration_dataset=Samples(SEEN, 20, seed=7), unlabeled_dataset=traffic
+        estimator="pseudo_absent", calibration_dataset=held_out, unlabeled_dataset=traffic
     )
     run = Run(tmp_path, callback)
     assert run.streams == plain.streams
     assert all(torch.equal(run.weights[key], value) for key, value in plain.weights.items())
+
+    def counted(model, table):
+        share = AbsentShare(NUM_CLASSES, SEEN, share_table=table, half_life=None)
+        share.update(logits_of(model, traffic))
+        return share.counted
+
+    first, before = vit(hidden_dropout_prob=0.2), PseudoAbsent(NUM_CLASSES, SEEN)
+    before.update(logits_of(first, held_out), torch.tensor(held_out.target), logits_of(first, held_out))
     results = [callback.result, *callback.checkpoint_results.values()]
     models = [run.model, *map(transformers.ViTForImageClassification.from_pretrained, callback.checkpoint_results)]
     assert len(results) == 3
     for result, model in zip(results, models, strict=True):
-        share = AbsentShare(NUM_CLASSES, SEEN, share_table=result.share_table, half_life=None)
-        share.update(logits_of(model, traffic))
-        assert result.absent_share == pytest.approx(float(share.compute()), rel=1e-4)
+        estimate = estimate_share(counted(model, result.share_table), counted(first, before.share_table))
+        assert result.absent_share == pytest.approx(float(estimate.share), rel=1e-4)
         assert result.gamma == pytest.approx(result.share_table.at(result.absent_share)["gamma"])
     assert get_gamma(run.model) == pytest.approx(callback.result.gamma)
     assert len({result.absent_share for result in results}) == 2
