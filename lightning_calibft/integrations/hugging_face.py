@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -387,7 +386,7 @@ class AbsentClassCalibrationCallback(TrainerCallback):
                 of_inputs = cast(BatchReader, UnlabeledReader(BatchReader(self.unpack_batch)))
                 with proofs_kept(model):
                     check_runs_by_forward(model)
-                    deque(EvaluationPass(model, [[batch]], reader=of_inputs, bar=None).evaluate(), maxlen=0)
+                    list(EvaluationPass(model, [[batch]], reader=of_inputs, bar=None).evaluate())
         errors.agree()
 
     def _keep_pretrained(self, model: Any, resumed: bool, calibrated: bool) -> None:

@@ -66,6 +66,7 @@ def pad(items):
 
 
 TRAIN, VAL = Samples(SEEN, 11), Samples(range(NUM_CLASSES), 5, seed=1)
+HELD_OUT, TRAFFIC = Samples(SEEN, 20, seed=7), Samples([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9)
 
 
 def vit(**options):

@@ -31,6 +31,7 @@ pytest.importorskip("accelerate")
 from lightning_calibft.integrations import AbsentClassCalibrationCallback  # noqa: E402
 from tests.integrations.hugging_face import (  # noqa: E402
     ABSENT,
+    HELD_OUT,
     NUM_CLASSES,
     SEEN,
     TRAIN,
@@ -388,9 +389,9 @@ class Unlabeled(Samples):
 @pytest.mark.parametrize("kind", [Unlabeled, Samples])
 def test_the_share_of_unlabeled_samples(tmp_path, plain, kind):
     """Each folder has the share that its own weights see, and training is that without them."""
-    traffic, held_out = kind([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9), Samples(SEEN, 20, seed=7)
+    traffic = kind([*SEEN, *SEEN, *SEEN, *ABSENT], 6, seed=9)
     callback = AbsentClassCalibrationCallback(
-        estimator="pseudo_absent", calibration_dataset=held_out, unlabeled_dataset=traffic
+        estimator="pseudo_absent", calibration_dataset=HELD_OUT, unlabeled_dataset=traffic
     )
     run = Run(tmp_path, callback)
     assert run.streams == plain.streams
@@ -402,7 +403,8 @@ def test_the_share_of_unlabeled_samples(tmp_path, plain, kind):
         return share.counted
 
     first, before = vit(hidden_dropout_prob=0.2), PseudoAbsent(NUM_CLASSES, SEEN)
-    before.update(logits_of(first, held_out), torch.tensor(held_out.target), logits_of(first, held_out))
+    logits = logits_of(first, HELD_OUT)
+    before.update(logits, torch.tensor(HELD_OUT.target), logits)
     results = [callback.result, *callback.checkpoint_results.values()]
     models = [run.model, *map(transformers.ViTForImageClassification.from_pretrained, callback.checkpoint_results)]
     assert len(results) == 3

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_calibft import inspect_checkpoint
+from lightning_calibft import calibrate, inspect_checkpoint
 from tests.helpers.processes import outcomes
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from transformers import default_data_collator  # noqa: E402
+
 from lightning_calibft.functional import ausuc  # noqa: E402
-from tests.integrations.hugging_face import SEEN, VAL, folders, logits_of, reference  # noqa: E402
+from tests.integrations.hugging_face import (  # noqa: E402
+    HELD_OUT,
+    SEEN,
+    TRAFFIC,
+    VAL,
+    folders,
+    logits_of,
+    reference,
+    vit,
+)
 
 KINDS = {"vit": "ViTForImageClassification", "resnet": "ResNetForImageClassification"}
 
@@ -43,6 +55,19 @@ def test_as_in_one_process(found, name):
     expected = ausuc(logits_of(model, VAL), torch.tensor(VAL.target), SEEN)
     if name == "vit":  # an evaluation of the user has the running statistics of each process
         assert first["metrics"]["eval_ausuc"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_both_count_the_unlabeled_samples(found):
+    """Each is read once, by the model and by the one before."""
+    folder, (first, second) = found
+    assert first["unlabeled"] == second["unlabeled"]
+    (path,) = folders(folder / "unlabeled")
+    held_out, traffic = (DataLoader(data, 7, collate_fn=default_data_collator) for data in (HELD_OUT, TRAFFIC))
+    options = {"estimator": "pseudo_absent", "pretrained": vit(), "unlabeled": traffic, "progress": False}
+    model = transformers.ViTForImageClassification.from_pretrained(path)
+    expected = calibrate(model, held_out, SEEN, **options)
+    for name in ("gamma", "absent_share", "absent_share_interval", "num_samples"):
+        assert first["unlabeled"][name] == pytest.approx(expected.as_dict()[name], rel=1e-4), name
 
 
 def test_an_error_on_one_process(found):

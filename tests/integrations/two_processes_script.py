@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_calibft import get_gamma
 from lightning_calibft.integrations import AbsentClassCalibrationCallback
 from tests.helpers.processes import as_started_by_torchrun, hand_over
-from tests.integrations.hugging_face import SEEN, Samples, Then, resnet, trainer_of, vit
+from tests.integrations.hugging_face import HELD_OUT, SEEN, TRAFFIC, Samples, Then, resnet, trainer_of, vit
 
 
 class GoneOnSecond(Samples):
@@ -54,6 +54,11 @@ def work() -> None:
             "same": all(torch.equal(state[key], value) for key, value in plain.model.state_dict().items()),
             "metrics": {key: value for key, value in trainer.evaluate().items() if "acc" in key or "ausuc" in key},
         }
+    callback = AbsentClassCalibrationCallback(
+        estimator="pseudo_absent", calibration_dataset=HELD_OUT, unlabeled_dataset=TRAFFIC
+    )
+    run(folder / "unlabeled", vit(), callback, save_steps=6)
+    found["unlabeled"] = callback.result.as_dict()
     data, callback = GoneOnSecond(SEEN, 11), AbsentClassCalibrationCallback(SEEN)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
