@@ -180,13 +180,18 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
         yield f"{TITLES[name]}, pre-trained: {mean:.1f} % on source faces that it has not seen"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    prepare()
+def check_fonts(args: argparse.Namespace) -> None:
+    """Exit with what to install if files of fonts are missing."""
     try:
         find_faces(args.fonts, tuple(args.packages))
     except MissingFontsError as error:
         sys.exit(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    prepare()
+    check_fonts(args)
     if args.samples:
         contact_sheet(make_data(args.fonts, tuple(args.packages), CHARACTERS[: args.characters], seed=0), args.samples)
         return

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import glyphs
 from compare import before, gamma_rows, kept, prepare
 from glyphs import GlyphSetting
-from glyphs_data import GlyphData, MissingFontsError, find_faces
+from glyphs_data import GlyphData
 from methods import Classifier, add_low_rank, tune
 from table import Rows, Scores, markdown, oracle, run, score, spread
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -298,10 +298,7 @@ def scores(runs: Sequence[Rows], row: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     prepare()
-    try:
-        find_faces(args.fonts, tuple(args.packages))
-    except MissingFontsError as error:
-        sys.exit(str(error))
+    glyphs.check_fonts(args)
     for line in lines(args):
         print(line, flush=True)
 

@@ -16,7 +16,7 @@ Group = Literal["all", "seen", "absent"]
 
 _OTHER, _SEEN, _ABSENT = -1, 0, 1
 FOLD = 64  # columns of a range that are so far apart are reduced together, in whole vectors of the processor
-_NARROW = 32  # classes, up to which a maximum of its own for each question takes less time than one for all of them
+_NARROW = 32  # up to this many classes, it is faster to take a separate maximum for each question
 
 
 class Groups(NamedTuple):
